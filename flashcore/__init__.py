@@ -1,0 +1,58 @@
+"""FlashCore: attention kernels for NVIDIA Hopper, and the same call everywhere else.
+
+>>> import torch, flashcore
+>>> q, k, v = (torch.randn(2, 1024, 8, 64) for _ in range(3))  # (batch, seqlen, heads, head_dim)
+>>> out = flashcore.attention(q, k, v, causal=True)
+>>> print(flashcore.explain(q, k, v, causal=True))  # who computes it, how and why
+
+Importing this package imports neither torch nor CUDA; the first use of a name does.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+# Public name -> the module that defines it. A module's own name stands for the module.
+_PUBLIC = {
+    "attention": "api",
+    "explain": "api",
+    "AttentionProblem": "problem",
+    "Plan": "plan",
+    "plan": "plan",
+    "CompileError": "errors",
+    "EnvironmentProblem": "errors",
+    "FlashCoreError": "errors",
+    "FlashCoreWarning": "errors",
+    "InvalidInputError": "errors",
+    "UnsupportedError": "errors",
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+if TYPE_CHECKING:
+    from flashcore import plan
+    from flashcore.api import attention, explain
+    from flashcore.errors import (
+        CompileError,
+        EnvironmentProblem,
+        FlashCoreError,
+        FlashCoreWarning,
+        InvalidInputError,
+        UnsupportedError,
+    )
+    from flashcore.plan import Plan
+    from flashcore.problem import AttentionProblem
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'flashcore' has no attribute {name!r}")
+    module = import_module(f"flashcore.{_PUBLIC[name]}")
+    value = module if name == _PUBLIC[name] else getattr(module, name)
+    globals()[name] = value  # the next access does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,150 @@
+"""The public functions. A call is one dictionary lookup and the backend; all else happens once per kind of call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from flashcore import backends, gradients
+from flashcore import plan as planning
+from flashcore.plan import Plan
+from flashcore.problem import AttentionProblem
+
+Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, "torch.Tensor | None"]]
+
+# How to run each kind of call seen so far. Strides are not part of the key: no check and no plan depends on them.
+_runs: dict[tuple, Run] = {}
+_MAX_RUNS = 4096
+
+_is_grad_enabled = torch.is_grad_enabled
+_active_override = planning.active_override.get
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Scaled dot-product attention, ``softmax(scale * q k^T) v`` per head.
+
+    :param q: queries, (batch, seqlen_q, heads_q, head_dim); bfloat16, float16, float32 or float64, on CUDA or CPU. Any
+        strides: views of packed or transposed tensors are read where they are.
+    :param k: keys, (batch, seqlen_k, heads_k, head_dim). heads_q must be a multiple of heads_k; query head ``h`` reads
+        key head ``h // (heads_q // heads_k)`` (grouped-query and multi-query attention).
+    :param v: values, (batch, seqlen_k, heads_k, head_dim_v).
+    :param causal: hide the future, aligned to the bottom right: query ``i`` sees key ``j`` iff
+        ``j <= i + seqlen_k - seqlen_q``.
+    :param scale: multiplies the scores; ``head_dim ** -0.5`` when None.
+    :param return_lse: also return the natural logarithm of each query's softmax denominator. No gradient flows
+        through it.
+    :param backend: ``"auto"``, or the name of one in ``flashcore.backends.BACKENDS``. See :func:`explain`.
+    :returns: out, contiguous (batch, seqlen_q, heads_q, head_dim_v) in q's dtype, and with `return_lse` also lse,
+        float32 (batch, heads_q, seqlen_q). A query that sees no key gives zeros and -inf.
+    :raises InvalidInputError: arguments that no backend could accept.
+    :raises UnsupportedError: no backend, or not the requested one, can do it.
+    """
+    try:
+        grad = _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        key = (
+            q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,
+            causal, scale, grad, return_lse, backend, _active_override(),
+        )  # fmt: skip
+        run = _runs.get(key)
+    except (AttributeError, TypeError):  # not tensors, or not hashable: validation says which
+        key = run = None
+    if run is None:
+        run = _prepare(key, q, k, v, causal, scale, return_lse, backend)
+    out, lse = run(q, k, v)
+    return (out, lse) if return_lse else out
+
+
+def explain(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Plan:
+    """The plan that :func:`attention` would follow for these arguments: print it. Launches nothing.
+
+    It names the backend and why, its tile config and why, the backward pass, and for each rejected backend the one
+    feature that is missing. Raises what :func:`attention` would raise.
+    """
+    problem = AttentionProblem.from_tensors(q, k, v, causal=causal, scale=scale, return_lse=return_lse)
+    return planning.plan(problem, backend)
+
+
+def _prepare(key: tuple | None, q, k, v, causal, scale, return_lse, backend) -> Run:
+    """Validate, plan, and remember how to run this kind of call."""
+    plan = explain(q, k, v, causal=causal, scale=scale, return_lse=return_lse, backend=backend)
+    run = _runner(plan)
+    if q.is_cuda and torch.cuda.device_count() > 1:
+        run = partial(_on_device, run)
+    if len(_runs) >= _MAX_RUNS:
+        _runs.clear()
+    if key is not None:
+        _runs[key] = run
+    return run
+
+
+def _runner(plan: Plan) -> Run:
+    """The shortest way from q, k, v to (out, lse)."""
+    forward = partial(backends.load(plan.backend).forward, plan.problem, plan.config)
+    if plan.backward == planning.NO_GRAD:
+        return forward
+    if plan.backward == planning.AUTOGRAD:
+        return partial(_detach_lse, forward)
+    return partial(_Attention.apply, plan)
+
+
+def _detach_lse(forward: Run, q, k, v):
+    out, lse = forward(q, k, v)
+    return out, lse if lse is None else lse.detach()
+
+
+def _on_device(run: Run, q, k, v):
+    """Run with q's GPU as the current one, as kernels and their stream need it."""
+    if torch.cuda.current_device() == q.device.index:
+        return run(q, k, v)
+    with torch.cuda.device(q.device):
+        return run(q, k, v)
+
+
+class _Attention(torch.autograd.Function):
+    """Ties a forward that autograd cannot see through to the backward that the plan chose."""
+
+    @staticmethod
+    def forward(plan: Plan, q, k, v):
+        return backends.load(plan.backend).forward(plan.problem, plan.config, q, k, v)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        plan, q, k, v = inputs
+        out, lse = output
+        ctx.plan = plan
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.mark_non_differentiable(lse)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, _):
+        plan = ctx.plan
+        tensors = (*ctx.saved_tensors, dout)
+        if plan.backward == planning.TORCH_FLASH:
+            grads = gradients.torch_flash(plan.problem, *tensors)
+        elif plan.backward == planning.SDPA_RECOMPUTE:
+            grads = gradients.sdpa_recompute(plan.problem, *tensors)
+        else:
+            grads = backends.load(plan.backward).backward(plan.problem, plan.config, *tensors)
+        return None, *grads

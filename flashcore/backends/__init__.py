@@ -1,0 +1,60 @@
+"""Who can compute attention, in order of preference.
+
+A backend is a module ``flashcore.backends.<name>`` with the functions of :class:`Backend` at module level; it is
+imported when a plan first considers it. Adding one takes the module and its name in :data:`BACKENDS`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+    from flashcore.problem import AttentionProblem
+
+BACKENDS: tuple[str, ...] = ("sdpa", "reference")
+
+
+class Backend(Protocol):
+    """What every backend module provides. Shapes are those of :class:`~flashcore.problem.AttentionProblem`."""
+
+    NATIVE_GRAD: bool  # forward is made of torch operations, so autograd differentiates it as it stands
+    HAS_BACKWARD: bool  # the module has a `backward` of its own
+
+    def unavailable(self) -> str | None:
+        """Why this backend cannot run on this machine at all; None if it can. Cached."""
+
+    def rejects(self, problem: AttentionProblem) -> str | None:
+        """The one feature of this problem that the backend lacks, such as ``head_dim 520 > 256``; None if it can."""
+
+    def configure(self, problem: AttentionProblem) -> Any:
+        """The frozen config for this problem, with a ``why`` and a readable ``str()``; None if there is no choice."""
+
+    def forward(
+        self, problem: AttentionProblem, config: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Compute ``out``, contiguous (B, Sq, Hq, Dv) in q's dtype, and ``lse``, contiguous float32 (B, Hq, Sq).
+
+        The LSE is the natural logarithm, -inf for a query that sees no key; its output row is 0. It may be None
+        unless ``problem.needs_lse`` (with NATIVE_GRAD: unless ``problem.return_lse``).
+        """
+
+    def backward(
+        self,
+        problem: AttentionProblem,
+        config: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        dout: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Compute ``(dq, dk, dv)``, shaped like q, k and v. ``dout`` may have any strides, 0 included."""
+
+
+def load(name: str) -> Backend:
+    """Import the backend called `name`."""
+    return importlib.import_module(f"{__name__}.{name}")

@@ -1,0 +1,32 @@
+"""Problems without a single product: no batch, no query or no key. Every plan sends them here, on any device."""
+
+from __future__ import annotations
+
+import torch
+
+from flashcore.problem import AttentionProblem
+
+NATIVE_GRAD = False
+HAS_BACKWARD = True
+
+
+def unavailable() -> str | None:
+    return None
+
+
+def rejects(problem: AttentionProblem) -> str | None:
+    return None if problem.is_empty else "batch, seqlen_q and seqlen_k are all positive"
+
+
+def configure(problem: AttentionProblem) -> None:
+    return None
+
+
+def forward(
+    problem: AttentionProblem, config: None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return q.new_zeros(problem.out_shape), q.new_full(problem.lse_shape, -torch.inf, dtype=torch.float32)
+
+
+def backward(problem: AttentionProblem, config: None, q, k, v, out, lse, dout) -> tuple[torch.Tensor, ...]:
+    return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)

@@ -1,0 +1,50 @@
+"""The environment variables that FlashCore reads: all of them, and nowhere else.
+
+==========================  ===============================  =========================================================
+variable                    default                          meaning
+==========================  ===============================  =========================================================
+``FLASHCORE_CACHE_DIR``     ``$XDG_CACHE_HOME/flashcore``,   where compiled kernels are kept; one directory may be
+                            else ``~/.cache/flashcore``      shared by any number of processes
+``FLASHCORE_CACHE``         ``1``                            ``0``: neither read nor write compiled kernels on disk
+``FLASHCORE_KEEP_SOURCES``  ``0``                            ``1``: keep each kernel's generated source beside its cubin
+==========================  ===============================  =========================================================
+
+They are read at each call, so a test or a notebook may change ``os.environ`` at any time.
+"""
+
+import os
+from pathlib import Path
+
+from flashcore.errors import EnvironmentProblem
+
+_TRUE = frozenset({"1", "true", "yes", "on"})
+_FALSE = frozenset({"0", "false", "no", "off"})
+
+
+def cache_dir() -> Path:
+    """The directory for compiled kernels. It need not exist; creating it is the caller's business."""
+    if chosen := os.environ.get("FLASHCORE_CACHE_DIR"):
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "flashcore"
+
+
+def cache_enabled() -> bool:
+    """Whether compiled kernels are read from and written to disk."""
+    return _flag("FLASHCORE_CACHE", default=True)
+
+
+def keep_sources() -> bool:
+    """Whether the generated source of every compiled kernel is kept, not only that of one that failed."""
+    return _flag("FLASHCORE_KEEP_SOURCES", default=False)
+
+
+def _flag(name: str, *, default: bool) -> bool:
+    value = os.environ.get(name, "").strip().lower()
+    if not value:
+        return default
+    if value in _TRUE:
+        return True
+    if value in _FALSE:
+        return False
+    raise EnvironmentProblem(f"{name}={os.environ[name]!r} is not a switch. Set it to 1 or 0, or unset it.")

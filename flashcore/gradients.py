@@ -1,0 +1,73 @@
+"""Backward passes for backends that have none of their own.
+
+Each takes what a backend's ``backward`` takes, without the config, and returns ``(dq, dk, dv)``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from flashcore.backends import sdpa
+from flashcore.problem import AttentionProblem
+
+
+def torch_flash_rejects(problem: AttentionProblem) -> str | None:
+    """The one feature of this problem that PyTorch's flash backward lacks; None if it can."""
+    if problem.device != "cuda" or torch.version.hip:
+        return "not an NVIDIA GPU"
+    if problem.arch < (8, 0):
+        return "compute capability below 8.0"
+    if problem.dtype not in ("bfloat16", "float16"):
+        return f"dtype {problem.dtype}"
+    if problem.head_dim != problem.head_dim_v:
+        return f"head_dim_v {problem.head_dim_v} != head_dim {problem.head_dim}"
+    if problem.head_dim % 8:
+        return f"head_dim {problem.head_dim} is not a multiple of 8"
+    limit = 256 if problem.arch in ((8, 0), (9, 0), (10, 0)) else 192
+    if problem.head_dim > limit:
+        return f"head_dim {problem.head_dim} > {limit}"
+    if problem.causal and problem.seqlen_q != problem.seqlen_k:
+        return "causal with seqlen_q != seqlen_k"
+    if problem.scale <= 0:
+        return f"scale {problem.scale:g} <= 0"
+    return None
+
+
+def torch_flash(
+    problem: AttentionProblem, q, k, v, out, lse, dout
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """PyTorch's flash-attention backward, fed with the output and LSE of whichever forward ran."""
+    generator = torch.empty(0, dtype=torch.int64, device=q.device)  # its seed and offset, for dropout: unused
+    grads = torch.ops.aten._scaled_dot_product_flash_attention_backward(
+        *(_last_dim_dense(t).transpose(1, 2) for t in (dout, q, k, v, out)),
+        lse,
+        None,  # cum_seq_q and cum_seq_k: all sequences have one length
+        None,
+        problem.seqlen_q,
+        problem.seqlen_k,
+        0.0,  # dropout_p
+        problem.causal,
+        generator,
+        generator,
+        scale=problem.scale,
+    )
+    dq, dk, dv = (grad.transpose(1, 2) for grad in grads)
+    return dq, dk, dv
+
+
+def sdpa_recompute(
+    problem: AttentionProblem, q, k, v, out, lse, dout
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Run the sdpa backend again, on record this time, and let autograd differentiate it. Always applies."""
+    problem = replace(problem, return_lse=False)
+    inputs = [t.detach().requires_grad_() for t in (q, k, v)]
+    with torch.enable_grad():
+        out, _ = sdpa.forward(problem, sdpa.configure(problem), *inputs)
+    dq, dk, dv = torch.autograd.grad(out, inputs, dout)
+    return dq, dk, dv
+
+
+def _last_dim_dense(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

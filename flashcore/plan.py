@@ -1,0 +1,144 @@
+"""Who computes a problem and how: backend, config, backward pass, and why. Nothing is launched here."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from flashcore import backends, gradients
+from flashcore.backends import Backend
+from flashcore.errors import InvalidInputError, UnsupportedError
+from flashcore.problem import AttentionProblem
+
+# The values of Plan.backward that name no backend.
+NO_GRAD = "none"
+AUTOGRAD = "autograd"
+TORCH_FLASH = "torch-flash"
+SDPA_RECOMPUTE = "sdpa-recompute"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a call with this problem does. ``print`` it, or read the fields."""
+
+    problem: AttentionProblem
+    backend: str  # a name of backends.BACKENDS, or "empty" when there is nothing to multiply
+    config: Any  # the backend's frozen config, or None where it has no choice
+    backward: str  # "none", "autograd", the backend's name for its own, "torch-flash" or "sdpa-recompute"
+    why: str  # of the backend
+    backward_why: str
+    rejected: tuple[tuple[str, str], ...]  # (backend, the one feature it lacks), in order of preference
+
+    def __str__(self) -> str:
+        lines = [("problem", str(self.problem)), ("backend", f"{self.backend}: {self.why}")]
+        if self.config is not None:
+            lines.append(("config", f"{self.config}: {self.config.why}"))
+        lines.append(("backward", f"{self.backward}: {self.backward_why}"))
+        lines += [("rejected", f"{name}: {reason}") for name, reason in self.rejected]
+        return "\n".join(f"{label:<9} {text}" for label, text in lines)
+
+
+@dataclass(frozen=True)
+class Override:
+    """Choices forced by :func:`override`; None leaves one free."""
+
+    backend: str | None
+    config: Any
+    backward: str | None
+
+
+active_override: ContextVar[Override | None] = ContextVar("flashcore_override", default=None)
+
+
+@contextlib.contextmanager
+def override(
+    *, backend: str | None = None, config: Any = None, backward: str | None = None
+) -> Iterator[None]:
+    """Force parts of every plan made inside the ``with`` block. For tests, tuning and bug reports.
+
+    `backend` stands in for ``backend="auto"``, `config` for the chosen backend's own config, `backward` for the choice
+    of backward pass. What is forced is not checked for speed or, beyond the backend's own checks, for sense.
+    """
+    token = active_override.set(Override(backend, config, backward))
+    try:
+        yield
+    finally:
+        active_override.reset(token)
+
+
+def plan(problem: AttentionProblem, backend: str = "auto") -> Plan:
+    """Choose backend, config and backward pass. Memoised.
+
+    :raises InvalidInputError: `backend` is no backend's name.
+    :raises UnsupportedError: none, or not the requested one, can do it; the message says why for each.
+    """
+    return _plan(problem, backend, active_override.get())
+
+
+@lru_cache(maxsize=4096)
+def _plan(problem: AttentionProblem, backend: str, forced: Override | None) -> Plan:
+    if forced and forced.backend and backend == "auto":
+        backend = forced.backend
+    if backend != "auto" and backend not in backends.BACKENDS:
+        raise InvalidInputError(
+            f"attention: backend={backend!r} does not exist (supported: {', '.join(('auto', *backends.BACKENDS))})."
+        )
+    if problem.is_empty:
+        name, why, rejected = "empty", "nothing to multiply: a zero-sized batch or sequence", ()
+    else:
+        name, why, rejected = _choose_backend(problem, backend)
+    module = backends.load(name)
+    config = module.configure(problem)
+    if forced and forced.config is not None and not problem.is_empty:
+        if config is None:
+            raise InvalidInputError(
+                f"override: backend {name} has no config to override (given {forced.config})."
+            )
+        config = forced.config
+    backward, backward_why = _choose_backward(problem, name, module, forced.backward if forced else None)
+    return Plan(problem, name, config, backward, why, backward_why, rejected)
+
+
+def _choose_backend(
+    problem: AttentionProblem, requested: str
+) -> tuple[str, str, tuple[tuple[str, str], ...]]:
+    """The name of the backend, why, and who was rejected on the way."""
+    candidates = backends.BACKENDS if requested == "auto" else (requested,)
+    rejected: list[tuple[str, str]] = []
+    for name in candidates:
+        module = backends.load(name)
+        reason = module.unavailable() or module.rejects(problem)
+        if reason is None:
+            why = "requested" if requested != "auto" else f"the first of {', '.join(candidates)} that can"
+            return name, why, tuple(rejected)
+        rejected.append((name, reason))
+    raise UnsupportedError(_unsupported(problem, requested, rejected))
+
+
+def _unsupported(problem: AttentionProblem, requested: str, rejected: list[tuple[str, str]]) -> str:
+    who = "no backend can" if requested == "auto" else f"backend={requested!r} cannot"
+    reasons = "".join(f"\n  {name}: {reason}" for name, reason in rejected)
+    advice = "" if requested == "auto" else '\nUse backend="auto" to let FlashCore choose one that can.'
+    return f"attention: {who} compute this: {problem}.{reasons}{advice}"
+
+
+def _choose_backward(
+    problem: AttentionProblem, name: str, module: Backend, forced: str | None
+) -> tuple[str, str]:
+    """The backward pass and why."""
+    if not problem.needs_grad:
+        return NO_GRAD, "no input requires a gradient"
+    if forced is not None:
+        return forced, "forced by override"
+    if module.NATIVE_GRAD:
+        return AUTOGRAD, f"{name} is made of torch operations"
+    if module.HAS_BACKWARD:
+        return name, "the backend's own"
+    missing = gradients.torch_flash_rejects(problem)
+    if missing is None:
+        return TORCH_FLASH, f"{name} has no backward yet; PyTorch's flash backward takes our output and LSE"
+    return SDPA_RECOMPUTE, f"{name} has no backward yet, and PyTorch's flash backward does not take {missing}"

@@ -1,0 +1,220 @@
+"""What is to be computed, every dimension named. Validation of inputs happens here and nowhere else."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from flashcore.errors import InvalidInputError
+from flashcore.mask import Mask
+
+DTYPES = {
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.float32: "float32",
+    torch.float64: "float64",
+}
+DEVICES = ("cuda", "cpu")
+
+
+@dataclass(frozen=True)
+class AttentionProblem:
+    """``softmax(scale * q k^T + mask) v`` for one set of shapes. Hashable: plans are memoised by it.
+
+    Tensors are (batch, seqlen, heads, head_dim); ``heads_q`` is a multiple of ``heads_k``, and query head ``h`` reads
+    key/value head ``h // group_size``.
+    """
+
+    dtype: str  # "bfloat16", "float16", "float32" or "float64": of q, k, v and the output
+    device: str  # "cuda" or "cpu"
+    arch: tuple[int, int] | None  # compute capability, such as (9, 0); None on the CPU
+    sm_count: int  # streaming multiprocessors; 0 on the CPU
+    batch: int
+    seqlen_q: int
+    seqlen_k: int
+    heads_q: int
+    heads_k: int
+    head_dim: int  # of q and k
+    head_dim_v: int  # of v and the output
+    causal: bool  # aligned to the bottom right: key j is visible to query i iff j <= i + seqlen_k - seqlen_q
+    scale: float  # finite, may be zero or negative
+    needs_grad: bool = False
+    return_lse: bool = False
+
+    @classmethod
+    def from_tensors(
+        cls,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        causal: bool = False,
+        scale: float | None = None,
+        return_lse: bool = False,
+    ) -> AttentionProblem:
+        """Check the arguments of ``flashcore.attention`` and name their dimensions.
+
+        :raises InvalidInputError: naming the argument, the rule it breaks and what to do.
+        """
+        named = {"q": q, "k": k, "v": v}
+        for name, tensor in named.items():
+            _check_tensor(name, tensor)
+        _check_agreement(q, k, v)
+        for name, flag in {"causal": causal, "return_lse": return_lse}.items():
+            if not isinstance(flag, bool):
+                raise InvalidInputError(f"attention: {name} must be True or False (given {flag!r}).")
+
+        arch, sm_count = _gpu(q.device) if q.device.type == "cuda" else (None, 0)
+        batch, seqlen_q, heads_q, head_dim = q.shape
+        _, seqlen_k, heads_k, head_dim_v = v.shape
+        return cls(
+            dtype=DTYPES[q.dtype],
+            device=q.device.type,
+            arch=arch,
+            sm_count=sm_count,
+            batch=batch,
+            seqlen_q=seqlen_q,
+            seqlen_k=seqlen_k,
+            heads_q=heads_q,
+            heads_k=heads_k,
+            head_dim=head_dim,
+            head_dim_v=head_dim_v,
+            causal=causal,
+            scale=_checked_scale(scale, head_dim),
+            needs_grad=torch.is_grad_enabled() and any(t.requires_grad for t in named.values()),
+            return_lse=return_lse,
+        )
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per key/value head: 1 for multi-head, ``heads_q`` for multi-query attention."""
+        return self.heads_q // self.heads_k
+
+    @property
+    def needs_lse(self) -> bool:
+        """Whether a backend without native gradients must write the LSE: for the caller or for the backward pass."""
+        return self.return_lse or self.needs_grad
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to multiply: the output has no elements, or no query has a key."""
+        return self.batch == 0 or self.seqlen_q == 0 or self.seqlen_k == 0
+
+    @property
+    def mask(self) -> Mask:
+        return Mask(self.causal, self.seqlen_q, self.seqlen_k)
+
+    @property
+    def q_shape(self) -> tuple[int, int, int, int]:
+        return self.batch, self.seqlen_q, self.heads_q, self.head_dim
+
+    @property
+    def k_shape(self) -> tuple[int, int, int, int]:
+        return self.batch, self.seqlen_k, self.heads_k, self.head_dim
+
+    @property
+    def v_shape(self) -> tuple[int, int, int, int]:
+        return self.batch, self.seqlen_k, self.heads_k, self.head_dim_v
+
+    @property
+    def out_shape(self) -> tuple[int, int, int, int]:
+        return self.batch, self.seqlen_q, self.heads_q, self.head_dim_v
+
+    @property
+    def lse_shape(self) -> tuple[int, int, int]:
+        return self.batch, self.heads_q, self.seqlen_q
+
+    def __str__(self) -> str:
+        where = self.device if self.arch is None else f"sm_{self.arch[0]}{self.arch[1]} ({self.sm_count} SMs)"
+        flags = "".join(f", {name}" for name in ("causal", "needs_grad", "return_lse") if getattr(self, name))
+        shapes = f"q {self.q_shape}, k {self.k_shape}, v {self.v_shape}"
+        return f"{self.dtype} on {where}, {shapes}, scale {self.scale:.6g}{flags}"
+
+
+def _check_tensor(name: str, tensor: torch.Tensor) -> None:
+    """What each of q, k, v must be, whatever the others are."""
+    if not isinstance(tensor, torch.Tensor):
+        raise InvalidInputError(f"attention: {name} must be a torch.Tensor (given {type(tensor).__name__}).")
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        raise InvalidInputError(
+            f"attention: {name} must be a dense tensor (given a {kind} one). Convert it first."
+        )
+    if tensor.dtype not in DTYPES:
+        raise InvalidInputError(
+            f"attention: {name} has dtype {_short(tensor.dtype)} (supported: {', '.join(DTYPES.values())}). "
+            "Cast it first."
+        )
+    if tensor.device.type not in DEVICES:
+        raise InvalidInputError(
+            f"attention: {name} is on {tensor.device} (supported: {', '.join(DEVICES)}). Move it first."
+        )
+    if tensor.dim() != 4:
+        raise InvalidInputError(
+            f"attention: {name} must have 4 dimensions, (batch, seqlen, heads, head_dim) "
+            f"(given {tensor.dim()}: {tuple(tensor.shape)})."
+        )
+    heads, head_dim = tensor.shape[2:]
+    if heads == 0 or head_dim == 0:
+        what = "heads" if heads == 0 else "head_dim"
+        raise InvalidInputError(
+            f"attention: {name} has {what}=0 (supported: 1 or more; given {tuple(tensor.shape)}). "
+            "Only batch and seqlen may be 0."
+        )
+
+
+def _check_agreement(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """What q, k and v must have in common."""
+    shapes = f"given q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if not q.dtype == k.dtype == v.dtype:
+        raise InvalidInputError(
+            f"attention: q, k and v must have one dtype (given q {_short(q.dtype)}, k {_short(k.dtype)}, "
+            f"v {_short(v.dtype)}). Cast them to one."
+        )
+    if not q.device == k.device == v.device:
+        raise InvalidInputError(
+            f"attention: q, k and v must be on one device (given q {q.device}, k {k.device}, v {v.device}). "
+            "Move them to one."
+        )
+    if not q.shape[0] == k.shape[0] == v.shape[0]:
+        raise InvalidInputError(
+            f"attention: q, k and v must have one batch size ({shapes}). Expand the smaller ones: it copies nothing."
+        )
+    if k.shape[1] != v.shape[1]:
+        raise InvalidInputError(f"attention: k and v must have one seqlen ({shapes}).")
+    if k.shape[2] != v.shape[2]:
+        raise InvalidInputError(f"attention: k and v must have the same number of heads ({shapes}).")
+    if q.shape[3] != k.shape[3]:
+        raise InvalidInputError(f"attention: q and k must have one head_dim ({shapes}). Only v's may differ.")
+    heads_q, heads_k = q.shape[2], k.shape[2]
+    if heads_q % heads_k:
+        raise InvalidInputError(
+            f"attention: heads_q={heads_q} is not a multiple of heads_k={heads_k} ({shapes}). "
+            "The layout is (batch, seqlen, heads, head_dim): are seqlen and heads swapped?"
+        )
+
+
+def _checked_scale(scale: float | None, head_dim: int) -> float:
+    if scale is None:
+        return head_dim**-0.5
+    if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
+        raise InvalidInputError(
+            f"attention: scale must be a number or None (given {type(scale).__name__}). Call .item() on a tensor."
+        )
+    if not math.isfinite(scale):
+        raise InvalidInputError(f"attention: scale={scale} is not finite. Leave it out for head_dim ** -0.5.")
+    return float(scale)
+
+
+@cache
+def _gpu(device: torch.device) -> tuple[tuple[int, int], int]:
+    properties = torch.cuda.get_device_properties(device)
+    return (properties.major, properties.minor), properties.multi_processor_count
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
