@@ -19,6 +19,7 @@ Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, "
 _runs: dict[tuple, Run] = {}
 _MAX_RUNS = 4096
 
+_is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _active_override = planning.active_override.get
 
@@ -51,6 +52,8 @@ def attention(
     :raises InvalidInputError: arguments that no backend could accept.
     :raises UnsupportedError: no backend, or not the requested one, can do it.
     """
+    if _is_compiling():  # torch.compile breaks its graph here: it cannot trace a kernel launch
+        return _untraced(q, k, v, causal=causal, scale=scale, return_lse=return_lse, backend=backend)
     try:
         grad = _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
         key = (
@@ -58,12 +61,15 @@ def attention(
             causal, scale, grad, return_lse, backend, _active_override(),
         )  # fmt: skip
         run = _runs.get(key)
-    except (AttributeError, TypeError):  # not tensors, or not hashable: validation says which
-        key = run = None
+    except (AttributeError, TypeError, RuntimeError):  # not tensors, nested ones, unhashable values:
+        key = run = None  # validation says which
     if run is None:
         run = _prepare(key, q, k, v, causal, scale, return_lse, backend)
     out, lse = run(q, k, v)
     return (out, lse) if return_lse else out
+
+
+_untraced = torch.compiler.disable(attention)
 
 
 def explain(
@@ -100,12 +106,16 @@ def _prepare(key: tuple | None, q, k, v, causal, scale, return_lse, backend) -> 
 
 def _runner(plan: Plan) -> Run:
     """The shortest way from q, k, v to (out, lse)."""
-    forward = partial(backends.load(plan.backend).forward, plan.problem, plan.config)
+    backend = backends.load(plan.backend)
+    if hasattr(backend, "prepare"):
+        forward = backend.prepare(plan.problem, plan.config)
+    else:
+        forward = partial(backend.forward, plan.problem, plan.config)
     if plan.backward == planning.NO_GRAD:
         return forward
     if plan.backward == planning.AUTOGRAD:
         return partial(_detach_lse, forward)
-    return partial(_Attention.apply, plan)
+    return partial(_Attention.apply, plan, forward)
 
 
 def _detach_lse(forward: Run, q, k, v):
@@ -125,12 +135,12 @@ class _Attention(torch.autograd.Function):
     """Ties a forward that autograd cannot see through to the backward that the plan chose."""
 
     @staticmethod
-    def forward(plan: Plan, q, k, v):
-        return backends.load(plan.backend).forward(plan.problem, plan.config, q, k, v)
+    def forward(plan: Plan, forward: Run, q, k, v):
+        return forward(q, k, v)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        plan, q, k, v = inputs
+        plan, _, q, k, v = inputs
         out, lse = output
         ctx.plan = plan
         ctx.save_for_backward(q, k, v, out, lse)
@@ -147,4 +157,4 @@ class _Attention(torch.autograd.Function):
             grads = gradients.sdpa_recompute(plan.problem, *tensors)
         else:
             grads = backends.load(plan.backward).backward(plan.problem, plan.config, *tensors)
-        return None, *grads
+        return None, None, *grads

@@ -7,6 +7,7 @@ imported when a plan first considers it. Adding one takes the module and its nam
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
     from flashcore.problem import AttentionProblem
 
-BACKENDS: tuple[str, ...] = ("sdpa", "reference")
+BACKENDS: tuple[str, ...] = ("hopper", "sdpa", "reference")
 
 
 class Backend(Protocol):
@@ -40,6 +41,9 @@ class Backend(Protocol):
         The LSE is the natural logarithm, -inf for a query that sees no key; its output row is 0. It may be None
         unless ``problem.needs_lse`` (with NATIVE_GRAD: unless ``problem.return_lse``).
         """
+
+    def prepare(self, problem: AttentionProblem, config: Any) -> Callable:
+        """Optional: ``forward`` as a callable (q, k, v) -> (out, lse) with what only problem and config decide done."""
 
     def backward(
         self,

@@ -1,0 +1,97 @@
+"""The Hopper backend: our own CUDA C++ kernels for sm_90 (H100, H200, GH200), compiled at first use.
+
+Forward only so far; `plan` finds a backward pass elsewhere.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import TYPE_CHECKING
+
+from flashcore.backends.hopper.configs import ForwardConfig, choose_forward
+from flashcore.problem import AttentionProblem
+
+if TYPE_CHECKING:
+    import torch
+
+NATIVE_GRAD = False
+HAS_BACKWARD = False
+
+# The kernel divides by the scale; below this the quotient of its rescaling threshold could overflow.
+_MIN_SCALE = 1e-20
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why this machine cannot run the backend; None if it can."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "no CUDA device is available"
+    capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    if (9, 0) not in capabilities:
+        return f"needs compute capability 9.0 (found {', '.join(f'{a}.{b}' for a, b in sorted(capabilities))})"
+    return _missing_library()
+
+
+def _missing_library() -> str | None:
+    """What of the compiler and launcher is missing or does not fit PyTorch; None if all is there."""
+    import torch
+
+    try:
+        import cuda.bindings
+        import cuda.core  # noqa: F401
+    except ImportError as error:
+        return f"{error.name or error} is not installed: pip install 'flashcore[cu{torch.version.cuda.split('.')[0]}]'"
+    bindings, wanted = cuda.bindings.__version__.split(".")[0], torch.version.cuda.split(".")[0]
+    if bindings != wanted:
+        return (
+            f"cuda-bindings {cuda.bindings.__version__} does not match PyTorch's CUDA {torch.version.cuda}: "
+            f"pip install 'cuda-bindings=={wanted}.*'"
+        )
+    from flashcore.backends.hopper.jit import nvrtc_version
+
+    try:
+        nvrtc_version()
+    except Exception as error:  # cuda.pathfinder's errors share no public base class
+        return f"NVRTC cannot be loaded ({error}): pip install 'flashcore[cu{wanted}]'"
+    return None
+
+
+def rejects(problem: AttentionProblem) -> str | None:
+    """The one feature of the problem that the kernels lack; None if they have all."""
+    if problem.arch != (9, 0):
+        return f"device {problem.device} with compute capability {problem.arch} is not Hopper (9, 0)"
+    if problem.dtype not in ("bfloat16", "float16"):
+        return f"dtype {problem.dtype} is neither bfloat16 nor float16"
+    if problem.head_dim_v != problem.head_dim:
+        return f"head_dim_v {problem.head_dim_v} differs from head_dim {problem.head_dim}"
+    if problem.head_dim > 256:
+        return f"head_dim {problem.head_dim} > 256"
+    if problem.head_dim % 8:
+        return f"head_dim {problem.head_dim} is not a multiple of 8"
+    if not problem.scale >= _MIN_SCALE:
+        return f"scale {problem.scale} is not positive (at least {_MIN_SCALE})"
+    if problem.batch * problem.heads_q * math.ceil(problem.seqlen_q / 64) >= 2**31:
+        return "more than 2^31 query tiles"
+    return None
+
+
+def configure(problem: AttentionProblem) -> ForwardConfig:
+    """The kernel variant for a problem that is not rejected; its ``why`` is the reason of its table row."""
+    return choose_forward(problem)
+
+
+def prepare(problem: AttentionProblem, config: ForwardConfig):
+    """A callable (q, k, v) -> (out, lse) with everything that does not depend on the tensors done."""
+    from flashcore.backends.hopper.attention import ForwardLauncher
+
+    return ForwardLauncher(problem, config)
+
+
+def forward(
+    problem: AttentionProblem, config: ForwardConfig, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output (B, Sq, Hq, D) and LSE (B, Hq, Sq); see :class:`flashcore.backends.Backend`."""
+    return prepare(problem, config)(q, k, v)

@@ -1,0 +1,87 @@
+"""Launches the Hopper attention kernels: what a call does on the host once its plan is known."""
+
+from __future__ import annotations
+
+import math
+
+import numpy
+import torch
+
+from flashcore.backends.hopper import tma
+from flashcore.backends.hopper.configs import ForwardConfig, heads_per_section
+from flashcore.backends.hopper.jit import compile_kernel
+from flashcore.problem import AttentionProblem
+
+_LOG2_E = 1 / math.log(2)
+_MAX_MAPS = 64  # tensor maps kept per operand: the caching allocator hands out the same few addresses
+
+
+class ForwardLauncher:
+    """One forward variant for one problem. Calling it allocates the outputs and launches."""
+
+    def __init__(self, problem: AttentionProblem, config: ForwardConfig):
+        self._config = config
+        self._kernel = compile_kernel(config)
+        self._dtype = getattr(torch, problem.dtype)
+        self._out_shape = (problem.batch, problem.seqlen_q, problem.heads_q, problem.head_dim)
+        self._lse_shape = (problem.batch, problem.heads_q, problem.seqlen_q)
+        m_blocks = -(-problem.seqlen_q // config.tile_m)
+        tiles = m_blocks * problem.heads_q * problem.batch
+        self._grid = min(tiles, problem.sm_count)
+        integers = (
+            problem.batch, problem.heads_q, problem.group_size, problem.seqlen_q, problem.seqlen_k,
+            m_blocks, tiles, heads_per_section(config, problem),
+        )  # fmt: skip
+        self._scalars = (*map(numpy.int32, integers), numpy.float32(problem.scale * _LOG2_E))
+        self._maps: tuple[dict, ...] = ({}, {}, {}, {})  # of q, k, v, out: (address, strides) -> tensor map
+        self._loaded: dict[int, tuple] = {}  # device index -> (kernel, launch config)
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        from cuda.core import launch
+
+        device = q.device
+        out = torch.empty(self._out_shape, dtype=self._dtype, device=device)
+        lse = torch.empty(self._lse_shape, dtype=torch.float32, device=device)
+        # Copies made here live until the launch is queued; the allocator orders their reuse after it.
+        maps = [self._map(i, tensor) for i, tensor in enumerate((q, k, v, out))]
+        kernel, launch_config = self._loaded.get(device.index) or self._load(device.index)
+        launch(_current_stream(device.index), launch_config, kernel, *(m for m, _ in maps), lse.data_ptr(), *self._scalars)
+        return out, lse
+
+    def _map(self, operand: int, tensor: torch.Tensor):
+        """The operand's tensor map, and the tensor that it points into."""
+        maps = self._maps[operand]
+        key = (tensor.data_ptr(), tensor.stride())
+        found = maps.get(key)
+        if found is not None:
+            return found, tensor
+        addressed = tma.addressable(tensor, "qkvo"[operand])
+        rows = self._config.tile_n if operand in (1, 2) else 64
+        made = tma.tensor_map(addressed, rows)
+        if addressed is tensor:  # a copy's address means nothing for the next call
+            if len(maps) >= _MAX_MAPS:
+                maps.clear()
+            maps[key] = made
+        return made, addressed
+
+    def _load(self, device: int) -> tuple:
+        from cuda.core import LaunchConfig
+
+        config = self._config
+        launch_config = LaunchConfig(grid=self._grid, block=config.threads, shmem_size=config.smem_bytes)
+        self._loaded[device] = loaded = (self._kernel.load(device), launch_config)
+        return loaded
+
+
+_streams: dict[int, object] = {}
+
+
+def _current_stream(device: int):
+    """PyTorch's current stream as a ``cuda.core.Stream``."""
+    handle = torch._C._cuda_getCurrentRawStream(device)
+    stream = _streams.get(handle)
+    if stream is None:
+        from cuda.core import Stream
+
+        stream = _streams[handle] = Stream.from_handle(handle)
+    return stream

@@ -1,0 +1,173 @@
+"""Kernel variants of the Hopper backend: what a variant is, which one a problem gets, and why.
+
+Pure arithmetic: needs neither torch nor CUDA. A config becomes `struct Config` in front of the kernel source
+(:mod:`flashcore.backends.hopper.jit`), so each field is spelled as the device code spells it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import ClassVar
+
+from flashcore.problem import AttentionProblem
+
+SMEM_LIMIT = 227 * 1024  # bytes of shared memory one CTA may have on sm_90
+REGISTER_FILE = 64 * 1024  # 32-bit registers of one SM
+L2_SHARE = 32 * 1024 * 1024  # bytes of the L2 cache that K and V of one section of heads may fill
+
+_ELEMENTS = {"bfloat16": "Bf16", "float16": "Fp16"}
+_REGISTERS = {1: (24, 240), 2: (24, 240), 3: (32, 160)}  # consumer warpgroups: registers of (producer, consumer)
+
+
+@dataclass(frozen=True)
+class ForwardConfig:
+    """One variant of ``device/attention/forward_sm90.cuh``."""
+
+    dtype: str  # "bfloat16" | "float16"
+    head_dim: int  # of the tile, a multiple of 64; shorter heads are filled with zeros by TMA
+    causal: bool
+    tile_n: int  # keys per block
+    consumers: int  # consumer warpgroups, 64 query rows each
+    stages: int  # ring slots, each one block of K or of V
+    q_buffers: int  # 2: the next tile starts under the end of this one
+    turns: bool  # warpgroups take turns at issuing matrix products
+    wait_limit: int = 0  # > 0: a barrier wait traps after so many tries (development)
+    why: str = field(default="", compare=False)  # the reason of the table row it came from
+
+    source: ClassVar[str] = "attention/forward_sm90.cuh"
+    entry: ClassVar[str] = "attention_forward_sm90"
+
+    @property
+    def tile_m(self) -> int:
+        """Query rows per CTA tile."""
+        return 64 * self.consumers
+
+    @property
+    def threads(self) -> int:
+        return 128 * (self.consumers + 1)
+
+    @property
+    def producer_registers(self) -> int:
+        return _REGISTERS[self.consumers][0]
+
+    @property
+    def consumer_registers(self) -> int:
+        return _REGISTERS[self.consumers][1]
+
+    @property
+    def smem_bytes(self) -> int:
+        """``sizeof(ForwardSmem<Config>)``, which the kernel asserts."""
+        q = self.q_buffers * self.tile_m * self.head_dim * 2
+        kv = self.stages * self.tile_n * self.head_dim * 2
+        barriers = 8 * 2 * (self.stages + self.q_buffers * self.consumers)
+        return -(-(q + kv + barriers) // 1024) * 1024
+
+    def infeasible(self) -> str | None:
+        """Why this config cannot be a kernel; None if it can."""
+        registers = 128 * (self.producer_registers + self.consumers * self.consumer_registers)
+        if self.dtype not in _ELEMENTS:
+            return f"dtype {self.dtype} is neither bfloat16 nor float16"
+        if self.head_dim % 64 or not 64 <= self.head_dim <= 256:
+            return f"head_dim {self.head_dim} is not 64, 128, 192 or 256"
+        if self.tile_n % 16 or not 16 <= self.tile_n <= 256:
+            return f"tile_n {self.tile_n} is not a multiple of 16 up to 256"
+        if self.smem_bytes > SMEM_LIMIT:
+            return f"{self.smem_bytes} bytes of shared memory exceed {SMEM_LIMIT}"
+        if registers > REGISTER_FILE:
+            return f"{registers} registers exceed {REGISTER_FILE}"
+        if self.turns and self.consumers == 1:
+            return "one warpgroup cannot take turns"
+        if self.stages < 3:
+            return "the schedule holds K of one block and V of another: it needs 3 stages"
+        return None
+
+    def constants(self) -> dict[str, int | bool]:
+        """Name and value of every constant of the device-side ``struct Config``."""
+        derived = ("tile_m", "threads", "producer_registers", "consumer_registers", "smem_bytes")
+        names = [f.name for f in fields(self) if f.name not in ("dtype", "why")] + list(derived)
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def element(self) -> str:
+        """The device-side element type."""
+        return _ELEMENTS[self.dtype]
+
+    def __str__(self) -> str:
+        mask = "causal" if self.causal else "full"
+        return (
+            f"{self.dtype} head_dim {self.head_dim} {mask}: tile {self.tile_m} x {self.tile_n}, "
+            f"{self.consumers} consumer warpgroups, {self.stages} stages, {self.q_buffers} Q buffers"
+            + (", turns" if self.turns else "")
+        )
+
+
+@dataclass(frozen=True)
+class ForwardRow:
+    """A row of the table: the tile for problems it applies to, and the reason."""
+
+    head_dim: int
+    applies: Callable[[AttentionProblem], bool]
+    tile_n: int
+    consumers: int
+    stages: int
+    q_buffers: int
+    turns: bool
+    why: str
+
+    def config(self, dtype: str, causal: bool) -> ForwardConfig:
+        return ForwardConfig(
+            dtype, self.head_dim, causal, self.tile_n, self.consumers, self.stages, self.q_buffers, self.turns,
+            why=self.why,
+        )  # fmt: skip
+
+
+def _always(problem: AttentionProblem) -> bool:
+    return True
+
+
+# The first row with the problem's head_dim (rounded up) that applies is taken.
+FORWARD_TABLE: tuple[ForwardRow, ...] = (
+    ForwardRow(64, _always, 128, 2, 8, 2, True, "two warpgroups, deep ring"),
+    ForwardRow(128, _always, 128, 2, 5, 2, True, "a 128 x 128 tile keeps scores, probabilities and output in registers"),
+    ForwardRow(192, _always, 96, 2, 4, 1, True, "fits a block of K and one of V twice beside Q"),
+    ForwardRow(256, _always, 80, 2, 4, 1, True, "the widest block of which two K and two V fit beside Q"),
+)
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """The tile's head_dim for a problem's head_dim: the next multiple of 64."""
+    return -(-head_dim // 64) * 64
+
+
+def choose_forward(problem: AttentionProblem) -> ForwardConfig:
+    """The config for a problem that the backend accepts."""
+    wanted = padded_head_dim(problem.head_dim)
+    for row in FORWARD_TABLE:
+        if row.head_dim == wanted and row.applies(problem):
+            return row.config(problem.dtype, problem.causal)
+    raise LookupError(f"no row of FORWARD_TABLE has head_dim {wanted}")
+
+
+def heads_per_section(config: ForwardConfig, problem: AttentionProblem) -> int:
+    """How many (batch, head) pairs are processed side by side (``AttentionParams.heads_per_section``).
+
+    Without a mask one head after the other, so that all SMs read the same keys. Under a causal mask the long tiles
+    of many heads come first; as many heads as keep their K and V in the L2 cache, at least one.
+    """
+    if not config.causal:
+        return 1
+    kv_bytes = problem.seqlen_k * problem.head_dim * 2 * 2
+    heads = max(1, L2_SHARE // max(1, kv_bytes)) * problem.group_size
+    return min(heads, problem.batch * problem.heads_q)
+
+
+def declared_configs() -> list[tuple[str, ForwardConfig]]:
+    """Every variant that :func:`choose_forward` can return, with a name."""
+    return [
+        (f"forward-{row.head_dim}-{row.consumers}x{row.tile_n}-{'causal' if causal else 'full'}-{dtype}",
+         row.config(dtype, causal))
+        for row in FORWARD_TABLE
+        for causal in (False, True)
+        for dtype in _ELEMENTS
+    ]

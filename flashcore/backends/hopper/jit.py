@@ -1,0 +1,325 @@
+"""From a config to a loaded kernel: source text, NVRTC, the caches, the resource report.
+
+Needs neither a GPU nor a driver until :meth:`CompiledKernel.load`.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import json
+import re
+import threading
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from filelock import FileLock
+
+import flashcore
+from flashcore import env
+from flashcore.errors import CompileError, FlashCoreWarning
+
+DEVICE_SOURCES = Path(flashcore.__file__).parent / "device"
+ARCH = "sm_90a"  # wgmma and setmaxnreg exist for exactly this target
+
+
+class KernelConfig(Protocol):
+    """What a kernel's config dataclass offers (configs.py)."""
+
+    source: str  # file under flashcore/device that defines the kernel
+    entry: str  # the kernel's name
+    element: str  # device-side element type
+    smem_bytes: int
+
+    def constants(self) -> dict[str, int | bool]: ...
+
+
+@dataclass(frozen=True)
+class CompiledKernel:
+    """A cubin and what the assembler said about it."""
+
+    config: Any
+    cubin: bytes
+    registers: int  # per thread at launch
+    spill_bytes: int  # spill stores + loads + stack frame, per thread
+    warnings: tuple[str, ...]  # of the assembler, such as serialised WGMMA
+    seconds: float  # NVRTC's time; 0 if it came from a cache
+    from_cache: str | None  # "memory", "disk", or None if it was compiled now
+
+    @property
+    def smem_bytes(self) -> int:
+        return self.config.smem_bytes
+
+    @functools.cached_property
+    def _object(self):
+        from cuda.core import ObjectCode
+
+        return ObjectCode.from_cubin(self.cubin, name=self.config.entry)
+
+    @functools.cache
+    def load(self, device: int):
+        """The ``cuda.core.Kernel`` for a device, allowed to use its shared memory. Needs a GPU."""
+        from cuda.bindings import driver
+
+        kernel = self._object.get_kernel(self.config.entry)
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        (error,) = driver.cuKernelSetAttribute(attribute, self.smem_bytes, kernel.handle, device)
+        if error != driver.CUresult.CUDA_SUCCESS:
+            raise RuntimeError(f"cuKernelSetAttribute({self.smem_bytes} bytes of shared memory): {error}")
+        return kernel
+
+
+# ---- source --------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _flatten(path: str) -> str:
+    """A device source with its includes pasted in, each file once, so that the text alone decides the cubin."""
+    seen = {DEVICE_SOURCES / "ptx/types.cuh"} if path != "ptx/types.cuh" else set()  # precedes every kernel file
+
+    def paste(file: Path) -> str:
+        if file in seen:
+            return ""
+        seen.add(file)
+        name = file.relative_to(DEVICE_SOURCES).as_posix()
+        lines = [f'#line 1 "{name}"']
+        for number, line in enumerate(file.read_text().splitlines(), 1):
+            if include := re.fullmatch(r'#include "(.+)"', line):
+                lines.append(paste((file.parent / include[1]).resolve()))
+                lines.append(f'#line {number + 1} "{name}"')
+            elif line != "#pragma once":
+                lines.append(line)
+        return "\n".join(lines)
+
+    return paste((DEVICE_SOURCES / path).resolve())
+
+
+def kernel_source(config: KernelConfig) -> str:
+    """The complete translation unit of a variant: the config as a struct, then the kernel file."""
+    constants = "\n".join(
+        f"  static constexpr {'bool' if isinstance(value, bool) else 'int'} {name} = {str(value).lower()};"
+        for name, value in config.constants().items()
+    )
+    return f"""\
+{_flatten("ptx/types.cuh")}
+struct Config {{
+  using Element = {config.element};
+{constants}
+}};
+{_flatten(config.source)}
+"""
+
+
+def source_digest() -> str:
+    """SHA-256 over all device sources and the tile table: names what was measured."""
+    digest = hashlib.sha256()
+    for file in [*sorted(DEVICE_SOURCES.rglob("*.cuh")), Path(__file__).with_name("configs.py")]:
+        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+# ---- compilation ---------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def nvrtc_version() -> str:
+    """Version of the NVRTC library that compiles the kernels, such as "13.0"."""
+    from cuda.bindings import nvrtc
+
+    error, major, minor = nvrtc.nvrtcVersion()
+    if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        raise CompileError(f"NVRTC does not answer: {error}")
+    return f"{major}.{minor}"
+
+
+_OPTIONS = dict(
+    arch=ARCH,
+    std="c++17",
+    use_fast_math=True,
+    device_as_default_execution_space=True,
+    lineinfo=True,
+    ptxas_options=["-v"],
+)
+
+
+def _compile(config: KernelConfig, source: str) -> tuple[bytes, dict[str, Any]]:
+    from cuda.core import Program, ProgramOptions
+
+    log = io.StringIO()
+    try:
+        cubin = bytes(Program(source, "c++", ProgramOptions(name="flashcore.cu", **_OPTIONS)).compile("cubin", logs=log).code)
+    except Exception as error:  # cuda.core has no public base class of its compiler errors
+        kept = _keep_source(config, source)
+        raise CompileError(f"{config}: did not compile (source: {kept}; NVRTC {nvrtc_version()})\n{error}") from error
+    return cubin, _resource_report(log.getvalue())
+
+
+def _resource_report(log: str) -> dict[str, Any]:
+    registers = re.search(r"Used (\d+) registers", log)
+    if registers is None:
+        raise CompileError(f"no resource report in the assembler's log:\n{log}")
+    spills = [int(n) for n in re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", log)]
+    advice = [line.strip() for line in log.splitlines() if re.search(r"C75\d\d|warning", line)]
+    return {"registers": int(registers[1]), "spill_bytes": sum(spills), "warnings": advice}
+
+
+def _keep_source(config: KernelConfig, source: str) -> str:
+    digest = hashlib.sha256(source.encode()).hexdigest()[:16]
+    path = env.cache_dir() / "sources" / f"{config.entry}-{digest}.cu"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"// {config}\n{source}")
+    except OSError as error:
+        return f"not kept: {error}"
+    return str(path)
+
+
+# ---- caches --------------------------------------------------------------------------------------------------------
+
+_MAGIC = b"flashcore kernel 1\n"
+
+
+def _pack_entry(cubin: bytes, report: dict[str, Any]) -> bytes:
+    header = json.dumps({**report, "sha256": hashlib.sha256(cubin).hexdigest()}).encode()
+    return _MAGIC + header + b"\n" + cubin
+
+
+def _unpack_entry(entry: bytes) -> tuple[bytes, dict[str, Any]] | None:
+    """Cubin and report, or None if the entry is damaged."""
+    if not entry.startswith(_MAGIC):
+        return None
+    header, _, cubin = entry[len(_MAGIC) :].partition(b"\n")
+    try:
+        report = json.loads(header)
+    except ValueError:
+        return None
+    if report.pop("sha256", None) != hashlib.sha256(cubin).hexdigest():
+        return None
+    return cubin, report
+
+
+class DiskCache:
+    """Compiled kernels on disk, shared by processes: atomic files, one compilation per key at a time."""
+
+    def __init__(self, path: Path):
+        from cuda.core.utils import FileStreamProgramCache
+
+        self.path = path
+        self._locks = path / "locks"
+        self._locks.mkdir(parents=True, exist_ok=True)
+        self._store = FileStreamProgramCache(path / "kernels")
+
+    def get(self, key: str) -> tuple[bytes, dict[str, Any]] | None:
+        try:
+            entry = self._store[key]
+        except KeyError:
+            return None
+        return _unpack_entry(entry)
+
+    def put(self, key: str, cubin: bytes, report: dict[str, Any]) -> None:
+        self._store[key] = _pack_entry(cubin, report)
+
+    def lock(self, key: str) -> FileLock:
+        return FileLock(self._locks / f"{key}.lock")
+
+    def clear(self) -> None:
+        self._store.clear()
+
+    def __len__(self) -> int:
+        return len(self._store)
+
+
+_warned_directories: set[Path] = set()
+
+
+def disk_cache() -> DiskCache | None:
+    """The disk cache; None if it is switched off or its directory cannot be written (warns once)."""
+    if not env.cache_enabled():
+        return None
+    path = env.cache_dir()
+    try:
+        return DiskCache(path)
+    except OSError as error:
+        _warn_unwritable(path, error)
+        return None
+
+
+def _warn_unwritable(path: Path, error: OSError) -> None:
+    if path not in _warned_directories:
+        _warned_directories.add(path)
+        warnings.warn(
+            f"kernels are not kept on disk, every process compiles its own: {path} cannot be written ({error}). "
+            "Set FLASHCORE_CACHE_DIR to a writable directory.",
+            FlashCoreWarning,
+            stacklevel=2,
+        )
+
+
+def cache_key(source: str) -> str:
+    """Content key of a translation unit: its text, the options, the compiler's and this package's versions."""
+    parts = (source, json.dumps(_OPTIONS, sort_keys=True), nvrtc_version(), flashcore.__version__)
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+_memory: dict[KernelConfig, CompiledKernel] = {}
+_memory_lock = threading.Lock()
+_config_locks: dict[KernelConfig, threading.Lock] = {}
+
+
+def compile_kernel(config: KernelConfig) -> CompiledKernel:
+    """The compiled kernel of a config: from memory, else from disk, else by NVRTC.
+
+    Raises:
+        CompileError: naming the config, the kept source file and the compiler's log.
+    """
+    if (kernel := _memory.get(config)) is not None:
+        return kernel
+    with _memory_lock:
+        lock = _config_locks.setdefault(config, threading.Lock())
+    with lock:
+        if (kernel := _memory.get(config)) is None:
+            kernel = _memory[config] = _compile_or_read(config)
+    return kernel
+
+
+def _compile_or_read(config: KernelConfig) -> CompiledKernel:
+    source = kernel_source(config)
+    if env.keep_sources():
+        _keep_source(config, source)
+    cache, key = disk_cache(), cache_key(source)
+    if cache is None:
+        return _timed_compile(config, source)
+    try:
+        if (found := cache.get(key)) is not None:
+            return _from_disk(config, found)
+        with cache.lock(key):
+            if (found := cache.get(key)) is not None:  # another process was faster
+                return _from_disk(config, found)
+            kernel = _timed_compile(config, source)
+            report = {name: getattr(kernel, name) for name in ("registers", "spill_bytes", "warnings")}
+            cache.put(key, kernel.cubin, report)
+            return kernel
+    except OSError as error:
+        _warn_unwritable(cache.path, error)
+        return _timed_compile(config, source)
+
+
+def _timed_compile(config: KernelConfig, source: str) -> CompiledKernel:
+    start = time.perf_counter()
+    cubin, report = _compile(config, source)
+    return CompiledKernel(
+        config, cubin, report["registers"], report["spill_bytes"], tuple(report["warnings"]),
+        seconds=time.perf_counter() - start, from_cache=None,
+    )
+
+
+def _from_disk(config: KernelConfig, found: tuple[bytes, dict[str, Any]]) -> CompiledKernel:
+    cubin, report = found
+    return CompiledKernel(
+        config, cubin, report["registers"], report["spill_bytes"], tuple(report["warnings"]),
+        seconds=0.0, from_cache="disk",
+    )

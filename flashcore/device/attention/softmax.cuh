@@ -1,0 +1,106 @@
+// Online softmax of one warpgroup's 64 rows, on accumulator fragments (core/fragment.cuh), base 2.
+//
+// row_max is the maximum that the exponentials of a row refer to. It is set from the first block of a tile and
+// then kept stale until some score of the warp exceeds it by more than `headroom` (in units of log2): only then
+// are the running sum and the output rescaled. Probabilities reach at most 2^headroom = 256, which fp16, bf16
+// and the fp32 sums hold without loss, and a skipped rescale costs neither shuffles nor multiplications.
+//
+// Floats of equal sign order like their bit patterns: as integers, positive floats compare right with each other,
+// and above all negative ones. So while the threshold is not negative, the scores above it are found by integer
+// maxima, which Hopper takes three operands at a time.
+#pragma once
+#include "../core/fragment.cuh"
+
+template <class Config> struct Softmax {
+  static constexpr float headroom = 8.0f;
+  static constexpr int n = Config::tile_n / 2;
+
+  const float scale_log2;
+  const float margin;  // headroom in units of the raw scores
+  float row_max[2];    // in units of the raw scores; -inf while a row has seen no key
+  float row_sum[2];    // this thread's share
+  float threshold[2];  // row_max + margin
+  float rescale[2];    // factors for the output when update() returned true
+  bool fast;           // no threshold in this warp is negative
+
+  Softmax(float scale_log2) : scale_log2(scale_log2), margin(headroom / scale_log2) {}
+
+  static __forceinline__ float row_maximum(const float (&s)[n], int slot, float start) {
+    float m = start;
+#pragma unroll
+    for (int i = 0; i < n; ++i)
+      if (fragment_slot(i) == slot) m = fmaxf(m, s[i]);
+    return m;
+  }
+
+  static __forceinline__ int row_maximum_bits(const float (&s)[n], int slot, int start) {
+    int m = start;
+#pragma unroll
+    for (int i = 0; i < n; i += 4) {
+      const int j = i + 2 * slot;
+      m = max(max(m, __float_as_int(s[j])), __float_as_int(s[j + 1]));
+    }
+    return m;
+  }
+
+  __forceinline__ void set_thresholds() {
+#pragma unroll
+    for (int slot = 0; slot < 2; ++slot) threshold[slot] = row_max[slot] + margin;
+    fast = __all_sync(full_warp, threshold[0] >= 0 && threshold[1] >= 0);
+  }
+
+  // s becomes exp2(s * scale_log2 - row_max * scale_log2), and is added to the row sums.
+  __forceinline__ void exponentiate(float (&s)[n]) {
+    // A row without keys keeps row_max = -inf: refer to 0, so that its exponentials are 0, not NaN.
+    const float offset[2] = {row_max[0] == negative_infinity() ? 0 : row_max[0] * scale_log2,
+                             row_max[1] == negative_infinity() ? 0 : row_max[1] * scale_log2};
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      s[i] = exp2_approx(s[i] * scale_log2 - offset[fragment_slot(i)]);
+      row_sum[fragment_slot(i)] += s[i];
+    }
+  }
+
+  // First block of a tile.
+  __forceinline__ void start(float (&s)[n]) {
+#pragma unroll
+    for (int slot = 0; slot < 2; ++slot) {
+      row_max[slot] = quad_max(row_maximum(s, slot, negative_infinity()));
+      row_sum[slot] = 0;
+    }
+    set_thresholds();
+    exponentiate(s);
+  }
+
+  // Later blocks. Returns, uniformly per warp, whether the output of earlier blocks must be rescaled.
+  __forceinline__ bool update(float (&s)[n]) {
+    float top[2];  // max(threshold, scores of this thread)
+    if (fast) {
+#pragma unroll
+      for (int slot = 0; slot < 2; ++slot)
+        top[slot] = __int_as_float(row_maximum_bits(s, slot, __float_as_int(threshold[slot])));
+    } else {
+#pragma unroll
+      for (int slot = 0; slot < 2; ++slot) top[slot] = row_maximum(s, slot, threshold[slot]);
+    }
+    const bool grew = __any_sync(full_warp, top[0] > threshold[0] || top[1] > threshold[1]);
+    if (grew) {
+#pragma unroll
+      for (int slot = 0; slot < 2; ++slot) {
+        const float m = quad_max(top[slot]);
+        const bool row_grew = m > threshold[slot];
+        rescale[slot] = row_grew ? exp2_approx((row_max[slot] - m) * scale_log2) : 1.0f;
+        row_sum[slot] *= rescale[slot];
+        if (row_grew) row_max[slot] = m;
+      }
+      set_thresholds();
+    }
+    exponentiate(s);
+    return grew;
+  }
+
+  template <int cols> __forceinline__ void rescale_output(float (&o)[cols]) {
+#pragma unroll
+    for (int i = 0; i < cols; ++i) o[i] *= rescale[fragment_slot(i)];
+  }
+};
