@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -10,10 +9,9 @@ from torch.autograd.function import once_differentiable
 
 from flashcore import backends, gradients
 from flashcore import plan as planning
+from flashcore.backends import Run
 from flashcore.plan import Plan
 from flashcore.problem import AttentionProblem
-
-Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, "torch.Tensor | None"]]
 
 # How to run each kind of call seen so far. Strides are not part of the key: no check and no plan depends on them.
 _runs: dict[tuple, Run] = {}
@@ -106,11 +104,7 @@ def _prepare(key: tuple | None, q, k, v, causal, scale, return_lse, backend) -> 
 
 def _runner(plan: Plan) -> Run:
     """The shortest way from q, k, v to (out, lse)."""
-    backend = backends.load(plan.backend)
-    if hasattr(backend, "prepare"):
-        forward = backend.prepare(plan.problem, plan.config)
-    else:
-        forward = partial(backend.forward, plan.problem, plan.config)
+    forward = backends.prepare(plan.backend, plan.problem, plan.config)
     if plan.backward == planning.NO_GRAD:
         return forward
     if plan.backward == planning.AUTOGRAD:
@@ -140,9 +134,8 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        plan, _, q, k, v = inputs
+        ctx.plan, _, q, k, v = inputs
         out, lse = output
-        ctx.plan = plan
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.mark_non_differentiable(lse)
 

@@ -60,8 +60,9 @@ def override(
 ) -> Iterator[None]:
     """Force parts of every plan made inside the ``with`` block. For tests, tuning and bug reports.
 
-    `backend` stands in for ``backend="auto"``, `config` for the chosen backend's own config, `backward` for the choice
-    of backward pass. What is forced is not checked for speed or, beyond the backend's own checks, for sense.
+    `backend` stands in for ``backend="auto"``. `config` replaces the chosen backend's own config, unchecked. `backward`
+    is the name of a backend with a backward of its own, ``"torch-flash"`` or ``"sdpa-recompute"``, for backends that
+    autograd cannot see through.
     """
     token = active_override.set(Override(backend, config, backward))
     try:
@@ -132,13 +133,19 @@ def _choose_backward(
     """The backward pass and why."""
     if not problem.needs_grad:
         return NO_GRAD, "no input requires a gradient"
-    if forced is not None:
-        return forced, "forced by override"
     if module.NATIVE_GRAD:
         return AUTOGRAD, f"{name} is made of torch operations"
-    if module.HAS_BACKWARD:
-        return name, "the backend's own"
-    missing = gradients.torch_flash_rejects(problem)
-    if missing is None:
-        return TORCH_FLASH, f"{name} has no backward yet; PyTorch's flash backward takes our output and LSE"
-    return SDPA_RECOMPUTE, f"{name} has no backward yet, and PyTorch's flash backward does not take {missing}"
+    no_flash = gradients.torch_flash_rejects(problem)
+    possible = {
+        name: None if module.HAS_BACKWARD else f"{name} has no backward of its own yet",
+        TORCH_FLASH: no_flash and f"PyTorch's flash backward does not take {no_flash}",
+        SDPA_RECOMPUTE: None,
+    }
+    if forced is not None:
+        reason = possible.get(forced, f"it is none of {', '.join(possible)}")
+        if reason is not None:
+            raise UnsupportedError(f"override: backward={forced!r} cannot be used: {reason}.")
+        return forced, "forced by override"
+    chosen = next(choice for choice, reason in possible.items() if reason is None)
+    reasons = [reason for reason in possible.values() if reason is not None]
+    return chosen, "; ".join(reasons) or "the backend's own"

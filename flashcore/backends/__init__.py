@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 BACKENDS: tuple[str, ...] = ("hopper", "sdpa", "reference")
 
 
+Run = Callable[["torch.Tensor", "torch.Tensor", "torch.Tensor"], "tuple[torch.Tensor, torch.Tensor | None]"]
+
+
 class Backend(Protocol):
     """What every backend module provides. Shapes are those of :class:`~flashcore.problem.AttentionProblem`."""
 
@@ -45,6 +48,9 @@ class Backend(Protocol):
     def prepare(self, problem: AttentionProblem, config: Any) -> Callable:
         """Optional: ``forward`` as a callable (q, k, v) -> (out, lse) with what only problem and config decide done."""
 
+    def prepare(self, problem: AttentionProblem, config: Any) -> Run:
+        """Optional: `forward` with everything done that does not depend on the tensors. Called once per plan."""
+
     def backward(
         self,
         problem: AttentionProblem,
@@ -56,9 +62,17 @@ class Backend(Protocol):
         lse: torch.Tensor,
         dout: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Compute ``(dq, dk, dv)``, shaped like q, k and v. ``dout`` may have any strides, 0 included."""
+        """Optional, see HAS_BACKWARD: compute ``(dq, dk, dv)``, shaped like q, k and v. ``dout`` may have any strides, 0 included."""
 
 
 def load(name: str) -> Backend:
     """Import the backend called `name`."""
     return importlib.import_module(f"{__name__}.{name}")
+
+
+def prepare(name: str, problem: AttentionProblem, config: Any) -> Run:
+    """A callable (q, k, v) -> (out, lse) for tensors of this problem."""
+    backend = load(name)
+    if hasattr(backend, "prepare"):
+        return backend.prepare(problem, config)
+    return partial(backend.forward, problem, config)

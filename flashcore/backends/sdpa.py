@@ -47,47 +47,44 @@ def rejects(problem: AttentionProblem) -> str | None:
 
 
 def configure(problem: AttentionProblem) -> SdpaConfig:
-    """Choose how grouped heads reach SDPA: of its kernels only flash reads them as they are.
+    """Choose how grouped heads reach SDPA.
 
-    For all others ``enable_gqa=True`` would silently mean the unfused math path, which holds every score at once.
+    Where none of its fused kernels takes them, ``enable_gqa=True`` would silently mean the math path, which holds every
+    score at once.
     """
     if problem.group_size == 1:
         return SdpaConfig(False, "as many key heads as query heads")
-    flash = (
+    fused = (
         problem.device == "cuda"
         and problem.arch >= (8, 0)
         and problem.dtype in ("bfloat16", "float16")
         and problem.head_dim == problem.head_dim_v <= 256
         and not _needs_mask(problem)
     )
-    if flash:
-        return SdpaConfig(False, "SDPA's flash kernel reads grouped heads as they are")
-    return SdpaConfig(
-        True, "SDPA's flash kernel, the only one for grouped heads, does not apply: K and V are repeated"
-    )
+    if fused:
+        return SdpaConfig(False, "SDPA's flash kernel reads grouped heads where they are")
+    return SdpaConfig(True, "K and V are repeated: with grouped heads SDPA would take its unfused path")
 
 
 def forward(
     problem: AttentionProblem, config: SdpaConfig, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> tuple[torch.Tensor, None]:
     if config.expand_heads:
-        k = k.repeat_interleave(problem.group_size, dim=2)
-        v = v.repeat_interleave(problem.group_size, dim=2)
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # views (B, H, S, D), as SDPA wants them
+        k, v = (t.repeat_interleave(problem.group_size, dim=2) for t in (k, v))
+    q, k, v = (_last_dim_dense(t).transpose(1, 2) for t in (q, k, v))  # (B, H, S, D), as SDPA wants them
     sdpa = partial(
         F.scaled_dot_product_attention,
         scale=problem.scale,
         enable_gqa=problem.group_size > 1 and not config.expand_heads,
     )
     with torch.autocast(q.device.type, enabled=False):
-        if not problem.causal:
+        if not problem.causal or problem.seqlen_q == 1:
             out = sdpa(q, k, v)
         elif _needs_mask(problem):
             out = _causal_with_more_keys(problem, sdpa, q, k, v)
         else:
             empty = problem.mask.empty_rows
-            out = sdpa(q[:, :, empty:], k, v, is_causal=problem.seqlen_k > 1)
-            out = F.pad(out, (0, 0, empty, 0))
+            out = F.pad(sdpa(q[:, :, empty:], k, v, is_causal=True), (0, 0, empty, 0))
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -95,10 +92,8 @@ def _needs_mask(problem: AttentionProblem) -> bool:
     return problem.causal and 1 < problem.seqlen_q < problem.seqlen_k
 
 
-def _causal_with_more_keys(
-    problem: AttentionProblem, sdpa, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-):
-    """Bottom-right causal attention with an explicit mask, over (B, H, S, D) views."""
+def _causal_with_more_keys(problem: AttentionProblem, sdpa, q, k, v) -> torch.Tensor:
+    """Bottom-right causal attention with an explicit mask, on (B, H, S, D) views."""
     chunk = max(1, CHUNK_MASK // problem.seqlen_k)
     outs = []
     for start in range(0, problem.seqlen_q, chunk):
@@ -109,3 +104,8 @@ def _causal_with_more_keys(
         keep = problem.mask.keep(i, j)
         outs.append(sdpa(q[:, :, start:stop], k[:, :, :seen], v[:, :, :seen], attn_mask=keep))
     return torch.cat(outs, dim=2)
+
+
+def _last_dim_dense(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor as SDPA's fused kernels need it: with any other last stride they decline."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
