@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from flashcore.problem import AttentionProblem
 
 BACKENDS: tuple[str, ...] = ("hopper", "sdpa", "reference")
-
 
 Run = Callable[["torch.Tensor", "torch.Tensor", "torch.Tensor"], "tuple[torch.Tensor, torch.Tensor | None]"]
 
@@ -45,11 +45,8 @@ class Backend(Protocol):
         unless ``problem.needs_lse`` (with NATIVE_GRAD: unless ``problem.return_lse``).
         """
 
-    def prepare(self, problem: AttentionProblem, config: Any) -> Callable:
-        """Optional: ``forward`` as a callable (q, k, v) -> (out, lse) with what only problem and config decide done."""
-
     def prepare(self, problem: AttentionProblem, config: Any) -> Run:
-        """Optional: `forward` with everything done that does not depend on the tensors. Called once per plan."""
+        """Optional: ``forward`` as a callable (q, k, v) -> (out, lse), with what the tensors do not decide done."""
 
     def backward(
         self,
@@ -62,7 +59,10 @@ class Backend(Protocol):
         lse: torch.Tensor,
         dout: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Optional, see HAS_BACKWARD: compute ``(dq, dk, dv)``, shaped like q, k and v. ``dout`` may have any strides, 0 included."""
+        """Optional, see HAS_BACKWARD: compute ``(dq, dk, dv)``, shaped like q, k and v.
+
+        ``dout`` may have any strides, 0 included.
+        """
 
 
 def load(name: str) -> Backend:
