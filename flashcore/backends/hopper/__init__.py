@@ -41,7 +41,7 @@ def _missing_library() -> str | None:
 
     try:
         import cuda.bindings
-        import cuda.core  # noqa: F401
+        import cuda.core
     except ImportError as error:
         return f"{error.name or error} is not installed: pip install 'flashcore[cu{torch.version.cuda.split('.')[0]}]'"
     bindings, wanted = cuda.bindings.__version__.split(".")[0], torch.version.cuda.split(".")[0]

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy
 import torch
 
 from flashcore.backends.hopper import tma
-from flashcore.backends.hopper.configs import ForwardConfig, heads_per_section
+from flashcore.backends.hopper.configs import ForwardConfig, paired_heads
 from flashcore.backends.hopper.jit import compile_kernel
 from flashcore.problem import AttentionProblem
 
 _LOG2_E = 1 / math.log(2)
-_MAX_MAPS = 64  # tensor maps kept per operand: the caching allocator hands out the same few addresses
+_MAX_MAPS = 1024  # tensor maps kept per operand: the caching allocator hands out the same few addresses
 
 
 class ForwardLauncher:
@@ -22,30 +23,36 @@ class ForwardLauncher:
     def __init__(self, problem: AttentionProblem, config: ForwardConfig):
         self._config = config
         self._kernel = compile_kernel(config)
-        self._dtype = getattr(torch, problem.dtype)
-        self._out_shape = (problem.batch, problem.seqlen_q, problem.heads_q, problem.head_dim)
-        self._lse_shape = (problem.batch, problem.heads_q, problem.seqlen_q)
+        self._lse_shape = (problem.batch, problem.heads_q, problem.seqlen_q) if problem.needs_lse else None
         m_blocks = -(-problem.seqlen_q // config.tile_m)
-        tiles = m_blocks * problem.heads_q * problem.batch
-        self._grid = min(tiles, problem.sm_count)
+        self._grid = min(m_blocks * problem.heads_q * problem.batch, problem.sm_count)
         integers = (
             problem.batch, problem.heads_q, problem.group_size, problem.seqlen_q, problem.seqlen_k,
-            m_blocks, tiles, heads_per_section(config, problem),
+            m_blocks, paired_heads(config, problem, self._grid),
         )  # fmt: skip
         self._scalars = (*map(numpy.int32, integers), numpy.float32(problem.scale * _LOG2_E))
         self._maps: tuple[dict, ...] = ({}, {}, {}, {})  # of q, k, v, out: (address, strides) -> tensor map
         self._loaded: dict[int, tuple] = {}  # device index -> (kernel, launch config)
 
-    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        from cuda.core import launch
-
-        device = q.device
-        out = torch.empty(self._out_shape, dtype=self._dtype, device=device)
-        lse = torch.empty(self._lse_shape, dtype=torch.float32, device=device)
-        # Copies made here live until the launch is queued; the allocator orders their reuse after it.
-        maps = [self._map(i, tensor) for i, tensor in enumerate((q, k, v, out))]
-        kernel, launch_config = self._loaded.get(device.index) or self._load(device.index)
-        launch(_current_stream(device.index), launch_config, kernel, *(m for m, _ in maps), lse.data_ptr(), *self._scalars)
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        if self._lse_shape is None:
+            lse, lse_address = None, 0
+        else:
+            lse = torch.empty(self._lse_shape, dtype=torch.float32, device=q.device)
+            lse_address = lse.data_ptr()
+        # Copies made by _map live until the launch is queued; the allocator orders their reuse after it.
+        q_map, q = self._map(0, q)
+        k_map, k = self._map(1, k)
+        v_map, v = self._map(2, v)
+        out_map, _ = self._map(3, out)
+        device = out.device.index
+        kernel, launch_config = self._loaded.get(device) or self._load(device)
+        _launch()(
+            _current_stream(device), launch_config, kernel, q_map, k_map, v_map, out_map, lse_address, *self._scalars
+        )
         return out, lse
 
     def _map(self, operand: int, tensor: torch.Tensor):
@@ -71,6 +78,14 @@ class ForwardLauncher:
         launch_config = LaunchConfig(grid=self._grid, block=config.threads, shmem_size=config.smem_bytes)
         self._loaded[device] = loaded = (self._kernel.load(device), launch_config)
         return loaded
+
+
+@functools.cache
+def _launch():
+    """``cuda.core.launch``; importing cuda.core takes long, and a machine without a GPU never gets here."""
+    from cuda.core import launch
+
+    return launch
 
 
 _streams: dict[int, object] = {}

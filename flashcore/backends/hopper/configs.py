@@ -6,6 +6,7 @@ Pure arithmetic: needs neither torch nor CUDA. A config becomes `struct Config` 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
@@ -14,7 +15,6 @@ from flashcore.problem import AttentionProblem
 
 SMEM_LIMIT = 227 * 1024  # bytes of shared memory one CTA may have on sm_90
 REGISTER_FILE = 64 * 1024  # 32-bit registers of one SM
-L2_SHARE = 32 * 1024 * 1024  # bytes of the L2 cache that K and V of one section of heads may fill
 
 _ELEMENTS = {"bfloat16": "Bf16", "float16": "Fp16"}
 _REGISTERS = {1: (24, 240), 2: (24, 240), 3: (32, 160)}  # consumer warpgroups: registers of (producer, consumer)
@@ -25,7 +25,7 @@ class ForwardConfig:
     """One variant of ``device/attention/forward_sm90.cuh``."""
 
     dtype: str  # "bfloat16" | "float16"
-    head_dim: int  # of the tile, a multiple of 64; shorter heads are filled with zeros by TMA
+    head_dim: int  # of the tile, a multiple of 16; shorter heads are filled with zeros by TMA
     causal: bool
     tile_n: int  # keys per block
     consumers: int  # consumer warpgroups, 64 query rows each
@@ -58,8 +58,9 @@ class ForwardConfig:
     @property
     def smem_bytes(self) -> int:
         """``sizeof(ForwardSmem<Config>)``, which the kernel asserts."""
-        q = self.q_buffers * self.tile_m * self.head_dim * 2
-        kv = self.stages * self.tile_n * self.head_dim * 2
+        row = -(-self.head_dim // 64) * 128  # bytes; chunks of 64 elements, the last one maybe partly used
+        q = self.q_buffers * self.tile_m * row
+        kv = self.stages * self.tile_n * row
         barriers = 8 * 2 * (self.stages + self.q_buffers * self.consumers)
         return -(-(q + kv + barriers) // 1024) * 1024
 
@@ -68,8 +69,8 @@ class ForwardConfig:
         registers = 128 * (self.producer_registers + self.consumers * self.consumer_registers)
         if self.dtype not in _ELEMENTS:
             return f"dtype {self.dtype} is neither bfloat16 nor float16"
-        if self.head_dim % 64 or not 64 <= self.head_dim <= 256:
-            return f"head_dim {self.head_dim} is not 64, 128, 192 or 256"
+        if self.head_dim % 16 or not 16 <= self.head_dim <= 256:
+            return f"head_dim {self.head_dim} is not a multiple of 16 up to 256"
         if self.tile_n % 16 or not 16 <= self.tile_n <= 256:
             return f"tile_n {self.tile_n} is not a multiple of 16 up to 256"
         if self.smem_bytes > SMEM_LIMIT:
@@ -126,11 +127,18 @@ def _always(problem: AttentionProblem) -> bool:
     return True
 
 
+def _long_full(problem: AttentionProblem) -> bool:
+    return not problem.causal and problem.seqlen_q >= 2048
+
+
 # The first row with the problem's head_dim (rounded up) that applies is taken.
 FORWARD_TABLE: tuple[ForwardRow, ...] = (
-    ForwardRow(64, _always, 128, 2, 8, 2, True, "two warpgroups, deep ring"),
-    ForwardRow(128, _always, 128, 2, 5, 2, True, "a 128 x 128 tile keeps scores, probabilities and output in registers"),
+    ForwardRow(64, lambda p: p.causal and p.seqlen_q < 2048, 128, 2, 8, 2, True, "short tiles waste least on the diagonal"),
+    ForwardRow(64, _always, 128, 3, 6, 2, True, "three warpgroups keep the exponential units busy"),
+    ForwardRow(128, _long_full, 80, 3, 5, 2, True, "192 query rows per pass over K and V"),
+    ForwardRow(128, _always, 128, 2, 5, 2, True, "128 x 128 divides the usual lengths and the diagonal evenly"),
     ForwardRow(192, _always, 96, 2, 4, 1, True, "fits a block of K and one of V twice beside Q"),
+    ForwardRow(256, lambda p: p.seqlen_k <= 2048, 64, 2, 4, 1, True, "small blocks start and end a tile faster"),
     ForwardRow(256, _always, 80, 2, 4, 1, True, "the widest block of which two K and two V fit beside Q"),
 )
 
@@ -149,17 +157,35 @@ def choose_forward(problem: AttentionProblem) -> ForwardConfig:
     raise LookupError(f"no row of FORWARD_TABLE has head_dim {wanted}")
 
 
-def heads_per_section(config: ForwardConfig, problem: AttentionProblem) -> int:
-    """How many (batch, head) pairs are processed side by side (``AttentionParams.heads_per_section``).
+def paired_heads(config: ForwardConfig, problem: AttentionProblem, ctas: int) -> int:
+    """How many (batch, head) pairs go out in units of two tiles (``AttentionParams.paired_heads``).
 
-    Without a mask one head after the other, so that all SMs read the same keys. Under a causal mask the long tiles
-    of many heads come first; as many heads as keep their K and V in the L2 cache, at least one.
+    As many as fill whole rounds of units over the CTAs but one; the tiles of the rest even out the ends.
     """
     if not config.causal:
-        return 1
-    kv_bytes = problem.seqlen_k * problem.head_dim * 2 * 2
-    heads = max(1, L2_SHARE // max(1, kv_bytes)) * problem.group_size
-    return min(heads, problem.batch * problem.heads_q)
+        return 0
+    m_blocks = -(-problem.seqlen_q // config.tile_m)
+    heads = problem.batch * problem.heads_q
+    rounds = m_blocks * -(-heads // 2) // ctas - 1
+    return min(2 * (max(0, rounds) * ctas // m_blocks), heads // 2 * 2)
+
+
+def deal_tiles(m_blocks: int, heads: int, paired: int, ctas: int, cta: int) -> list[tuple[int, int]]:
+    """The (batch-head, m_block) tiles of one CTA under a causal mask, in order: ``TileScheduler`` in Python."""
+    units, rest = paired // 2 * m_blocks, heads - paired
+    full_rounds = -(-units // ctas)
+    tiles: list[tuple[int, int]] = []
+    for turn in itertools.count():
+        i = turn * ctas + cta
+        if i < units:
+            head, rank = i // m_blocks * 2, i % m_blocks
+            tiles += [(head + rank % 2, m_blocks - 1 - rank // 2), (head + 1 - rank % 2, rank // 2)]
+            continue
+        reverse = turn >= full_rounds and (turn - full_rounds) % 2 == 0
+        rank = (turn * ctas + ctas - 1 - cta if reverse else i) - units
+        if rank >= rest * m_blocks:
+            return tiles
+        tiles.append((paired + rank % rest, m_blocks - 1 - rank // rest))
 
 
 def declared_configs() -> list[tuple[str, ForwardConfig]]:

@@ -52,20 +52,37 @@ def addressable(tensor: torch.Tensor, name: str) -> torch.Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
+class _Memory:
+    """The memory of a tensor, described without a reference to it: a map must not keep its tensor alive."""
+
+    def __init__(self, address: int, shape: tuple[int, ...], byte_strides: tuple[int, ...]):
+        self.__cuda_array_interface__ = {
+            "version": 3,
+            "typestr": "<u2",  # the copies move 16-bit elements: which type they are is the kernel's business
+            "data": (address, False),
+            "shape": shape,
+            "strides": byte_strides,
+            "stream": None,
+        }
+
+
 def tensor_map(tensor: torch.Tensor, rows: int):
     """``cuda.core.TensorMapDescriptor`` of a 16-bit (B, S, H, D) tensor for boxes of `rows` x 64, 128-byte swizzle."""
-    from cuda.core import StridedMemoryView, TensorMapDescriptorOptions
+    from cuda.core import TensorMapDescriptorOptions
     from cuda.core._tensor_map import TensorMapL2Promotion, TensorMapSwizzle
+    from cuda.core.utils import StridedMemoryView
 
+    batch, seqlen, heads, head_dim = tensor.shape
     # A dimension of size 1 may have any stride, but the map wants a legal one.
-    step = ALIGNMENT // tensor.element_size()
-    strides = [step if size == 1 else stride for size, stride in zip(tensor.shape[:3], tensor.stride()[:3])]
-    bits = tensor.detach().view(torch.int16)  # the copies move bits: the element type is the kernel's business
-    view = bits.as_strided(bits.shape, (*strides, 1)).transpose(1, 2)
+    b, s, h = (
+        ALIGNMENT if size == 1 else stride * tensor.element_size()
+        for size, stride in zip(tensor.shape, tensor.stride()[:3])
+    )
+    memory = _Memory(tensor.data_ptr(), (batch, heads, seqlen, head_dim), (b, h, s, tensor.element_size()))
     options = TensorMapDescriptorOptions(
         box_dim=(1, 1, rows, BOX_COLS),
         data_type=numpy.uint16,
         swizzle=TensorMapSwizzle.SWIZZLE_128B,
         l2_promotion=TensorMapL2Promotion.L2_256B,
     )
-    return StridedMemoryView.from_any_interface(view, stream_ptr=-1).as_tensor_map(options=options)
+    return StridedMemoryView.from_cuda_array_interface(memory, stream_ptr=-1).as_tensor_map(options=options)

@@ -194,7 +194,7 @@ template <class Config> struct ForwardKernel {
       }
       store_pending = true;
       store_buffer = buffer;
-      if (thread % 4 == 0) {
+      if (params.lse != nullptr && thread % 4 == 0) {
         const u64 row_base = (u64(tile.batch) * params.heads_q + tile.head) * params.seqlen_q;
 #pragma unroll
         for (int slot = 0; slot < 2; ++slot) {
@@ -326,10 +326,9 @@ template <class Config> struct ForwardKernel {
 extern "C" __global__ void __launch_bounds__(Config::threads, 1)
 attention_forward_sm90(const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k,
                        const __grid_constant__ TensorMap v, const __grid_constant__ TensorMap o, float* lse, int batch,
-                       int heads_q, int group_size, int seqlen_q, int seqlen_k, int m_blocks, int tiles,
-                       int heads_per_section, float scale_log2) {
-  const AttentionParams params{lse, batch, heads_q, group_size, seqlen_q, seqlen_k, m_blocks, tiles,
-                               heads_per_section, scale_log2};
+                       int heads_q, int group_size, int seqlen_q, int seqlen_k, int m_blocks,
+                       int paired_heads, float scale_log2) {
+  const AttentionParams params{lse, batch, heads_q, group_size, seqlen_q, seqlen_k, m_blocks, paired_heads, scale_log2};
   extern __shared__ __align__(1024) u8 raw_smem[];
   using Kernel = ForwardKernel<Config>;
   auto& smem = *reinterpret_cast<typename Kernel::Smem*>(raw_smem);
