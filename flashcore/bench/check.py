@@ -1,0 +1,100 @@
+"""Is an answer right? Every implementation is held against float64 before it is timed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+import flashcore
+from flashcore.bench.cases import Case
+
+# How far two correct implementations may lie apart, relative to 1 + |value|: about two units in the last place.
+APART = {"float16": 2e-3, "bfloat16": 1.6e-2, "float32": 1e-4, "float64": 1e-10}
+FACTOR = 2.0  # FlashAttention's rule: at most twice the error that PyTorch makes in the same dtype
+FLOPS = 5e11  # what the float64 reference may cost; beyond it, blocks of rows stand for all of them
+BLOCKS = 16
+SCORES = 2**27  # float64 scores alive at once: 1 GiB
+
+
+def make_inputs(case: Case, device: str, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Random q, k, v of the case, contiguous (batch, seqlen, heads, head_dim)."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def draw(seqlen: int, heads: int) -> torch.Tensor:
+        shape = (case.batch, seqlen, heads, case.head_dim)
+        x = torch.randn(shape, generator=generator, device=device)
+        if case.inputs == "outliers":
+            x = torch.where(torch.rand(shape, generator=generator, device=device) < 1e-3, 100 * x, x)
+        return x.to(getattr(torch, case.dtype))
+
+    q = draw(case.seqlen_q, case.heads)
+    return q, draw(case.seqlen_k, case.kv_heads), draw(case.seqlen_k, case.kv_heads)
+
+
+@dataclass(frozen=True)
+class Errors:
+    rel_err: float  # ||out - truth|| / ||truth||, Frobenius
+    max_abs_err: float
+
+
+class Truth:
+    """The float64 answer for all query rows, or for evenly spread blocks of them where all would take too long."""
+
+    def __init__(self, case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, flops: float = FLOPS) -> None:
+        k64, v64 = k.double(), v.double()
+        step = max(1, SCORES // (case.batch * case.heads * case.seqlen_k))
+        self.blocks = []  # (first row, last row + 1, answer)
+        for start, stop in checked_rows(case, flops):
+            for a in range(start, stop, step):
+                b = min(a + step, stop)
+                # Rows a..b of a causal problem are the causal problem whose last key is the last that row b - 1 sees.
+                keys = max(0, b + case.seqlen_k - case.seqlen_q) if case.causal else case.seqlen_k
+                answer = flashcore.attention(
+                    q[:, a:b].double(), k64[:, :keys], v64[:, :keys], causal=case.causal, backend="reference"
+                )
+                self.blocks.append((a, b, answer))
+
+    def errors(self, out: torch.Tensor) -> Errors:
+        error2 = norm2 = worst = 0.0
+        for start, stop, answer in self.blocks:
+            error = out[:, start:stop].double() - answer
+            error2 += error.square().sum().item()
+            norm2 += answer.square().sum().item()
+            worst = max(worst, error.abs().max().item())
+        return Errors((error2 / norm2) ** 0.5 if norm2 else error2**0.5, worst)
+
+
+def checked_rows(case: Case, flops: float) -> list[tuple[int, int]]:
+    """Half-open ranges of query rows: everything if that costs no more than ``flops``, else ``BLOCKS`` spread blocks,
+    the first and the last rows among them."""
+    total = 4 * case.batch * case.heads * case.seqlen_q * case.seqlen_k * case.head_dim
+    if total <= flops:
+        return [(0, case.seqlen_q)]
+    size = max(1, int(case.seqlen_q * flops / total) // BLOCKS)
+    starts = [i * (case.seqlen_q - size) // (BLOCKS - 1) for i in range(BLOCKS)]
+    return [(start, start + size) for start in starts]
+
+
+def judge(
+    case: Case, truth: Truth, out: torch.Tensor, pytorch: torch.Tensor, pytorch_errors: Errors
+) -> tuple[Errors | None, str | None]:
+    """The errors of ``out``, and why it is no acceptable answer (None if it is one).
+
+    ``pytorch`` is PyTorch's answer in the same dtype. Errors are None if there is nothing to compare.
+    """
+    if out.shape != pytorch.shape or out.dtype != pytorch.dtype:
+        given, expected = (f"{x.dtype} {tuple(x.shape)}" for x in (out, pytorch))
+        return None, f"returned {given} instead of {expected}"
+    if bad := int((~torch.isfinite(out)).sum()):
+        return None, f"{bad} elements are NaN or Inf"
+    errors = truth.errors(out)
+    for name in ("rel_err", "max_abs_err"):
+        error, limit = getattr(errors, name), FACTOR * getattr(pytorch_errors, name) + 1e-5
+        if error > limit:
+            return errors, f"{name} {error:.3g} against float64, allowed {limit:.3g} ({FACTOR:g} x PyTorch's + 1e-5)"
+    if case.inputs == "normal":  # all rows, also those that Truth left out; outliers have no such common scale
+        apart = ((out - pytorch).abs() / (1 + pytorch.abs())).max().item()
+        if apart > (limit := APART[case.dtype]):
+            return errors, f"differs from PyTorch's answer by {apart:.3g} x (1 + |value|), allowed {limit:.3g}"
+    return errors, None

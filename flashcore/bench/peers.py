@@ -1,0 +1,253 @@
+"""The implementations that can be measured. Each says why it cannot be, on this machine or for this case.
+
+``peer.prepare(case, q, k, v)`` does everything that a user would do once (views, plans, workspaces) and returns a
+callable without arguments; inputs are contiguous (batch, seqlen, heads, head_dim).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from flashcore.bench.cases import Case
+
+LIBRARIES: dict[str, str] = {}  # shared objects to load by peer name: {"fa3-varlen": "/path/to/fa3.so"}
+
+
+@dataclass(frozen=True)
+class Peer:
+    name: str
+    about: str
+    prepare: Callable[[Case, torch.Tensor, torch.Tensor, torch.Tensor], Callable[[], object]]
+    unavailable: Callable[[], str | None] = lambda: None  # why it cannot run on this machine
+    rejects: Callable[[Case], str | None] = lambda case: None  # why it cannot run this case
+    context: Callable[[], AbstractContextManager] = nullcontext  # active while it is called
+    transposed: bool = False  # it returns (batch, heads, seqlen, head_dim)
+
+    def result(self, case: Case, returned: object) -> torch.Tensor:
+        """What it returned, as (batch, seqlen, heads, head_dim)."""
+        out = returned[0] if isinstance(returned, tuple | list) else returned
+        if self.transposed:
+            return out.transpose(1, 2)
+        return out.reshape(case.batch, case.seqlen_q, case.heads, case.head_dim)
+
+
+# --- FlashCore
+
+
+def _flashcore(backend: str, case: Case, q, k, v):
+    import flashcore
+
+    return partial(flashcore.attention, q, k, v, causal=case.causal, backend=backend)
+
+
+def _backend_unavailable(name: str) -> str | None:
+    from flashcore import backends
+
+    if name not in backends.BACKENDS:
+        return f"there is no {name} backend yet"
+    return backends.load(name).unavailable()
+
+
+# --- PyTorch
+
+
+def _sdpa(case: Case, q, k, v):
+    more = {"enable_gqa": True} if case.heads != case.kv_heads else {}
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return partial(F.scaled_dot_product_attention, q, k, v, is_causal=case.causal, **more)
+
+
+def _sdpa_rejects(case: Case) -> str | None:
+    if case.causal and case.seqlen_q != case.seqlen_k:
+        return "SDPA aligns a causal mask to the top left"
+    return None
+
+
+def _half_only(case: Case) -> str | None:
+    return _sdpa_rejects(case) or (f"{case.dtype} inputs" if case.dtype not in ("float16", "bfloat16") else None)
+
+
+def _math_rejects(case: Case) -> str | None:
+    scores = 4 * case.batch * case.heads * case.seqlen_q * case.seqlen_k
+    return _sdpa_rejects(case) or (f"its scores alone take {scores / 2**30:.0f} GiB" if scores > 8 * 2**30 else None)
+
+
+def _sdpa_kernel(name: str) -> AbstractContextManager:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel(getattr(SDPBackend, name))
+
+
+def _flex(case: Case, q, k, v):
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    mask = None
+    if case.causal:
+        offset = case.seqlen_k - case.seqlen_q
+        mask = create_block_mask(
+            lambda b, h, i, j: j <= i + offset, None, None, case.seqlen_q, case.seqlen_k, device=q.device
+        )
+    call = torch.compile(flex_attention, dynamic=False)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return partial(call, q, k, v, block_mask=mask, enable_gqa=case.heads != case.kv_heads)
+
+
+# --- other libraries, when they are installed
+
+
+def _fa3(case: Case, q, k, v):
+    from flash_attn_interface import flash_attn_func
+
+    return partial(flash_attn_func, q, k, v, causal=case.causal)
+
+
+def _fa4(case: Case, q, k, v):
+    from flash_attn.cute.interface import flash_attn_func
+
+    return partial(flash_attn_func, q, k, v, causal=case.causal)
+
+
+def _offsets(batch: int, seqlen: int, device: torch.device) -> torch.Tensor:
+    return torch.arange(0, (batch + 1) * seqlen, seqlen, dtype=torch.int32, device=device)
+
+
+def _fa3_varlen(case: Case, q, k, v):
+    """The op of vLLM's build: 37 positional arguments, of which packed forward attention needs these."""
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    cu_seqlens_q = _offsets(case.batch, case.seqlen_q, q.device)
+    cu_seqlens_k = _offsets(case.batch, case.seqlen_k, q.device)
+    new_kv_and_out = [None] * 4  # k_new, v_new, q_v, out
+    lengths = [cu_seqlens_q, cu_seqlens_k, None, None, None, case.seqlen_q, case.seqlen_k]
+    paging_rotary_descale = [None] * 9  # page_table, kv_batch_idx, leftpad_k, 3 of rotary, 3 of descale
+    scale_mask = [case.head_dim**-0.5, case.causal, -1, -1, 0.0]  # window left and right, softcap
+    schedule = [True, None, 0, None, 0]  # rotary_interleaved, scheduler_metadata, num_splits, pack_gqa, sm_margin
+    context_parallel = [None, 1, 0, None]  # s_aux, cp_world_size, cp_rank, cp_tot_seqused_k
+    arguments = [*new_kv_and_out, *lengths, *paging_rotary_descale, *scale_mask, *schedule, *context_parallel]
+    return partial(torch.ops._vllm_fa3_C.fwd, q, k, v, *arguments)
+
+
+def _fa3_varlen_unavailable() -> str | None:
+    path = LIBRARIES.get("fa3-varlen")
+    if path is None:
+        return "no shared object given (--fa3-so)"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"{path}: {error}"
+    return None
+
+
+def _xformers(case: Case, q, k, v):
+    from xformers.ops import fmha
+
+    bias = fmha.attn_bias.LowerTriangularFromBottomRightMask() if case.causal else None
+    return partial(fmha.memory_efficient_attention_forward, q, k, v, attn_bias=bias)
+
+
+def _xformers_rejects(case: Case) -> str | None:
+    return "grouped heads need its five-dimensional layout" if case.heads != case.kv_heads else None
+
+
+def _flashinfer(case: Case, q, k, v):
+    import flashinfer
+
+    workspace = torch.empty(128 * 2**20, dtype=torch.uint8, device=q.device)
+    wrapper = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(workspace, "NHD")
+    wrapper.plan(
+        _offsets(case.batch, case.seqlen_q, q.device),
+        _offsets(case.batch, case.seqlen_k, q.device),
+        case.heads,
+        case.kv_heads,
+        case.head_dim,
+        causal=case.causal,
+        q_data_type=q.dtype,
+    )
+    return partial(wrapper.run, *(x.flatten(0, 1) for x in (q, k, v)))
+
+
+def _te(case: Case, q, k, v):
+    from transformer_engine.pytorch import DotProductAttention
+
+    module = DotProductAttention(
+        num_attention_heads=case.heads,
+        kv_channels=case.head_dim,
+        num_gqa_groups=case.kv_heads,
+        attention_dropout=0.0,
+        qkv_format="bshd",
+        attn_mask_type="causal_bottom_right" if case.causal else "no_mask",
+    )
+    return partial(module, q, k, v)
+
+
+# --- the list
+
+
+def _no_cuda() -> str | None:
+    return None if torch.cuda.is_available() else "needs a CUDA GPU"
+
+
+def _importable(module: str) -> Callable[[], str | None]:
+    def unavailable() -> str | None:
+        try:
+            found = importlib.util.find_spec(module) is not None
+        except ImportError:  # a parent package is missing
+            found = False
+        return _no_cuda() if found else f"{module} is not installed"
+
+    return unavailable
+
+
+PEERS = {
+    peer.name: peer
+    for peer in (
+        Peer("flashcore", "FlashCore, whatever backend the plan picks", partial(_flashcore, "auto")),
+        Peer(
+            "flashcore-triton",
+            "FlashCore's Triton backend",
+            partial(_flashcore, "triton"),
+            partial(_backend_unavailable, "triton"),
+        ),
+        Peer(
+            "cudnn",
+            "SDPA through cuDNN",
+            _sdpa,
+            _no_cuda,
+            _half_only,
+            partial(_sdpa_kernel, "CUDNN_ATTENTION"),
+            transposed=True,
+        ),
+        Peer(
+            "fa2",
+            "SDPA through FlashAttention-2",
+            _sdpa,
+            _no_cuda,
+            _half_only,
+            partial(_sdpa_kernel, "FLASH_ATTENTION"),
+            transposed=True,
+        ),
+        Peer(
+            "math",
+            "SDPA through separate matmuls and softmax",
+            _sdpa,
+            rejects=_math_rejects,
+            context=partial(_sdpa_kernel, "MATH"),
+            transposed=True,
+        ),
+        Peer("sdpa", "SDPA as PyTorch dispatches it", _sdpa, rejects=_sdpa_rejects, transposed=True),
+        Peer("reference", "FlashCore's specification in plain PyTorch", partial(_flashcore, "reference")),
+        Peer("flex", "FlexAttention, compiled", _flex, _no_cuda, transposed=True),
+        Peer("fa3", "FlashAttention-3", _fa3, _importable("flash_attn_interface")),
+        Peer("fa3-varlen", "FlashAttention-3 on packed input", _fa3_varlen, _fa3_varlen_unavailable),
+        Peer("fa4", "FlashAttention-4", _fa4, _importable("flash_attn.cute")),
+        Peer("xformers", "xFormers", _xformers, _importable("xformers"), _xformers_rejects),
+        Peer("flashinfer", "FlashInfer, ragged prefill", _flashinfer, _importable("flashinfer")),
+        Peer("te", "Transformer Engine", _te, _importable("transformer_engine")),
+    )
+}

@@ -1,0 +1,85 @@
+"""The record of a measurement: ``benchmarks/results/<gpu>/<suite>.json``, the only source of published numbers.
+
+A record is ``{"suite", "meta", "rows", "skipped"}``. ``meta`` says on what and with which kernels it was measured;
+each row is one implementation on one case; ``skipped`` says who was not measured, and why.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from datetime import datetime, timezone
+from pathlib import Path
+
+import flashcore
+from flashcore.bench import machine
+
+PACKAGE = Path(flashcore.__file__).resolve().parent
+BENCHMARKS = PACKAGE.parent / "benchmarks"  # of the clone that this package runs from; absent from a wheel
+RESULTS = BENCHMARKS / "results"
+
+
+def kernel_digest() -> str:
+    """Names the kernel sources that this package would compile; a record keeps it."""
+    from flashcore.backends.hopper import jit
+
+    return jit.source_digest()
+
+
+def commit(root: Path = PACKAGE.parent) -> dict:
+    """``{"commit": id or None, "dirty": bool or None}`` of the clone; results themselves do not make it dirty."""
+    try:
+        head = _git(root, "rev-parse", "HEAD").strip()
+        changes = _git(root, "status", "--porcelain", "--", ":/", ":(exclude,top)benchmarks/results")
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "dirty": None}
+    return {"commit": head, "dirty": bool(changes.strip())}
+
+
+def _git(root: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(root), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def meta(method: dict, commit_id: str | None = None) -> dict:
+    """The header of a record. ``commit_id`` names the sources where there is no clone to ask."""
+    return {
+        **machine.describe(),
+        **({"commit": commit_id, "dirty": None} if commit_id else commit()),
+        "kernel_digest": kernel_digest(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "method": method,
+    }
+
+
+def path_for(record: dict, results: Path = RESULTS) -> Path:
+    return Path(results) / machine.slug(record["meta"]["gpu"]) / f"{record['suite']}.json"
+
+
+def write(record: dict, path: Path) -> None:
+    """JSON with one row per line, so that differences between two runs read well; numbers to 6 significant digits."""
+    lists = {key: record[key] for key in ("rows", "skipped")}
+    head = {key: value for key, value in record.items() if key not in lists}
+    text = json.dumps(head, indent=1, allow_nan=False).removesuffix("\n}")
+    for key, rows in lists.items():
+        lines = ",\n".join("  " + json.dumps(_rounded(row), allow_nan=False) for row in rows)
+        text += f',\n "{key}": [\n{lines}\n ]' if rows else f',\n "{key}": []'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text + "\n}\n")
+
+
+def read(path: Path) -> dict:
+    return json.loads(Path(path).read_text())
+
+
+def read_all(results: Path = RESULTS) -> dict[str, dict[str, dict]]:
+    """Every record below ``results``: ``{gpu slug: {suite: record}}``. The CPU's are no measurements and stay out."""
+    found: dict[str, dict[str, dict]] = {}
+    for path in sorted(Path(results).glob("*/*.json")):
+        if path.parent.name != "cpu":
+            found.setdefault(path.parent.name, {})[path.stem] = read(path)
+    return found
+
+
+def _rounded(row: dict) -> dict:
+    return {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in row.items()}

@@ -1,0 +1,93 @@
+"""The judge of answers: it must accept a right one and name what is wrong with any other."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+import flashcore
+from flashcore.bench import check
+from flashcore.bench.cases import Case
+
+CASE = Case(2, 96, 96, 4, 2, 32, True, "bfloat16")
+
+
+@pytest.fixture
+def judged():
+    q, k, v = check.make_inputs(CASE, "cpu")
+    truth = check.Truth(CASE, q, k, v)
+    out = flashcore.attention(q, k, v, causal=True, backend="sdpa")
+
+    def judge(answer: torch.Tensor) -> str | None:
+        return check.judge(CASE, truth, answer, out, truth.errors(out))[1]
+
+    return out, judge
+
+
+def test_a_right_answer_passes(judged):
+    out, judge = judged
+    assert judge(out) is None
+    assert judge((out.float() * 1.0001).to(out.dtype)) is None
+
+
+def test_each_kind_of_wrong_answer_is_named(judged):
+    out, judge = judged
+    one_off = out.clone()
+    one_off[1, 50, 2, 7] += 0.05
+    unwritten = out.clone()
+    unwritten[0, 95] = float("nan")
+    assert "rel_err" in judge(out * 1.02)
+    assert "max_abs_err" in judge(one_off)
+    assert "NaN" in judge(unwritten)
+    assert "instead of" in judge(out[:, :95])
+    assert "instead of" in judge(out.float())
+
+
+def test_an_error_in_rows_without_a_float64_answer_is_found():
+    q, k, v = check.make_inputs(CASE, "cpu")
+    few = check.Truth(CASE, q, k, v, flops=4 * 2 * 4 * 96 * 96 * 32 // 3)
+    out = flashcore.attention(q, k, v, causal=True, backend="sdpa")
+    checked = {row for start, stop, _ in few.blocks for row in range(start, stop)}
+    assert {0, 95} <= checked
+    missed = min(set(range(96)) - checked)
+    wrong = out.clone()
+    wrong[:, missed] += 1
+    assert few.errors(wrong) == few.errors(out)
+    assert "differs from PyTorch" in check.judge(CASE, few, wrong, out, few.errors(out))[1]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(64, 64), (40, 72), (72, 40)])
+def test_blocks_of_rows_are_the_rows_of_the_whole(causal, seqlen_q, seqlen_k, monkeypatch):
+    case = Case(2, seqlen_q, seqlen_k, 4, 4, 16, causal, "float64")
+    q, k, v = check.make_inputs(case, "cpu")
+    whole = flashcore.attention(q, k, v, causal=causal, backend="reference")
+    monkeypatch.setattr(check, "SCORES", 2 * 4 * seqlen_k * 7)  # 7 rows at a time
+    blocks = check.Truth(case, q, k, v).blocks
+    assert len(blocks) == -(-seqlen_q // 7)
+    torch.testing.assert_close(torch.cat([answer for *_, answer in blocks], dim=1), whole)
+
+
+def test_rows_are_spread_and_within_the_cost():
+    case = Case(1, 65536, 65536, 8, 8, 128, True)
+    ranges = check.checked_rows(case, check.FLOPS)
+    assert ranges[0][0] == 0
+    assert ranges[-1][1] == case.seqlen_q
+    assert len(ranges) == check.BLOCKS
+    assert all(before[1] < after[0] for before, after in pairwise(ranges))
+    rows = sum(stop - start for start, stop in ranges)
+    assert 0.5 * check.FLOPS < 4 * 8 * rows * case.seqlen_k * 128 <= check.FLOPS
+
+
+def test_outliers_are_one_in_a_thousand():
+    q, _, _ = check.make_inputs(Case(4, 512, 512, 8, 8, 64, False, "float32", inputs="outliers"), "cpu")
+    share = (q.abs() > 10).float().mean().item()
+    assert 0.5e-3 < share < 1.5e-3
+
+
+def test_inputs_are_drawn_by_seed():
+    first, again, other = (check.make_inputs(CASE, "cpu", seed)[0] for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)

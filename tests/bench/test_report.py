@@ -1,0 +1,168 @@
+"""From records to documents."""
+
+from __future__ import annotations
+
+import pytest
+
+from flashcore.bench import record, report
+from flashcore.bench.report import Documents, replace_block, shapes
+
+
+def test_the_documents_show_what_the_records_say():
+    stale = [str(path.relative_to(report.ROOT)) for path in Documents().stale()]
+    assert stale == [], "run: flashcore report --update"
+
+
+def test_the_best_peer_is_cudnn_scaled_by_the_anchors(forward_record, anchors):
+    for shape in shapes(forward_record, anchors):
+        expected = 500 * shape.anchor["cudnn_over_best"]
+        assert shape.case.tflops(shape.best_ms) == pytest.approx(expected)
+        assert shape.ratio == pytest.approx(600 / expected)
+
+
+def test_a_measured_peer_counts_where_it_is_faster_than_the_estimate(forward_record, anchors):
+    for row in forward_record["rows"]:
+        if row["impl"] == "fa2":
+            row["ms_p50"] /= 10
+    assert [s.ratio for s in shapes(forward_record, anchors)] == pytest.approx([600 / 4000] * 36)
+
+
+def test_without_anchors_the_best_measured_peer_counts(forward_record):
+    assert {round(s.ratio, 6) for s in shapes(forward_record, {})} == {1.2}
+
+
+def test_our_own_other_backends_are_no_peers(forward_record):
+    for row in forward_record["rows"]:
+        if row["impl"] == "fa2":
+            row |= {"impl": "flashcore-triton", "ms_p50": row["ms_p50"] / 10}
+    assert {round(s.ratio, 6) for s in shapes(forward_record, {})} == {1.2}
+
+
+def test_anchors_of_another_gpu_are_not_used():
+    assert report.load_anchors("h100") == {}
+
+
+def test_the_summary_is_geometric_means_and_the_minimum(forward_record):
+    rows = {(r["impl"], r["head_dim"], r["seqlen_q"], r["causal"]): r for r in forward_record["rows"]}
+    rows["flashcore", 64, 512, False]["ms_p50"] *= 4
+    first, spread = report.summary(shapes(forward_record, {}))
+    assert f"all {1.2 * 4 ** (-1 / 36):.2f}," in first
+    assert f"head_dim 64 {1.2 * 4 ** (-1 / 12):.2f}, head_dim 128 1.20, head_dim 256 1.20" in first
+    assert f"S <= 1024 {1.2 * 4 ** (-1 / 12):.2f}, S >= 2048 1.20;" in first
+    assert "lowest 0.30 (d64-s512-b32-h32-full-bf16)" in first
+    assert "0.7 %" in spread
+
+
+def test_a_failure_has_no_number_and_is_shouted(forward_record, anchors):
+    row = next(r for r in forward_record["rows"] if r["impl"] == "flashcore")
+    for key in ("ms_p50", "ms_p10", "ms_p90", "std_pct", "tflops"):
+        del row[key]
+    row["failed"] = "12 elements are NaN or Inf"
+    (table,) = report.tables(forward_record, anchors)
+    assert table.rows[0][5] == "failed"
+    assert table.rows[0][8] == ""  # no ratio
+    assert table.notes[-1] == "FAILED: flashcore on d64-s512-b32-h32-full-bf16: 12 elements are NaN or Inf"
+    assert report.compact_table(shapes(forward_record, anchors)).rows[0][1] == "failed"
+
+
+def test_tables_hold_every_implementation(forward_record, anchors):
+    (table,) = report.tables(forward_record, anchors)
+    assert table.headers[5:8] == ("flashcore, TFLOP/s", "cudnn, TFLOP/s", "fa2, TFLOP/s")
+    assert len(table.rows) == 36
+    assert table.rows[0][:8] == ("64", "full", "512", "32", "32", "600", "500", "400")
+    assert table.markdown().count("\n| 128 | ") == 12
+    compact = report.compact_table(shapes(forward_record, anchors))
+    assert compact.headers == ("head_dim, mask", *(f"S = {512 * 2**i}" for i in range(6)))
+    assert [row[0] for row in compact.rows] == [f"{d} {m}" for d in (64, 128, 256) for m in ("full", "causal")]
+    assert compact.rows[0][1] == "600 (1.20)"
+
+
+def test_accuracy_is_compared_with_fa2():
+    base = dict(dtype="bfloat16", batch=1, heads=8, kv_heads=8, seqlen_q=64, seqlen_k=64, head_dim=64, causal=True)
+    rows = [
+        {"op": "accuracy", "impl": impl, **base, "inputs": "outliers", "rel_err": error, "max_abs_err": 1.0}
+        for impl, error in (("flashcore", 2.1e-3), ("fa2", 2e-3))
+    ]
+    (table,) = report.tables({"suite": "accuracy", "rows": rows, "meta": {}}, {})
+    assert table.rows == (("64", "causal", "bfloat16", "outliers", "2.100e-03", "2.000e-03", "1.050"),)
+
+
+def test_startup_says_what_comes_on_top_of_torch():
+    rows = [
+        {"op": "compile", "impl": "flashcore", "kernel": "a", "seconds": 1.5, "registers": 168, "spill_bytes": 0}
+        | {"smem_bytes": 1024},
+        {"op": "start", "impl": "sdpa", "s_p50": 4.0, "s_min": 3.9, "s_max": 4.2},
+        {"op": "start", "impl": "flashcore", "s_p50": 4.25, "s_min": 4.1, "s_max": 4.3},
+    ]
+    compiled, started = report.tables({"suite": "startup", "rows": rows, "meta": {}}, {})
+    assert compiled.rows == (("a", "1.50", "168", "0", "1024"),)
+    assert started.notes == ("FlashCore beyond torch's own start: 0.25 s.",)
+
+
+@pytest.fixture
+def clone(tmp_path, anchors):
+    """A clone with empty blocks and no records."""
+    (tmp_path / "docs").mkdir()
+    for name, block in (("README.md", "forward"), ("docs/benchmarks.md", "tables")):
+        (tmp_path / name).write_text(
+            f"before\n<!-- flashcore report: {block} -->\n<!-- flashcore report end -->\nafter\n"
+        )
+    (tmp_path / "benchmarks" / "anchors").mkdir(parents=True)
+    source = record.BENCHMARKS / "anchors" / "h200.json"
+    (tmp_path / "benchmarks" / "anchors" / "h200.json").write_text(source.read_text())
+    return Documents(tmp_path)
+
+
+def test_without_records_the_documents_say_so(clone):
+    assert clone.stale() == [clone.root / "README.md", clone.root / "docs" / "benchmarks.md"]
+    clone.update()
+    assert clone.stale() == []
+    assert report.NOTHING in (clone.root / "README.md").read_text()
+
+
+def test_documents_follow_the_records(clone, forward_record):
+    pytest.importorskip("matplotlib")
+    clone.update()
+    path = record.path_for(forward_record, clone.root / "benchmarks" / "results")
+    record.write(forward_record, path)
+    plot = clone.plot_path("h200")
+    assert clone.stale() == [clone.root / "README.md", clone.root / "docs" / "benchmarks.md", plot]
+    assert clone.update() == [clone.root / "README.md", clone.root / "docs" / "benchmarks.md", plot]
+    assert clone.stale() == []
+    assert clone.update() == []
+
+    text = (clone.root / "README.md").read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "![TFLOP/s over sequence length on NVIDIA H200](docs/img/forward-h200.png)" in text
+    assert "600 (1.20)" in text
+    assert "commit 0123456789ab, kernel sources ffffffffffff." in text
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+    forward_record["rows"][0]["tflops"] = 612.0
+    record.write(forward_record, path)
+    assert clone.stale() == [clone.root / "README.md", clone.root / "docs" / "benchmarks.md", plot]
+
+
+def test_an_edited_number_is_out_of_date(clone, forward_record):
+    pytest.importorskip("matplotlib")
+    record.write(forward_record, record.path_for(forward_record, clone.root / "benchmarks" / "results"))
+    clone.update()
+    readme = clone.root / "README.md"
+    readme.write_text(readme.read_text().replace("600 (1.20)", "700 (1.40)", 1))
+    assert clone.stale() == [readme]
+
+
+def test_a_missing_or_repeated_block_is_an_error():
+    block = "<!-- flashcore report: x -->\n<!-- flashcore report end -->\n"
+    assert "body" in replace_block(block, "x", "body")
+    for text in ("", block * 2, block.replace(": x", ": y")):
+        with pytest.raises(ValueError, match="expected one"):
+            replace_block(text, "x", "body")
+
+
+def test_a_block_does_not_swallow_the_next():
+    text = "".join(f"<!-- flashcore report: {n} -->\nold\n<!-- flashcore report end -->\n" for n in "ab")
+    new = replace_block(text, "a", "new")
+    assert new.count("old") == 1
+    assert new.index("new") < new.index("old")

@@ -1,0 +1,182 @@
+"""Running suites on the CPU, with peers that behave and peers that do not."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+import torch
+
+from flashcore.bench import peers, suites
+from flashcore.bench.cases import SUITES, Case
+from flashcore.bench.peers import PEERS, Peer
+from flashcore.bench.timing import Effort
+
+FAST = Effort(rounds=2, round_ms=1, warmup_ms=0)
+CASE = Case(1, 64, 64, 2, 2, 32, True, "float32")
+
+
+def run(case=CASE, names=("flashcore", "sdpa")):
+    return suites.run(SUITES["quick"], [case], names, FAST)
+
+
+@pytest.fixture
+def add_peer(monkeypatch):
+    def add(name, prepare, **more):
+        monkeypatch.setitem(PEERS, name, Peer(name, "for a test", prepare, **more))
+
+    return add
+
+
+def test_a_row_has_all_columns():
+    seen = []
+    data = suites.run(SUITES["quick"], [CASE], ["flashcore", "sdpa", "reference"], FAST, "abc", seen.append)
+    assert seen == [CASE.name]
+    assert [row["impl"] for row in data["rows"]] == ["flashcore", "sdpa", "reference"]
+    for row in data["rows"]:
+        assert row["op"] == "attention_fwd"
+        assert (row["seqlen_q"], row["head_dim"], row["causal"]) == (64, 32, True)
+        assert 0 < row["ms_p10"] <= row["ms_p50"] <= row["ms_p90"]
+        assert row["tflops"] == pytest.approx(CASE.tflops(row["ms_p50"]))
+        assert 0 < row["rel_err"] < 1e-5
+        assert row["std_pct"] >= 0
+        assert "failed" not in row
+    assert data["rows"][0]["backend"] == "sdpa" or torch.cuda.is_available()
+    assert data["meta"]["commit"] == "abc"
+
+
+def test_a_wrong_answer_is_recorded_as_failed_and_not_timed(add_peer):
+    calls = []
+
+    def prepare(case, q, k, v):
+        def call():
+            calls.append(1)
+            return torch.zeros_like(q)
+
+        return call
+
+    add_peer("liar", prepare)
+    good, bad = run(names=("flashcore", "liar"))["rows"]
+    assert "rel_err" in bad["failed"]
+    assert bad["rel_err"] == pytest.approx(1)
+    assert "ms_p50" not in bad
+    assert len(calls) == 1
+    assert "ms_p50" in good
+
+
+def test_nan_is_a_failure_that_can_be_written_down(add_peer):
+    add_peer("nan", lambda case, q, k, v: lambda: torch.full_like(q, float("nan")))
+    (row,) = run(names=("nan",))["rows"]
+    assert "NaN" in row["failed"]
+    assert "rel_err" not in row
+
+
+def test_a_peer_that_breaks_does_not_end_the_run(add_peer):
+    def prepare(case, q, k, v):
+        raise RuntimeError("no kernel\nfor you")
+
+    add_peer("broken", prepare)
+    bad, good = run(names=("broken", "flashcore"))["rows"]
+    assert bad["failed"] == "RuntimeError: no kernel for you"
+    assert "ms_p50" in good
+
+
+def test_a_peer_that_breaks_while_it_is_timed_spoils_the_case(add_peer):
+    calls = []
+
+    def prepare(case, q, k, v):
+        right = PEERS["sdpa"].prepare(case, q, k, v)
+
+        def call():
+            calls.append(1)
+            if len(calls) > 1:
+                raise RuntimeError("later")
+            return right()
+
+        return call
+
+    add_peer("later", prepare, transposed=True)
+    rows = run(names=("flashcore", "later"))["rows"]
+    assert ["while timing" in row["failed"] and "ms_p50" not in row for row in rows] == [True, True]
+
+
+def test_who_cannot_run_is_listed_with_the_reason(add_peer):
+    add_peer("absent", None, unavailable=lambda: "not installed")
+    add_peer("picky", None, rejects=lambda case: "head_dim 32")
+    data = run(names=("absent", "picky", "flashcore"))
+    assert [row["impl"] for row in data["rows"]] == ["flashcore"]
+    assert data["skipped"] == [
+        {"impl": "absent", "reason": "not installed"},
+        {"impl": "picky", "case": CASE.name, "reason": "head_dim 32"},
+    ]
+
+
+def test_sdpa_is_not_asked_for_the_alignment_it_does_not_have():
+    bottom_right = Case(1, 64, 128, 2, 2, 32, True)
+    for name in ("cudnn", "fa2", "math", "sdpa"):
+        assert "top left" in PEERS[name].rejects(bottom_right)
+        assert PEERS[name].rejects(Case(1, 64, 64, 2, 2, 32, True)) is None
+    assert "float32" in PEERS["fa2"].rejects(CASE)
+
+
+def test_math_declines_what_would_not_fit():
+    assert "GiB" in PEERS["math"].rejects(SUITES["long"].cases[0])
+
+
+def test_every_suite_names_peers_that_exist():
+    for suite in SUITES.values():
+        assert set(suite.peers) <= set(PEERS)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+@pytest.mark.parametrize("name", ["small", "hostcall"])
+def test_suites_for_a_gpu_say_so_on_a_cpu(name):
+    data = suites.run(SUITES[name], effort=FAST)
+    assert data["rows"] == []
+    assert "needs a CUDA GPU" in data["skipped"][0]["reason"]
+
+
+def test_accuracy_is_measured_without_timing():
+    case = Case(1, 64, 64, 2, 2, 32, False, "bfloat16", inputs="outliers")
+    rows = suites.run(SUITES["accuracy"], [case], ["flashcore", "math"], FAST)["rows"]
+    assert [row["inputs"] for row in rows] == ["outliers"] * 2
+    assert all(0 < row["rel_err"] < 1e-2 and "ms_p50" not in row for row in rows)
+
+
+def test_the_op_of_vllm_gets_its_37_arguments(monkeypatch):
+    class Ops:
+        def fwd(self, *arguments):
+            return arguments
+
+    monkeypatch.setattr(torch.ops, "_vllm_fa3_C", Ops(), raising=False)
+    q, k, v = (torch.randn(3, 8, 4, 16) for _ in range(3))
+    arguments = peers._fa3_varlen(Case(3, 8, 8, 4, 4, 16, True), q, k, v)()
+    assert len(arguments) == 37
+    assert arguments[0].shape == (24, 4, 16)
+    assert arguments[7].tolist() == [0, 8, 16, 24]
+    assert arguments[23:25] == (0.25, True)
+
+
+def test_startup_reports_a_process_that_dies(monkeypatch):
+    def die(arguments, cache):
+        raise subprocess.CalledProcessError(1, arguments, stderr="no NVRTC here")
+
+    monkeypatch.setattr(suites, "_python", die)
+    data = suites.run(SUITES["startup"])
+    assert data["rows"] == []
+    assert {s["case"]: s["reason"] for s in data["skipped"]} == dict.fromkeys(("compile", "start"), "no NVRTC here")
+
+
+def test_startup_takes_the_median_beyond_the_first_round(monkeypatch):
+    clock = iter(range(1000))
+    monkeypatch.setattr(suites.time, "time", lambda: 10.0 * next(clock))
+    durations = iter([99, 99, 4, 5, 4, 6, 4, 7, 4, 8, 4, 9])
+    started = iter([10.0 * i for i in range(12)])
+
+    def python(arguments, cache):
+        return str(next(started) + next(durations)) if arguments[0] == "-c" else "[]"
+
+    monkeypatch.setattr(suites, "_python", python)
+    sdpa, ours = suites.run(SUITES["startup"])["rows"]
+    assert (sdpa["impl"], sdpa["s_p50"]) == ("sdpa", 4)
+    assert (ours["impl"], ours["s_p50"], ours["s_min"], ours["s_max"]) == ("flashcore", 7, 5, 9)

@@ -1,0 +1,263 @@
+"""The commands, as a user types them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from flashcore import cli
+from flashcore.bench import record, report
+from flashcore.bench.cases import SUITES
+from flashcore.bench.peers import PEERS, Peer
+
+NO_NVRTC = cli._nvrtc_missing()
+needs_nvrtc = pytest.mark.skipif(NO_NVRTC is not None, reason=str(NO_NVRTC))
+
+
+def flashcore(*arguments: str, code: int = 0) -> str:
+    """Standard output of ``flashcore ARGUMENTS``, which must exit with ``code``."""
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+@pytest.fixture
+def no_kernels(monkeypatch):
+    """The quick suite also compiles every kernel: not in tests about something else."""
+    monkeypatch.setattr(cli, "_show_compiled", lambda: None)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLASHCORE_CACHE_DIR", str(tmp_path / "kernels"))
+    return tmp_path / "kernels"
+
+
+def test_python_dash_m():
+    done = subprocess.run([sys.executable, "-m", "flashcore", "--help"], capture_output=True, text=True, check=True)
+    for command in ("bench", "doctor", "compile", "explain", "report", "cache"):
+        assert command in done.stdout
+
+
+# --- bench
+
+
+BENCH = ("bench", "--round-ms", "1", "--rounds", "2", "--impl", "flashcore", "--impl", "sdpa")
+
+
+def test_bench_records_what_it_shows(tmp_path, no_kernels):
+    out = flashcore(*BENCH, "--case", "d64-s256-b1", "--out", str(tmp_path), "--commit", "abc")
+    (path,) = tmp_path.rglob("quick.json")
+    data = record.read(path)
+    assert {row["impl"] for row in data["rows"]} == {"flashcore", "sdpa"}
+    assert len(data["rows"]) == 2
+    assert data["meta"]["commit"] == "abc"
+    assert "flashcore, " in out
+    assert "recorded in" in out
+
+
+def test_only_a_complete_run_replaces_a_record(tmp_path, no_kernels, monkeypatch):
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    monkeypatch.setitem(SUITES, "quick", replace(SUITES["quick"], cases=SUITES["quick"].cases[-1:], peers=("sdpa",)))
+    assert "recorded in" not in flashcore(*BENCH)
+    assert list(tmp_path.rglob("*.json")) == []
+    assert "recorded in" in flashcore("bench", "--round-ms", "1", "--rounds", "2")
+    assert len(list(tmp_path.rglob("*.json"))) == 1
+
+
+def test_bench_fails_when_flashcore_is_wrong(tmp_path, monkeypatch, no_kernels):
+    wrong = Peer("flashcore", "wrong", lambda case, q, k, v: lambda: torch.zeros_like(q))
+    monkeypatch.setitem(PEERS, "flashcore", wrong)
+    out = flashcore(*BENCH, "--case", "d64-s256-b1", "--out", str(tmp_path), code=1)
+    assert "FAILED: flashcore on d64-s256-b1-h8:2-causal-bf16" in out
+
+
+def test_bench_draws_a_plot(tmp_path, no_kernels):
+    pytest.importorskip("matplotlib")
+    flashcore(*BENCH, "--case", "d64-s256-b1", "--out", str(tmp_path), "--plot")
+    (path,) = tmp_path.rglob("quick.png")
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_names_what_does_not_exist():
+    assert "no such suite: nope" in flashcore("bench", "--suite", "nope", code=2)
+    assert "no such implementation: nope" in flashcore("bench", "--impl", "nope", code=2)
+    assert "no case of suite quick" in flashcore("bench", "--case", "nope", code=2)
+
+
+def test_bench_lists():
+    out = flashcore("bench", "--list")
+    assert "d128-s16384-b1-h16-causal-bf16" in out
+    assert "cudnn: SDPA through cuDNN" in out
+
+
+@needs_nvrtc
+def test_quick_compiles_every_kernel(monkeypatch):
+    monkeypatch.setattr(cli, "_declared", lambda head_dims: one_kernel())
+    assert one_kernel()[0][0] in flashcore(*BENCH, "--case", "d64-s256-b1")
+
+
+# --- compile and cache
+
+
+def one_kernel():
+    from flashcore.backends.hopper.configs import declared_configs
+
+    return declared_configs()[:1]
+
+
+@needs_nvrtc
+def test_compile_fills_the_cache_and_cache_clears_it(monkeypatch, own_cache):
+    from flashcore.backends.hopper import jit
+
+    monkeypatch.setattr(cli, "_declared", lambda head_dims: one_kernel())
+    for source in (None, "disk"):
+        monkeypatch.setattr(jit, "_memory", {})
+        (kernel,) = json.loads(flashcore("compile", "--all", "--json"))
+        assert kernel["kernel"] == one_kernel()[0][0]
+        assert kernel["from_cache"] == source
+        assert kernel["registers"] > 0
+        assert kernel["spill_bytes"] == 0
+        assert (kernel["seconds"] > 0) == (source is None)
+    assert "disk cache" in flashcore("compile") or "memory cache" in flashcore("compile")
+    assert cli._cache()["entries"] == 1
+    assert cli._cache()["bytes"] > 1000
+    assert flashcore("cache", "--clear").split("entries")[1].split()[0] == "0"
+    assert cli._cache()["entries"] == 0
+
+
+@needs_nvrtc
+def test_compile_shows_the_compilers_log_when_a_kernel_does_not_compile(monkeypatch):
+    from flashcore.backends.hopper import jit
+
+    monkeypatch.setattr(cli, "_declared", lambda head_dims: one_kernel())
+    monkeypatch.setattr(jit, "_memory", {})
+    monkeypatch.setattr(jit, "kernel_source", lambda config: "this is not C++")
+    out = flashcore("compile", code=2)
+    assert one_kernel()[0][0] in out
+    assert "did not compile" in out
+
+
+def test_head_dims_choose_the_kernels_that_serve_them():
+    pytest.importorskip("flashcore.backends.hopper.configs")
+    everything = cli._declared(None)
+    assert {config.head_dim for _, config in everything} == {64, 128, 192, 256}
+    assert {config.head_dim for _, config in cli._declared([40, 96])} == {64, 128}
+
+
+@needs_nvrtc
+def test_compile_refuses_what_it_has_no_kernel_for():
+    assert "no kernel serves head_dim 512" in flashcore("compile", "--head-dim", "512", code=2)
+    assert "no kernels for sm_80" in flashcore("compile", "--arch", "sm_80", code=2)
+    assert "contradict" in flashcore("compile", "--all", "--head-dim", "64", code=2)
+
+
+# --- doctor
+
+
+def test_doctor_answers_in_json():
+    facts = json.loads(flashcore("doctor", "--json"))
+    assert facts["machine"]["torch"] == torch.__version__
+    assert facts["backends"]["reference"] == "usable"
+    assert (facts["backends"]["hopper"] == "usable") <= torch.cuda.is_available()
+    assert facts["cache"]["entries"] == 0
+    assert facts["cache"]["writable"] is True
+    assert facts["variables"]["FLASHCORE_CACHE_DIR"] == facts["cache"]["path"]
+    assert "reference" in flashcore("doctor")
+
+
+def test_doctor_looks_without_touching(own_cache):
+    flashcore("doctor")
+    assert not own_cache.exists()
+
+
+def test_doctor_answers_where_nothing_works(monkeypatch):
+    """Without torch, cuda.core, Triton and nvidia-smi, in a fresh process."""
+    hide = "import sys; sys.modules.update(dict.fromkeys(('torch', 'cuda', 'cuda.core', 'triton', 'pynvml')));"
+    code = f"{hide} from flashcore.cli import app; app(['doctor', '--json'])"
+    environment = {**os.environ, "PATH": "", "PYTHONPATH": str(report.ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["machine"]["gpu"] is None
+    assert facts["machine"]["nvrtc"] is None
+    assert all("torch" in verdict for verdict in facts["backends"].values())
+
+
+def test_doctor_says_when_the_cache_cannot_be_written(monkeypatch, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setenv("FLASHCORE_CACHE_DIR", str(blocked / "kernels"))
+    assert json.loads(flashcore("doctor", "--json"))["cache"]["writable"] is False
+
+
+# --- explain
+
+
+SHAPE = ("explain", "--shape", "2,1024,1024,16,4,128")
+
+
+def test_explain_plans_for_a_gpu_that_is_not_here():
+    out = flashcore(*SHAPE, "--causal", "--arch", "9.0")
+    assert "hopper" in out
+    assert "128 causal" in out
+    assert "torch-flash" in flashcore(*SHAPE, "--arch", "9.0", "--grad")
+
+
+def test_explain_says_why_not():
+    out = flashcore(*SHAPE, "--arch", "8.0")
+    assert "sdpa" in out
+    assert "not Hopper" in out
+    assert "dtype float32" in flashcore(*SHAPE, "--arch", "9.0", "--dtype", "float32")
+    too_long = ("explain", "--shape", "1,64,64,8,8,520", "--arch", "9.0", "--backend", "hopper")
+    assert "head_dim 520" in flashcore(*too_long, code=2)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_explain_is_about_this_machine_otherwise():
+    out = flashcore(*SHAPE)
+    assert "bfloat16 on cpu" in out
+    assert "no CUDA device" in out
+
+
+def test_explain_checks_as_the_call_does():
+    assert "heads_q=6 is not a multiple of heads_k=4" in flashcore("explain", "--shape", "1,64,64,6,4,64", code=2)
+    assert "does not exist" in flashcore(*SHAPE, "--backend", "nope", code=2)
+    assert "does not exist" in flashcore(*SHAPE, "--backend", "nope", "--arch", "9.0", code=2)
+    assert "--shape" in flashcore("explain", "--shape", "1,2,3", code=2)
+    assert "--shape" in flashcore("explain", "--shape", "1,2,3,4,4,-8", code=2)
+    assert "--dtype" in flashcore(*SHAPE, "--dtype", "int8", code=2)
+    assert "--arch" in flashcore(*SHAPE, "--arch", "hopper", code=2)
+
+
+def test_explain_handles_empty_problems():
+    assert "empty" in flashcore("explain", "--shape", "1,0,64,8,8,64", "--arch", "9.0")
+
+
+# --- report
+
+
+def test_report_says_which_records_are_older_than_the_kernels(monkeypatch, tmp_path):
+    (tmp_path / "docs").mkdir()
+    for name, block in (("README.md", "forward"), ("docs/benchmarks.md", "tables")):
+        (tmp_path / name).write_text(f"<!-- flashcore report: {block} -->\n<!-- flashcore report end -->\n")
+    monkeypatch.setattr(report.Documents, "__init__", lambda self: object.__setattr__(self, "root", tmp_path))
+    assert "no records yet" in flashcore("report", code=1)
+    assert "no records yet" in flashcore("report", "--update")
+
+    meta = {"gpu": "NVIDIA H200", "date": "2030-01-02", "commit": None, "kernel_digest": record.kernel_digest()}
+    data = {"suite": "small", "meta": meta, "rows": [], "skipped": []}
+    path = tmp_path / "benchmarks" / "results" / "h200" / "small.json"
+    monkeypatch.setattr(report.Documents, "stale", lambda self: [])
+    record.write(data, path)
+    assert "h200/small: 2030-01-02, commit unknown, 0 rows: current" in flashcore("report")
+    meta["kernel_digest"] = "0" * 64
+    record.write(data, path)
+    assert "the kernel sources have changed since" in flashcore("report")
