@@ -6,6 +6,7 @@ answers on a machine where they are broken.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -43,6 +44,11 @@ def _progress() -> Progress:
 def _fail(message: str) -> typer.Exit:
     _console(stderr=True).print(message, style="red", markup=False)
     return typer.Exit(2)
+
+
+def _need_matplotlib() -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise _fail("plots need matplotlib: pip install 'flashcore[plot]'")
 
 
 def _show(found: Any) -> None:
@@ -96,6 +102,8 @@ def bench(
     for given, known, what in ((names, SUITES, "suite"), (impl or [], PEERS, "implementation")):
         if unknown := [name for name in given if name not in known]:
             raise _fail(f"no such {what}: {', '.join(unknown)} (there are: {', '.join(known)})")
+    if plot:
+        _need_matplotlib()
     if fa3_so is not None:
         LIBRARIES["fa3-varlen"] = str(fa3_so)
 
@@ -452,6 +460,8 @@ def report(
     if not documents.results:
         console.print("no records yet: flashcore bench --suite forward makes one")
     if update:
+        if documents.results:
+            _need_matplotlib()
         for path in documents.update():
             console.print(f"wrote {path.relative_to(documents.root)}")
     stale = documents.stale()

@@ -41,7 +41,9 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def test_python_dash_m():
-    done = subprocess.run([sys.executable, "-m", "flashcore", "--help"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "flashcore", "--help"], capture_output=True, text=True, check=True
+    )
     for command in ("bench", "doctor", "compile", "explain", "report", "cache"):
         assert command in done.stdout
 
@@ -65,7 +67,9 @@ def test_bench_records_what_it_shows(tmp_path, no_kernels):
 
 def test_only_a_complete_run_replaces_a_record(tmp_path, no_kernels, monkeypatch):
     monkeypatch.setattr(record, "RESULTS", tmp_path)
-    monkeypatch.setitem(SUITES, "quick", replace(SUITES["quick"], cases=SUITES["quick"].cases[-1:], peers=("sdpa",)))
+    monkeypatch.setitem(
+        SUITES, "quick", replace(SUITES["quick"], cases=SUITES["quick"].cases[-1:], peers=("sdpa",))
+    )
     assert "recorded in" not in flashcore(*BENCH)
     assert list(tmp_path.rglob("*.json")) == []
     assert "recorded in" in flashcore("bench", "--round-ms", "1", "--rounds", "2")
@@ -180,7 +184,9 @@ def test_doctor_looks_without_touching(own_cache):
 
 def test_doctor_answers_where_nothing_works(monkeypatch):
     """Without torch, cuda.core, Triton and nvidia-smi, in a fresh process."""
-    hide = "import sys; sys.modules.update(dict.fromkeys(('torch', 'cuda', 'cuda.core', 'triton', 'pynvml')));"
+    hide = (
+        "import sys; sys.modules.update(dict.fromkeys(('torch', 'cuda', 'cuda.core', 'triton', 'pynvml')));"
+    )
     code = f"{hide} from flashcore.cli import app; app(['doctor', '--json'])"
     environment = {**os.environ, "PATH": "", "PYTHONPATH": str(report.ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
@@ -228,7 +234,9 @@ def test_explain_is_about_this_machine_otherwise():
 
 
 def test_explain_checks_as_the_call_does():
-    assert "heads_q=6 is not a multiple of heads_k=4" in flashcore("explain", "--shape", "1,64,64,6,4,64", code=2)
+    assert "heads_q=6 is not a multiple of heads_k=4" in flashcore(
+        "explain", "--shape", "1,64,64,6,4,64", code=2
+    )
     assert "does not exist" in flashcore(*SHAPE, "--backend", "nope", code=2)
     assert "does not exist" in flashcore(*SHAPE, "--backend", "nope", "--arch", "9.0", code=2)
     assert "--shape" in flashcore("explain", "--shape", "1,2,3", code=2)
@@ -252,7 +260,12 @@ def test_report_says_which_records_are_older_than_the_kernels(monkeypatch, tmp_p
     assert "no records yet" in flashcore("report", code=1)
     assert "no records yet" in flashcore("report", "--update")
 
-    meta = {"gpu": "NVIDIA H200", "date": "2030-01-02", "commit": None, "kernel_digest": record.kernel_digest()}
+    meta = {
+        "gpu": "NVIDIA H200",
+        "date": "2030-01-02",
+        "commit": None,
+        "kernel_digest": record.kernel_digest(),
+    }
     data = {"suite": "small", "meta": meta, "rows": [], "skipped": []}
     path = tmp_path / "benchmarks" / "results" / "h200" / "small.json"
     monkeypatch.setattr(report.Documents, "stale", lambda self: [])
