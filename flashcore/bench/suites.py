@@ -211,7 +211,7 @@ def startup(on_case: OnCase) -> tuple[list[dict], list[dict]]:
             try:
                 rows += measure(cache, on_case)
             except subprocess.CalledProcessError as error:
-                skipped.append({"impl": "flashcore", "case": part, "reason": error.stderr.strip()[-300:]})
+                skipped.append({"impl": "flashcore", "case": part, "reason": error.stderr.strip().splitlines()[-1]})
     return rows, skipped
 
 
