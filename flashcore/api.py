@@ -51,12 +51,13 @@ def attention(
     :raises UnsupportedError: no backend, or not the requested one, can do it.
     """
     if _is_compiling():  # torch.compile breaks its graph here: it cannot trace a kernel launch
-        return _untraced(q, k, v, causal=causal, scale=scale, return_lse=return_lse, backend=backend)
+        untraced = torch.compiler.disable(attention)
+        return untraced(q, k, v, causal=causal, scale=scale, return_lse=return_lse, backend=backend)
     try:
         grad = _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
         key = (
             q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,
-            causal, scale, grad, return_lse, backend, _active_override(),
+            q.layout, k.layout, v.layout, causal, scale, grad, return_lse, backend, _active_override(),
         )  # fmt: skip
         run = _runs.get(key)
     except (AttributeError, TypeError, RuntimeError):  # not tensors, nested ones, unhashable values:
@@ -65,9 +66,6 @@ def attention(
         run = _prepare(key, q, k, v, causal, scale, return_lse, backend)
     out, lse = run(q, k, v)
     return (out, lse) if return_lse else out
-
-
-_untraced = torch.compiler.disable(attention)
 
 
 def explain(

@@ -1,15 +1,19 @@
 """The environment variables that FlashCore reads: all of them, and nowhere else.
 
-==========================  ===============================  =========================================================
-variable                    default                          meaning
-==========================  ===============================  =========================================================
-``FLASHCORE_CACHE_DIR``     ``$XDG_CACHE_HOME/flashcore``,   where compiled kernels are kept; one directory may be
-                            else ``~/.cache/flashcore``      shared by any number of processes
-``FLASHCORE_CACHE``         ``1``                            ``0``: neither read nor write compiled kernels on disk
-``FLASHCORE_KEEP_SOURCES``  ``0``                            ``1``: keep each kernel's generated source beside its cubin
-==========================  ===============================  =========================================================
+==========================  =============================  ==========================================================
+variable                    default                        meaning
+==========================  =============================  ==========================================================
+``FLASHCORE_CACHE_DIR``     ``$XDG_CACHE_HOME/flashcore``  where compiled kernels are kept; any number of processes
+                            or ``~/.cache/flashcore``      may share it
+``FLASHCORE_CACHE``         ``1``                          ``0``: neither read nor write compiled kernels on disk
+``FLASHCORE_KEEP_SOURCES``  ``0``                          ``1``: keep each kernel's source beside its cubin
+``FLASHCORE_COMMIT``        the clone's HEAD               the commit that ``flashcore bench`` records
+``FLASHCORE_FA3_SO``        none                           a shared object with vLLM's FlashAttention-3 operator, one
+                                                           more peer for ``flashcore bench``
+==========================  =============================  ==========================================================
 
-They are read at each call, so a test or a notebook may change ``os.environ`` at any time.
+The last two stand in for options of the command line. The others are read at each call, so a test or a notebook may
+change ``os.environ`` at any time.
 """
 
 import os

@@ -16,15 +16,15 @@ from flashcore.problem import AttentionProblem
 def torch_flash_rejects(problem: AttentionProblem) -> str | None:
     """The one feature of this problem that PyTorch's flash backward lacks; None if it can."""
     if problem.device != "cuda" or torch.version.hip:
-        return "not an NVIDIA GPU"
+        return "a tensor that is not on an NVIDIA GPU"
     if problem.arch < (8, 0):
-        return "compute capability below 8.0"
+        return f"compute capability {problem.arch[0]}.{problem.arch[1]} < 8.0"
     if problem.dtype not in ("bfloat16", "float16"):
         return f"dtype {problem.dtype}"
     if problem.head_dim != problem.head_dim_v:
         return f"head_dim_v {problem.head_dim_v} != head_dim {problem.head_dim}"
     if problem.head_dim % 8:
-        return f"head_dim {problem.head_dim} is not a multiple of 8"
+        return f"head_dim {problem.head_dim}, not a multiple of 8"
     limit = 256 if problem.arch in ((8, 0), (9, 0), (10, 0)) else 192
     if problem.head_dim > limit:
         return f"head_dim {problem.head_dim} > {limit}"

@@ -71,10 +71,13 @@ def forward(
 ) -> tuple[torch.Tensor, None]:
     if config.expand_heads:
         k, v = (t.repeat_interleave(problem.group_size, dim=2) for t in (k, v))
+    scale = problem.scale
+    if scale <= 0:  # fused kernels mask with -inf before they scale: NaN or +inf unless the scale is positive
+        q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
     q, k, v = (_last_dim_dense(t).transpose(1, 2) for t in (q, k, v))  # (B, H, S, D), as SDPA wants them
     sdpa = partial(
         F.scaled_dot_product_attention,
-        scale=problem.scale,
+        scale=scale,
         enable_gqa=problem.group_size > 1 and not config.expand_heads,
     )
     with torch.autocast(q.device.type, enabled=False):

@@ -1,0 +1,325 @@
+"""The public call: what it returns, remembers and leaves alone. Its numbers are the business of tests/backends."""
+
+import threading
+import timeit
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+import flashcore
+from flashcore import api
+from flashcore.backends import reference
+from flashcore.plan import override
+from tests.cases import BY_NAME
+from tests.tolerance import assert_forward, assert_gradients
+
+
+def inputs(seqlen_q=5, seqlen_k=7, requires_grad=False, dtype=torch.float32):
+    shapes = (2, seqlen_q, 4, 16), (2, seqlen_k, 2, 16), (2, seqlen_k, 2, 16)
+    return [torch.randn(shape, dtype=dtype).requires_grad_(requires_grad) for shape in shapes]
+
+
+def test_returns_out_or_out_and_lse():
+    q, k, v = inputs()
+    out = flashcore.attention(q, k, v, causal=True)
+    assert_forward(out, None, q, k, v, causal=True)
+    out, lse = flashcore.attention(q, k, v, causal=True, return_lse=True)
+    assert_forward(out, lse, q, k, v, causal=True)
+
+
+def test_scale():
+    q, k, v = inputs()
+    for scale in (None, 1, 0.3, -0.3, 0.0):
+        assert_forward(flashcore.attention(q, k, v, scale=scale), None, q, k, v, scale=scale)
+
+
+def test_inputs_are_left_alone():
+    q, k, v = BY_NAME["packed_causal"].inputs()
+    before = [t.clone() for t in (q, k, v)]
+    for backend in ("sdpa", "reference"):
+        flashcore.attention(q, k, v, backend=backend)
+    assert all(torch.equal(now, then) for now, then in zip((q, k, v), before, strict=True))
+
+
+def test_explain_launches_nothing(add_backend):
+    def forward(*_):
+        raise AssertionError("launched")
+
+    add_backend("fake", forward=forward)
+    plan = flashcore.explain(*inputs(), causal=True)
+    assert plan.backend == "fake"
+    with pytest.raises(AssertionError, match="launched"):
+        flashcore.attention(*inputs(), causal=True)
+
+
+def test_explain_says_what_attention_does(add_backend):
+    used = []
+
+    def forward(problem, config, q, k, v):
+        used.append(problem)
+        return reference.forward(problem, config, q, k, v)
+
+    add_backend("fake", forward=forward, rejects=lambda problem: None if problem.causal else "causal=False")
+    for causal in (True, False):
+        used.clear()
+        flashcore.attention(*inputs(), causal=causal)
+        plan = flashcore.explain(*inputs(), causal=causal)
+        assert used == ([plan.problem] if plan.backend == "fake" else [])
+        assert bool(used) == causal
+
+
+# ---- what is remembered ------------------------------------------------------------------------------------------
+
+
+def test_validates_and_plans_once_per_kind_of_call(monkeypatch):
+    flashcore.attention(*inputs())
+
+    def validate(*_, **__):
+        raise AssertionError("validated again")
+
+    monkeypatch.setattr(api, "explain", validate)
+    flashcore.attention(*inputs())
+    q, k, v = inputs()
+    flashcore.attention(q.transpose(1, 2).contiguous().transpose(1, 2), k, v)  # other strides: the same plan
+    for changed in ({"causal": True}, {"scale": 1.0}, {"return_lse": True}, {"backend": "reference"}):
+        with pytest.raises(AssertionError, match="validated again"):
+            flashcore.attention(q, k, v, **changed)
+    with pytest.raises(AssertionError, match="validated again"):
+        flashcore.attention(q.requires_grad_(), k, v)
+
+
+def test_backend_with_prepare_is_prepared_once(add_backend):
+    prepared = []
+
+    def prepare(problem, config):
+        prepared.append(problem)
+        return lambda q, k, v: reference.forward(problem, config, q, k, v)
+
+    add_backend("fake", prepare=prepare, forward=None)
+    for _ in range(3):
+        q, k, v = inputs()
+        assert_forward(flashcore.attention(q, k, v), None, q, k, v)
+    assert len(prepared) == 1
+
+
+def test_memory_is_bounded(monkeypatch):
+    monkeypatch.setattr(api, "_MAX_RUNS", 4)
+    for seqlen in range(1, 12):
+        flashcore.attention(*inputs(seqlen_k=seqlen))
+        assert len(api._runs) <= 4
+
+
+def test_override_is_seen_by_the_next_call(add_backend):
+    used = []
+
+    def forward(problem, config, q, k, v):
+        used.append(config)
+        return reference.forward(problem, config, q, k, v)
+
+    add_backend("fake", forward=forward, configure=lambda problem: "small")
+    flashcore.attention(*inputs())
+    with override(config="large"):
+        flashcore.attention(*inputs())
+    flashcore.attention(*inputs())
+    assert used == ["small", "large", "small"]
+
+
+def test_override_is_not_seen_by_other_threads(add_backend):
+    add_backend("fake", configure=lambda problem: "small")
+    seen = []
+    with override(config="large"):
+        thread = threading.Thread(target=lambda: seen.append(flashcore.explain(*inputs()).config))
+        thread.start()
+        thread.join()
+    assert seen == ["small"]
+
+
+def test_host_time_per_call(add_backend):
+    """Ours is about 1.5 us around the backend; the bound only catches a slow path taken by mistake."""
+    result = torch.empty(0), None
+    add_backend("fake", forward=lambda problem, config, q, k, v: result)
+    q, k, v = inputs()
+    seconds = (
+        min(timeit.repeat(lambda: flashcore.attention(q, k, v, causal=True), number=1000, repeat=5)) / 1000
+    )
+    assert seconds < 10e-6
+
+
+# ---- nothing to multiply -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["no_keys", "no_keys_causal", "no_queries", "no_batch"])
+def test_empty(name):
+    case = BY_NAME[name]
+    q, k, v = (t.requires_grad_() for t in case.inputs())
+    out, lse = flashcore.attention(q, k, v, causal=case.causal, return_lse=True)
+    assert_forward(out.detach(), lse, q, k, v, causal=case.causal)
+    assert out.requires_grad
+    assert not lse.requires_grad
+    out.sum().backward()
+    for tensor in (q, k, v):
+        assert tensor.grad.shape == tensor.shape
+        assert not tensor.grad.any()
+
+
+# ---- gradients ---------------------------------------------------------------------------------------------------
+
+GRADIENT_CASES = (
+    "causal_65", "causal_more_keys", "causal_empty_rows", "gqa_4_to_1", "gqa_3_to_1_more_keys", "packed_causal",
+    "last_strided_causal", "expanded_causal", "scale_negative", "float32", "float64_causal_empty_rows",
+    "wide_values",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["fake", "sdpa", "reference"])
+@pytest.mark.parametrize("name", GRADIENT_CASES)
+def test_gradients(add_backend, backend, name):
+    """Through sdpa and reference by autograd, through the fake one, a kernel to autograd, by recomputation."""
+    add_backend("fake")
+    case = BY_NAME[name]
+    q, k, v = (t.detach().requires_grad_() for t in case.inputs())
+    out = flashcore.attention(q, k, v, causal=case.causal, scale=case.scale, backend=backend)
+    dout = torch.randn_like(out)
+    grads = torch.autograd.grad(out, (q, k, v), dout)
+    assert_gradients(grads, q, k, v, dout, causal=case.causal, scale=case.scale)
+
+
+@pytest.mark.parametrize("backend", ["fake", "sdpa", "reference"])
+def test_output_gradient_with_stride_zero(add_backend, backend):
+    """What ``out.sum().backward()`` feeds: one element, expanded."""
+    add_backend("fake")
+    q, k, v = inputs(requires_grad=True)
+    out = flashcore.attention(q, k, v, causal=True, backend=backend)
+    out.sum().backward()
+    assert_gradients((q.grad, k.grad, v.grad), q, k, v, torch.ones_like(out), causal=True)
+
+
+@pytest.mark.parametrize("needing", [0, 1, 2])
+def test_gradient_of_one_input(add_backend, needing):
+    add_backend("fake")
+    tensors = inputs()
+    tensors[needing].requires_grad_()
+    flashcore.attention(*tensors).sum().backward()
+    assert [t.grad is not None for t in tensors] == [i == needing for i in range(3)]
+
+
+def test_own_backward_gets_its_arguments(add_backend):
+    got = {}
+
+    def backward(problem, config, q, k, v, out, lse, dout):
+        got.update(problem=problem, config=config, q=q, out=out, lse=lse, dout=dout)
+        return torch.full_like(q, 1), torch.full_like(k, 2), torch.full_like(v, 3)
+
+    add_backend("fake", HAS_BACKWARD=True, backward=backward, configure=lambda problem: "config")
+    q, k, v = inputs(requires_grad=True)
+    out, lse = flashcore.attention(q, k, v, return_lse=True)
+    dout = torch.randn_like(out)
+    out.backward(dout)
+    assert got["problem"] == flashcore.explain(q, k, v, return_lse=True).problem
+    assert got["config"] == "config"
+    for name, expected in {"q": q, "out": out, "lse": lse, "dout": dout}.items():
+        assert torch.equal(got[name], expected), name
+    assert [t.grad.unique().tolist() for t in (q, k, v)] == [[1], [2], [3]]
+
+
+@pytest.mark.parametrize("backend", ["fake", "reference"])
+def test_no_gradient_through_the_lse(add_backend, backend):
+    add_backend("fake")
+    q, k, v = inputs(requires_grad=True)
+    out, lse = flashcore.attention(q, k, v, return_lse=True, backend=backend)
+    assert out.requires_grad
+    assert not lse.requires_grad
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_no_autograd_where_none_is_wanted(add_backend, mode):
+    add_backend("fake")
+    tensors = inputs(requires_grad=True)
+    with mode():
+        out = flashcore.attention(*tensors)
+    assert not out.requires_grad
+    assert flashcore.attention(*tensors).requires_grad, (
+        "the call without gradients must not stand in for this one"
+    )
+
+
+def test_second_derivative_is_refused(add_backend):
+    add_backend("fake")
+    q, k, v = inputs(requires_grad=True)
+    (dq,) = torch.autograd.grad(flashcore.attention(q, k, v).square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dq.sum().backward()
+
+
+def test_functional_gradient(add_backend):
+    """torch.func.grad works with a backend's own backward; to recompute takes a tape, which it forbids."""
+
+    def backward(problem, config, q, k, v, out, lse, dout):
+        return dout * 2, dout[:, :, :2], dout[:, :, :2]
+
+    add_backend("fake", HAS_BACKWARD=True, backward=backward)
+    q, k, v = inputs()
+    dq = torch.func.grad(lambda q: flashcore.attention(q, k, v).sum())(q)
+    assert torch.equal(dq, torch.full_like(q, 2))
+
+
+# ---- company -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_torch_compile_breaks_its_graph_there(add_backend, requires_grad):
+    add_backend("fake")
+
+    def layer(q, k, v):
+        return flashcore.attention(q * 2, k, v, causal=True) + 1
+
+    counter = CompileCounter()
+    q, k, v = inputs(requires_grad=requires_grad)
+    torch.testing.assert_close(torch.compile(layer, backend=counter)(q, k, v), layer(q, k, v))
+    assert counter.frame_count == 2, "one graph before the call, one after it"
+
+
+@pytest.mark.parametrize("backend", ["fake", "sdpa", "reference"])
+def test_autocast_changes_nothing(add_backend, backend):
+    add_backend("fake")
+    q, k, v = inputs()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = flashcore.attention(q, k, v, backend=backend)
+    assert torch.equal(out, flashcore.attention(q, k, v, backend=backend))
+
+
+# ---- on a GPU ----------------------------------------------------------------------------------------------------
+
+
+GPU_GRADIENT_CASES = (
+    "causal_129", "full_191x65", "gqa_4_to_1", "gqa_4_to_1_causal", "mqa", "causal_d40", "causal_d256", "float16",
+    "packed_causal", "bhsd_causal", "expanded_causal", "last_strided_causal", "causal_long", "causal_more_keys",
+    "causal_empty_rows",
+)  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", GPU_GRADIENT_CASES)
+@pytest.mark.parametrize("expanded_dout", [False, True])
+@pytest.mark.filterwarnings("ignore::flashcore.errors.FlashCoreWarning")
+def test_gradients_on_a_gpu(name, expanded_dout):
+    """By whichever backward the plan picks: on Hopper PyTorch's flash backward, or recomputation."""
+    case = BY_NAME[name]
+    q, k, v = (t.detach().requires_grad_() for t in case.inputs("cuda"))
+    out = flashcore.attention(q, k, v, causal=case.causal, scale=case.scale)
+    dout = out.new_ones(()).expand_as(out) if expanded_dout else torch.randn_like(out)
+    grads = torch.autograd.grad(out, (q, k, v), dout)
+    assert_gradients(grads, q, k, v, dout, causal=case.causal, scale=case.scale)
+
+
+@pytest.mark.gpu
+def test_other_gpu_than_the_current_one():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU only")
+    q, k, v = (t.requires_grad_() for t in BY_NAME["causal_129"].inputs("cuda:1"))
+    out = flashcore.attention(q, k, v, causal=True)
+    assert torch.cuda.current_device() == 0
+    assert_forward(out.detach(), None, q, k, v, causal=True)
+    out.sum().backward()
+    assert_gradients((q.grad, k.grad, v.grad), q, k, v, torch.ones_like(out), causal=True)

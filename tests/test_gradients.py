@@ -1,0 +1,44 @@
+"""PyTorch's flash backward, on a machine without a GPU: its signature, and the layouts that it is given."""
+
+import pytest
+import torch
+
+from flashcore import gradients
+from tests.cases import Case
+from tests.tolerance import assert_gradients, attention_math
+
+CASE = Case("square", seqlen_q=65, seqlen_k=65, dtype="float32", causal=True)
+
+
+def run_torch_flash(case: Case, device: str = "cpu"):
+    q, k, v = (t.to(device) for t in case.inputs())
+    out, lse = attention_math(q, k, v, causal=case.causal, scale=case.scale)
+    dout = torch.randn_like(out).to(device)
+    grads = gradients.torch_flash(case.problem(), q, k, v, out, lse, dout)
+    return grads, q, k, v, dout
+
+
+@pytest.mark.parametrize("change", [{}, {"heads_k": 1}, {"causal": False, "seqlen_k": 33}])
+def test_signature(change):
+    """PyTorch's shape function accepts the arguments; it sees what the CUDA kernel will see."""
+    grads, q, k, v, _ = run_torch_flash(CASE.__class__(**{**vars(CASE), **change}), "meta")
+    assert [grad.shape for grad in grads] == [q.shape, k.shape, v.shape]
+
+
+@pytest.mark.parametrize("layout", ["bshd", "bhsd", "packed", "last_strided", "expanded"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_layouts(monkeypatch, layout, causal):
+    """The CPU's flash backward, which takes the same (B, H, S, D) tensors, gives the right gradients from them."""
+
+    def on_cpu(dout, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, dropout, causal, seed, offset, *, scale):
+        assert (cum_q, cum_k, max_q, max_k) == (None, None, q.shape[2], k.shape[2])
+        assert all(t.stride(-1) == 1 for t in (dout, q, k, v, out)), (
+            "the kernel demands a contiguous last dimension"
+        )
+        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        return backward(dout, q, k, v, out, lse, dropout, causal, scale=scale)
+
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention_backward", on_cpu)
+    case = Case("", seqlen_q=65, seqlen_k=65, dtype="float32", causal=causal, layout=layout, scale=0.3)
+    grads, q, k, v, dout = run_torch_flash(case)
+    assert_gradients(grads, q, k, v, dout, causal=causal, scale=0.3)

@@ -1,0 +1,213 @@
+"""Who is chosen, why, and what is said of the others."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+
+from flashcore import backends
+from flashcore.errors import InvalidInputError, UnsupportedError
+from flashcore.plan import override, plan
+from flashcore.problem import AttentionProblem
+
+PROBLEM = AttentionProblem(
+    dtype="bfloat16", device="cpu", arch=None, sm_count=0, batch=2, seqlen_q=128, seqlen_k=128, heads_q=8, heads_k=2,
+    head_dim=64, head_dim_v=64, causal=True, scale=0.125,
+)  # fmt: skip
+ON_HOPPER = replace(PROBLEM, device="cuda", arch=(9, 0), sm_count=132)
+
+
+@dataclass(frozen=True)
+class Config:
+    tile: int
+    why: str
+
+
+def test_first_backend_that_can(add_backend):
+    add_backend("second")
+    add_backend("first", rejects=lambda problem: None if problem.causal else "causal=False")
+    chosen = plan(PROBLEM)
+    assert (chosen.backend, chosen.rejected) == ("first", ())
+    other = plan(replace(PROBLEM, causal=False))
+    assert (other.backend, other.rejected) == ("second", (("first", "causal=False"),))
+
+
+def test_unavailable_backend_is_not_asked(add_backend):
+    def rejects(problem):
+        raise AssertionError("asked an unavailable backend about a problem")
+
+    add_backend("broken", unavailable=lambda: "its library is missing", rejects=rejects)
+    assert plan(PROBLEM).rejected[0] == ("broken", "its library is missing")
+
+
+def test_real_backends_on_the_cpu():
+    assert plan(PROBLEM).backend == "sdpa"
+    with_lse = plan(replace(PROBLEM, return_lse=True))
+    assert with_lse.backend == "reference"
+    assert dict(with_lse.rejected).keys() == {"hopper", "sdpa"}
+    assert "return_lse" in dict(with_lse.rejected)["sdpa"]
+
+
+def test_requested_backend():
+    chosen = plan(PROBLEM, "reference")
+    assert (chosen.backend, chosen.why, chosen.rejected) == ("reference", "requested", ())
+
+
+def test_requested_backend_that_cannot():
+    with pytest.raises(UnsupportedError) as caught:
+        plan(replace(PROBLEM, return_lse=True), "sdpa")
+    message = str(caught.value)
+    assert message.startswith(
+        "attention: backend='sdpa' cannot compute this: bfloat16 on cpu, q (2, 128, 8, 64)"
+    )
+    assert "\n  sdpa: return_lse=True (PyTorch's SDPA returns no LSE)" in message
+    assert 'Use backend="auto"' in message
+
+
+def test_no_backend_can(add_backend, monkeypatch):
+    add_backend("one", rejects=lambda problem: "head_dim 64 > 32")
+    add_backend("two", unavailable=lambda: "no GPU")
+    monkeypatch.setattr(backends, "BACKENDS", ("two", "one"))
+    with pytest.raises(UnsupportedError, match=r"no backend can .*\n  two: no GPU\n  one: head_dim 64 > 32$"):
+        plan(PROBLEM)
+
+
+@pytest.mark.parametrize("problem", [PROBLEM, replace(PROBLEM, seqlen_q=0)])
+def test_unknown_backend(problem):
+    with pytest.raises(
+        InvalidInputError, match=r"backend='cutlass' does not exist \(supported: auto, .*, reference"
+    ):
+        plan(problem, "cutlass")
+
+
+@pytest.mark.parametrize("change", [{"batch": 0}, {"seqlen_q": 0}, {"seqlen_k": 0}])
+def test_nothing_to_multiply(change):
+    assert plan(replace(PROBLEM, **change)).backend == "empty"
+
+
+def test_memoised(add_backend):
+    asked = []
+    add_backend("fake", rejects=asked.append)
+    assert plan(PROBLEM) is plan(replace(PROBLEM))
+    assert asked == [PROBLEM]
+
+
+def test_printed(add_backend):
+    add_backend("fake", configure=lambda problem: Config(64, "small tiles fill the machine"))
+    add_backend("shy", rejects=lambda problem: "causal")
+    text = str(plan(replace(PROBLEM, needs_grad=True)))
+    assert text.splitlines() == [
+        "problem   bfloat16 on cpu, q (2, 128, 8, 64), k (2, 128, 2, 64), v (2, 128, 2, 64), scale 0.125, causal, "
+        "needs_grad",
+        f"backend   fake: the first of {', '.join(backends.BACKENDS)} that can",
+        "config    Config(tile=64, why='small tiles fill the machine'): small tiles fill the machine",
+        "backward  sdpa-recompute: fake has no backward of its own yet; PyTorch's flash backward does not take "
+        "a tensor that is not on an NVIDIA GPU",
+        "rejected  shy: causal",
+    ]
+
+
+# ---- backward ----------------------------------------------------------------------------------------------------
+
+
+def backward(problem: AttentionProblem) -> str:
+    return plan(replace(problem, needs_grad=True)).backward
+
+
+def test_no_backward_without_gradient(add_backend):
+    add_backend("fake")
+    assert plan(ON_HOPPER).backward == "none"
+
+
+def test_autograd_for_torch_operations():
+    assert backward(PROBLEM) == "autograd"
+
+
+def test_own_backward_first(add_backend):
+    add_backend("fake", HAS_BACKWARD=True)
+    chosen = plan(replace(ON_HOPPER, needs_grad=True))
+    assert (chosen.backward, chosen.backward_why) == ("fake", "the backend's own")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"dtype": "float16"}, None),
+        ({"seqlen_q": 5, "causal": False}, None),
+        ({"heads_k": 1, "head_dim": 256, "head_dim_v": 256}, None),
+        ({"arch": (8, 6), "head_dim": 192, "head_dim_v": 192}, None),
+        ({"seqlen_q": 5}, "causal with seqlen_q != seqlen_k"),
+        ({"dtype": "float32"}, "dtype float32"),
+        ({"head_dim_v": 32}, "head_dim_v 32 != head_dim 64"),
+        ({"head_dim": 68, "head_dim_v": 68}, "head_dim 68, not a multiple of 8"),
+        ({"head_dim": 264, "head_dim_v": 264}, "head_dim 264 > 256"),
+        ({"arch": (8, 6), "head_dim": 256, "head_dim_v": 256}, "head_dim 256 > 192"),
+        ({"arch": (7, 5)}, "compute capability 7.5 < 8.0"),
+        ({"scale": -1.0}, "scale -1 <= 0"),
+        ({"device": "cpu", "arch": None}, "a tensor that is not on an NVIDIA GPU"),
+    ],
+)
+def test_torch_flash_where_it_can(add_backend, change, reason):
+    add_backend("fake")
+    chosen = plan(replace(ON_HOPPER, needs_grad=True, **change))
+    why = "fake has no backward of its own yet"
+    if reason is None:
+        assert (chosen.backward, chosen.backward_why) == ("torch-flash", why)
+    else:
+        assert chosen.backward == "sdpa-recompute"
+        assert chosen.backward_why == f"{why}; PyTorch's flash backward does not take {reason}"
+
+
+# ---- override ----------------------------------------------------------------------------------------------------
+
+
+def test_override_config(add_backend):
+    add_backend("fake", configure=lambda problem: Config(64, "the table's"))
+    with override(config=Config(32, "tried out")):
+        assert plan(PROBLEM).config == Config(32, "tried out")
+        with override(config=Config(16, "inside")):
+            assert plan(PROBLEM).config.tile == 16
+        assert plan(PROBLEM).config.tile == 32
+    assert plan(PROBLEM).config.tile == 64
+
+
+def test_override_ends_with_an_exception(add_backend):
+    add_backend("fake", configure=lambda problem: Config(64, "the table's"))
+    with pytest.raises(KeyError), override(config=Config(32, "")):
+        raise KeyError
+    assert plan(PROBLEM).config.tile == 64
+
+
+def test_override_config_of_a_backend_without_one():
+    with (
+        override(config=Config(32, "")),
+        pytest.raises(InvalidInputError, match="backend reference has no config"),
+    ):
+        plan(PROBLEM, "reference")
+
+
+def test_override_backend():
+    with override(backend="reference"):
+        assert plan(PROBLEM).backend == "reference"
+        assert plan(PROBLEM, "sdpa").backend == "sdpa"
+
+
+def test_override_backward(add_backend):
+    add_backend("fake", HAS_BACKWARD=True)
+    for choice in ("fake", "torch-flash", "sdpa-recompute"):
+        with override(backward=choice):
+            assert backward(ON_HOPPER) == choice
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ("fake", "fake has no backward of its own yet"),
+        ("torch-flash", "does not take dtype float32"),
+        ("magic", "none of fake, torch-flash, sdpa-recompute"),
+    ],
+)
+def test_override_backward_that_cannot(add_backend, choice, message):
+    add_backend("fake")
+    with override(backward=choice), pytest.raises(UnsupportedError, match=message):
+        backward(replace(ON_HOPPER, dtype="float32"))
