@@ -39,7 +39,8 @@ def test_textbook_is_attention():
 
 def test_one_wrong_element_fails(right):
     q, k, v, out, lse = right
-    out[1, -1, 2, 3] += 16 * torch.finfo(out.dtype).eps * out.abs().max()
+    roundings = 64 if out.dtype is torch.float32 else 4
+    out[1, -1, 2, 3] += roundings * torch.finfo(out.dtype).eps * out.abs().max()
     refuse(q, k, v, out, lse, "out: error .* allowed")
 
 
