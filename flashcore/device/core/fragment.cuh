@@ -21,6 +21,30 @@ float quad_sum(float x) {
   return x + __shfl_xor_sync(full_warp, x, 2);
 }
 
+// Writes 64 x 64 elements of an accumulator, rounded and packed, to a chunk of a swizzled tile of 64 rows: pair(i) is
+// elements 2 i and 2 i + 1.
+template <class Pair> __forceinline__ void store_pairs(u32 chunk, int thread, Pair pair) {
+  const int lane = thread % 32;
+  const int row = thread / 32 * 16 + lane % 16;
+  const u32 row_address = chunk + row * 128;
+#pragma unroll
+  for (int j = 0; j < 4; ++j)
+    stmatrix_x4(row_address + ((j * 2 + lane / 16) ^ (row % 8)) * 16, pair(4 * j), pair(4 * j + 1), pair(4 * j + 2),
+                pair(4 * j + 3));
+}
+
+// Writes 64 x 32 elements of an accumulator to a chunk of 64 rows of 128 bytes, swizzled alike: value(i) is element i.
+template <class Value> __forceinline__ void store_floats(u32 chunk, int thread, Value value) {
+  const int row = fragment_row(thread);
+  const u32 address = chunk + row * 128 + thread % 2 * 8;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const u32 unit = (j * 2 + thread % 4 / 2) ^ (row % 8);  // the same for both slots: their rows are 8 apart
+    store_shared_v2(address + unit * 16, value(4 * j), value(4 * j + 1));
+    store_shared_v2(address + unit * 16 + 8 * 128, value(4 * j + 2), value(4 * j + 3));
+  }
+}
+
 // Rounds a 64 x cols accumulator to T and writes it to a swizzled tile of 64 rows.
 template <class T, int cols, int n> __forceinline__ void store_fragment(float (&r)[n], u32 tile, int thread) {
   static_assert(n == cols / 2);

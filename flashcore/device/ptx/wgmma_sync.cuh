@@ -11,6 +11,7 @@ template <int pending> void wgmma_wait() { asm volatile("wgmma.wait_group.sync.a
 
 // Empty asm that "writes" the registers: the compiler may move no access to them across this point. Needed on
 // both sides of asynchronous instructions whose register use the compiler cannot see.
+__forceinline__ void pin(u32& r) { asm volatile("" : "+r"(r)::"memory"); }
 template <int n> __forceinline__ void pin(float (&r)[n]) {
 #pragma unroll
   for (int i = 0; i < n; ++i) asm volatile("" : "+f"(r[i])::"memory");
