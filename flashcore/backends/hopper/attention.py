@@ -26,11 +26,16 @@ class ForwardLauncher:
         self._lse_shape = (problem.batch, problem.heads_q, problem.seqlen_q) if problem.needs_lse else None
         m_blocks = -(-problem.seqlen_q // config.tile_m)
         self._grid = min(m_blocks * problem.heads_q * problem.batch, problem.sm_count)
-        integers = (
-            problem.batch, problem.heads_q, problem.group_size, problem.seqlen_q, problem.seqlen_k,
-            m_blocks, paired_heads(config, problem, self._grid),
+        heads = problem.batch * problem.heads_q
+        paired = paired_heads(config, problem, self._grid)
+        paired_rounds = -(-(paired // 2 * m_blocks) // self._grid)
+        # The entry's parameters after the LSE pointer, in order.
+        self._scalars = (
+            numpy.float32(problem.scale * _LOG2_E), numpy.int32(problem.batch), numpy.int32(problem.heads_q),
+            divisor(problem.heads_q), divisor(problem.group_size), numpy.int32(problem.seqlen_q),
+            numpy.int32(problem.seqlen_k), numpy.int32(m_blocks), divisor(m_blocks), numpy.int32(paired),
+            numpy.int32(paired_rounds), divisor(max(1, heads - paired)),
         )  # fmt: skip
-        self._scalars = (*map(numpy.int32, integers), numpy.float32(problem.scale * _LOG2_E))
         self._maps: tuple[dict, ...] = ({}, {}, {}, {})  # of q, k, v, out: (address, strides) -> tensor map
         self._loaded: dict[int, tuple] = {}  # device index -> (kernel, launch config)
 
@@ -78,6 +83,12 @@ class ForwardLauncher:
         launch_config = LaunchConfig(grid=self._grid, block=config.threads, shmem_size=config.smem_bytes)
         self._loaded[device] = loaded = (self._kernel.load(device), launch_config)
         return loaded
+
+
+def divisor(d: int) -> numpy.uint64:
+    """A positive divisor below 2^31 as ``struct Divisor`` (device/attention/tiles.cuh) takes it."""
+    shift = (d - 1).bit_length()
+    return numpy.uint64(shift << 32 | (2**32 * (2**shift - d) // d + 1))
 
 
 @functools.cache

@@ -17,7 +17,7 @@ SMEM_LIMIT = 227 * 1024  # bytes of shared memory one CTA may have on sm_90
 REGISTER_FILE = 64 * 1024  # 32-bit registers of one SM
 
 _ELEMENTS = {"bfloat16": "Bf16", "float16": "Fp16"}
-_REGISTERS = {1: (24, 240), 2: (24, 240), 3: (32, 160)}  # consumer warpgroups: registers of (producer, consumer)
+_REGISTERS = {1: (40, 232), 2: (40, 232), 3: (32, 160)}  # consumer warpgroups: registers of (producer, consumer)
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ class ForwardConfig:
             return f"{registers} registers exceed {REGISTER_FILE}"
         if self.turns and self.consumers == 1:
             return "one warpgroup cannot take turns"
-        if self.stages < 3:
-            return "the schedule holds K of one block and V of another: it needs 3 stages"
+        if self.stages < (self.consumers + 2 if self.q_buffers == 1 else 3):
+            return f"{self.stages} stages cannot hold a K, a V and, with one Q buffer, every warpgroup's output"
         return None
 
     def constants(self) -> dict[str, int | bool]:
@@ -127,15 +127,14 @@ def _always(problem: AttentionProblem) -> bool:
     return True
 
 
-def _long_full(problem: AttentionProblem) -> bool:
-    return not problem.causal and problem.seqlen_q >= 2048
+def _long(problem: AttentionProblem) -> bool:
+    return problem.seqlen_q >= (4096 if problem.causal else 2048)
 
 
 # The first row with the problem's head_dim (rounded up) that applies is taken.
 FORWARD_TABLE: tuple[ForwardRow, ...] = (
-    ForwardRow(64, lambda p: p.causal and p.seqlen_q < 2048, 128, 2, 8, 2, True, "short tiles waste least on the diagonal"),
     ForwardRow(64, _always, 128, 3, 6, 2, True, "three warpgroups keep the exponential units busy"),
-    ForwardRow(128, _long_full, 80, 3, 5, 2, True, "192 query rows per pass over K and V"),
+    ForwardRow(128, _long, 80, 3, 5, 2, True, "192 query rows per pass over K and V"),
     ForwardRow(128, _always, 128, 2, 5, 2, True, "128 x 128 divides the usual lengths and the diagonal evenly"),
     ForwardRow(192, _always, 96, 2, 4, 1, True, "fits a block of K and one of V twice beside Q"),
     ForwardRow(256, lambda p: p.seqlen_k <= 2048, 64, 2, 4, 1, True, "small blocks start and end a tile faster"),

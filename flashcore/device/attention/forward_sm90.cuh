@@ -22,85 +22,96 @@ template <class Config> struct ForwardKernel {
   using KvTile = typename Smem::KvTile;
   using Element = typename Config::Element;
   using Scheduler = TileScheduler<Config>;
-  using Cursor = RingCursor<Config::stages>;
+  using KvCursor = RingCursor<Config::stages>;
+  using QCursor = RingCursor<Config::q_buffers>;
 
   static constexpr int tile_n = Config::tile_n;
   static constexpr int head_dim = Config::head_dim;
   static constexpr int consumers = Config::consumers;
-  static constexpr bool seam = Config::q_buffers == 2;  // tiles of a CTA overlap: see the schedule
+  // Where a warpgroup's O waits for the copy engine: in the ring, or in the Q buffer of its own tile.
+  static constexpr bool o_in_ring = Config::q_buffers == 1;
   static_assert(sizeof(Smem) == Config::smem_bytes, "the host and the kernel disagree on shared memory");
   static_assert(Config::tile_m == 64 * consumers);
+  static_assert(!o_in_ring || KvTile::bytes >= QTile::bytes);
 
   Smem& smem;
   const AttentionParams& params;
 
-  static void wait(u64& barrier, u32 parity) { mbarrier_wait<Config::wait_limit>(barrier, parity); }
+  static __forceinline__ void wait(u64& barrier, u32 parity) { mbarrier_wait<Config::wait_limit>(barrier, parity); }
 
-  // ---- producer: one thread ----------------------------------------------------------------------------------
+  // ---- producers: one thread for Q, one for the ring ---------------------------------------------------------------
 
-  void load_kv(const TensorMap& map, Cursor& cursor, const Tile& tile, int n_block) {
+  void load_q(const TensorMap& map) {
+    Scheduler scheduler{params};
+    QCursor cursor;
+    Tile tile;
+    while (scheduler.next(tile)) {
+#pragma unroll
+      for (int wg = 0; wg < consumers; ++wg) {
+        wait(smem.q_empty[cursor.stage][wg], cursor.phase ^ 1);
+        u64& full = smem.q_full[cursor.stage][wg];
+        mbarrier_arrive_expect_tx(full, QTile::bytes);
+#pragma unroll
+        for (int c = 0; c < QTile::chunks; ++c)
+          tma_load_4d(smem.q[cursor.stage][wg] + c * QTile::chunk_bytes, map, full, c * 64,
+                      tile.m_block * Config::tile_m + wg * 64, tile.head, tile.batch);
+      }
+      cursor.advance();
+    }
+  }
+
+  __forceinline__ void load_block(const TensorMap& map, KvCursor& cursor, const Tile& tile, int n_block) {
     wait(smem.ring.empty[cursor.stage], cursor.phase ^ 1);
     u64& full = smem.ring.full[cursor.stage];
     mbarrier_arrive_expect_tx(full, KvTile::bytes);
 #pragma unroll
     for (int c = 0; c < KvTile::chunks; ++c)
       tma_load_4d(smem.kv[cursor.stage] + c * KvTile::chunk_bytes, map, full, c * 64, n_block * tile_n,
-                  tile.head / params.group_size, tile.batch);
+                  tile.kv_head, tile.batch);
     cursor.advance();
   }
 
-  void load_q(const TensorMap& map, const Tile& tile, int buffer, u32 phase) {
-#pragma unroll
-    for (int wg = 0; wg < consumers; ++wg) {
-      wait(smem.q_empty[buffer][wg], phase ^ 1);
-      u64& full = smem.q_full[buffer][wg];
-      mbarrier_arrive_expect_tx(full, QTile::bytes);
-#pragma unroll
-      for (int c = 0; c < QTile::chunks; ++c)
-        tma_load_4d(smem.q[buffer][wg] + c * QTile::chunk_bytes, map, full, c * 64,
-                    tile.m_block * Config::tile_m + wg * 64, tile.head, tile.batch);
-    }
+  __forceinline__ void load_last_v(const TensorMap& v, KvCursor& cursor, const Tile& tile) {
+    load_block(v, cursor, tile, 0);
+    if constexpr (o_in_ring)  // lend a slot to every warpgroup for its O
+      for (int wg = 0; wg < consumers; ++wg) {
+        wait(smem.ring.empty[cursor.stage], cursor.phase ^ 1);
+        mbarrier_arrive(smem.ring.full[cursor.stage]);
+        cursor.advance();
+      }
   }
 
-  void producer(const TensorMap& q, const TensorMap& k, const TensorMap& v) {
+  // In the order in which the consumers need them: K of a block comes before V of the block ahead of it.
+  void load_kv(const TensorMap& k, const TensorMap& v) {
     Scheduler scheduler{params};
-    Cursor cursor;
-    RingCursor<Config::q_buffers> q_cursor;
+    KvCursor cursor;
     Tile tile, previous;
-    bool v_pending = false;  // the last V block of the previous tile is still to be loaded
+    bool first = true;
     while (scheduler.next(tile)) {
-      load_q(q, tile, q_cursor.stage, q_cursor.phase);
-      q_cursor.advance();
-      for (int n_block = tile.n_blocks - 1; n_block >= 0; --n_block) {
-        load_kv(k, cursor, tile, n_block);
-        if (n_block < tile.n_blocks - 1)
-          load_kv(v, cursor, tile, n_block + 1);
-        else if (v_pending)
-          load_kv(v, cursor, previous, 0);
+      load_block(k, cursor, tile, tile.n_blocks - 1);
+      if (!first) load_last_v(v, cursor, previous);
+      for (int n_block = tile.n_blocks - 2; n_block >= 0; --n_block) {
+        load_block(k, cursor, tile, n_block);
+        load_block(v, cursor, tile, n_block + 1);
       }
-      if constexpr (seam) {
-        previous = tile;
-        v_pending = true;
-      } else {
-        load_kv(v, cursor, tile, 0);
-      }
+      previous = tile;
+      first = false;
     }
-    if (v_pending) load_kv(v, cursor, previous, 0);
+    if (!first) load_last_v(v, cursor, previous);
   }
 
-  // ---- consumer: one warpgroup -------------------------------------------------------------------------------
+  // ---- consumer: one warpgroup -------------------------------------------------------------------------------------
 
   struct Consumer {
-    ForwardKernel& kernel;
     Smem& smem;
     const AttentionParams& params;
     const TensorMap& o_map;
     const int wg, thread;
-    Cursor cursor;
-    RingCursor<Config::q_buffers> q_cursor;  // of the current tile
-    Softmax<Config> softmax;
-    bool store_pending = false;  // this tile's predecessor still owns its Q buffer: its O is being stored from it
-    int store_buffer = 0;
+    const int warp_row;  // first row of this warp in the CTA tile
+    KvCursor cursor;
+    QCursor q_cursor;  // of the current tile
+    Softmax softmax;
+    u64* stored = nullptr;  // barrier to arrive at when the copy engine has read the staged O; null: none staged
 
     float o[head_dim / 2];
     u32 p[tile_n / 4];
@@ -127,11 +138,36 @@ template <class Config> struct ForwardKernel {
       wgmma_commit();
     }
 
+    // Waits for the block at the cursor, and returns its slot.
+    __forceinline__ int acquire() {
+      const int stage = cursor.stage;
+      wait(smem.ring.full[stage], cursor.phase);
+      return stage;
+    }
+
+    // One thread speaks for the warpgroup, so all four warps must have seen the slot full: a matrix product of theirs
+    // or sync_warpgroup() comes between acquire() and release(), or a late warp could miss the phase.
     __forceinline__ void release(int stage) {
       if (thread == 0) mbarrier_arrive(smem.ring.empty[stage]);
     }
 
-    // Warpgroups take turns at issuing, so that one computes its softmax while the tensor cores work for another.
+    __forceinline__ void sync_warpgroup() { named_barrier_sync(1 + consumers + wg, 128); }
+
+    __forceinline__ void pass_over() {
+      const int stage = acquire();
+      cursor.advance();
+      sync_warpgroup();
+      release(stage);
+    }
+
+    // Q K^T of n_block is done: its K is not needed any more, and after the last block neither is Q.
+    __forceinline__ void release_k(int stage, int n_block) {
+      release(stage);
+      if (o_in_ring && n_block == 0 && thread == 0) mbarrier_arrive(smem.q_empty[q_cursor.stage][wg]);
+    }
+
+    // Warpgroups take turns at issuing, once per block, so that one computes its softmax while the tensor cores work
+    // for another. All take the same number of turns, whether they use them or not.
     __forceinline__ void await_turn() {
       if constexpr (Config::turns) named_barrier_sync(1 + wg, 256);
     }
@@ -139,17 +175,29 @@ template <class Config> struct ForwardKernel {
       if constexpr (Config::turns) named_barrier_arrive(1 + (wg + 1) % consumers, 256);
     }
 
-    int first_row(const Tile& tile) const { return tile.m_block * Config::tile_m + wg * 64; }
+    __forceinline__ int first_row(const Tile& tile) const { return tile.m_block * Config::tile_m + wg * 64; }
 
+    // The rightmost block that this warpgroup needs; those of the tile beyond it are for warpgroups further down.
+    __forceinline__ int first_block(const Tile& tile) const {
+      if (first_row(tile) >= params.seqlen_q) return 0;
+      return (max(1, key_limit<Config>(params, first_row(tile) + 63)) - 1) / tile_n;
+    }
+
+    // Hides the scores of keys past each row's limit, 16 columns at a time where the warp has any to hide.
     __forceinline__ void mask(float (&s)[tile_n / 2], const Tile& tile, int n_block) {
-      // Every row of the warpgroup sees at least the keys that its first row sees.
-      if ((n_block + 1) * tile_n <= key_limit<Config>(params, first_row(tile))) return;
-      const int row = first_row(tile) + fragment_row(thread);
+      const int first = tile.m_block * Config::tile_m + warp_row;
+      const int clear = key_limit<Config>(params, first) - n_block * tile_n;  // columns that no row hides
+      if (clear >= tile_n) return;
+      const int row = first + thread % 32 / 4;
       const int col = n_block * tile_n + 2 * (thread % 4);
       const int limit[2] = {key_limit<Config>(params, row) - col, key_limit<Config>(params, row + 8) - col};
 #pragma unroll
-      for (int i = 0; i < tile_n / 2; ++i)
-        if (fragment_col(i) >= limit[fragment_slot(i)]) s[i] = negative_infinity();
+      for (int group = 0; group < tile_n / 16; ++group)
+        if (clear < 16 * (group + 1)) {
+#pragma unroll
+          for (int i = 8 * group; i < 8 * group + 8; ++i)
+            if (fragment_col(i) >= limit[fragment_slot(i)]) s[i] = negative_infinity();
+        }
     }
 
     __forceinline__ void pack(const float (&s)[tile_n / 2]) {
@@ -157,17 +205,18 @@ template <class Config> struct ForwardKernel {
       for (int i = 0; i < tile_n / 4; ++i) p[i] = pack2<Element>(s[2 * i], s[2 * i + 1]);
     }
 
-    // The buffer that held the stored O returns to the producer once the copy engine has read it.
+    // The staged O's place returns to the producer once the copy engine has read it.
     __forceinline__ void finish_store() {
-      if (!store_pending) return;
+      if (stored == nullptr) return;
       if (thread == 0) {
         tma_store_wait_read<0>();
-        mbarrier_arrive(smem.q_empty[store_buffer][wg]);
+        mbarrier_arrive(*stored);
       }
-      store_pending = false;
+      stored = nullptr;
     }
 
-    __forceinline__ void epilogue(const Tile& tile, int buffer, const float (&row_max)[2], const float (&row_sum)[2]) {
+    __forceinline__ void epilogue(const Tile& tile, int q_buffer, const float (&row_max)[2],
+                                  const float (&row_sum)[2]) {
       float sum[2], inverse[2];
 #pragma unroll
       for (int slot = 0; slot < 2; ++slot) {
@@ -182,18 +231,28 @@ template <class Config> struct ForwardKernel {
         for (int i = 0; i < head_dim / 2; ++i)
           if (sum[fragment_slot(i)] == 0) o[i] = 0;
       }
-      u8* staged = smem.q[buffer][wg];
+      u8* staged = smem.q[q_buffer][wg];
+      stored = &smem.q_empty[q_buffer][wg];
+      if constexpr (o_in_ring)
+        for (int owner = 0; owner < consumers; ++owner) {
+          if (owner != wg) {
+            pass_over();
+            continue;
+          }
+          const int stage = acquire();
+          cursor.advance();
+          staged = smem.kv[stage];
+          stored = &smem.ring.empty[stage];
+        }
       store_fragment<Element, head_dim>(o, smem_address(staged), thread);
       fence_async_proxy();
-      named_barrier_sync(1 + consumers + wg, 128);
+      sync_warpgroup();
       if (thread == 0) {
 #pragma unroll
         for (int c = 0; c < QTile::chunks; ++c)
           tma_store_4d(o_map, staged + c * QTile::chunk_bytes, c * 64, first_row(tile), tile.head, tile.batch);
         tma_store_commit();
       }
-      store_pending = true;
-      store_buffer = buffer;
       if (params.lse != nullptr && thread % 4 == 0) {
         const u64 row_base = (u64(tile.batch) * params.heads_q + tile.head) * params.seqlen_q;
 #pragma unroll
@@ -208,17 +267,32 @@ template <class Config> struct ForwardKernel {
       }
     }
 
-    // First block of a tile when no other work of this warpgroup is in flight.
-    __forceinline__ void open_tile(const Tile& tile) {
+    // First block of a tile with no product of an earlier one in flight: for the CTA's first tile, and for tiles whose
+    // rightmost blocks this warpgroup passes over.
+    __forceinline__ void open_tile(const Tile& tile, int n_block, bool first_of_cta) {
       wait(smem.q_full[q_cursor.stage][wg], q_cursor.phase);
-      wait(smem.ring.full[cursor.stage], cursor.phase);
+      const int skipped = tile.n_blocks - 1 - n_block;
+      if (first_of_cta && skipped > 0) pass_over();  // else close_tile() did
+      for (int i = 1; i < skipped; ++i) {
+        finish_store();
+        await_turn();
+        pass_turn();
+        pass_over();
+        pass_over();
+      }
+      const int k_stage = acquire();
+      const bool turn = !first_of_cta || skipped > 0;
+      if (turn) await_turn();
       float s[tile_n / 2];
       issue_qk(s);
+      if (turn) pass_turn();
+      cursor.advance();
+      finish_store();
       wgmma_wait<0>();
       pin(s);
-      release(cursor.stage);
-      cursor.advance();
-      mask(s, tile, tile.n_blocks - 1);
+      release_k(k_stage, n_block);
+      if (skipped > 0) pass_over();
+      mask(s, tile, n_block);
       softmax.start(s);
       pack(s);
     }
@@ -226,20 +300,18 @@ template <class Config> struct ForwardKernel {
     // Block n_block of the tile, with the product of block n_block + 1 under its softmax.
     __forceinline__ void next_block(const Tile& tile, int n_block, bool accumulate) {
       float s[tile_n / 2];
-      const int k_stage = cursor.stage;
-      wait(smem.ring.full[k_stage], cursor.phase);
+      const int k_stage = acquire();
       await_turn();
       issue_qk(s);
       cursor.advance();
-      const int v_stage = cursor.stage;
-      wait(smem.ring.full[v_stage], cursor.phase);
+      finish_store();
+      const int v_stage = acquire();
       cursor.advance();
       issue_pv(v_stage, accumulate);
       pass_turn();
-      finish_store();
       wgmma_wait<1>();
       pin(s);
-      release(k_stage);
+      release_k(k_stage, n_block);
       mask(s, tile, n_block);
       const bool grew = softmax.update(s);
       wgmma_wait<0>();
@@ -250,39 +322,41 @@ template <class Config> struct ForwardKernel {
       if (grew) softmax.rescale_output(o);
     }
 
-    // Last product of a tile, then its output, with nothing of the next tile in flight.
-    __forceinline__ void close_tile(const Tile& tile) {
-      const int v_stage = cursor.stage;
-      wait(smem.ring.full[v_stage], cursor.phase);
+    // Last product of a tile, and its output.
+    __forceinline__ void close_tile(const Tile& tile, bool accumulate, bool followed) {
+      finish_store();
+      if (followed) pass_over();  // K of the next tile's first block, which this warpgroup does not need
+      const int v_stage = acquire();
       cursor.advance();
-      issue_pv(v_stage, tile.n_blocks > 1);
+      if (followed) await_turn();
+      issue_pv(v_stage, accumulate);
+      if (followed) pass_turn();
       wgmma_wait<0>();
       pin(o);
       pin(p);
       release(v_stage);
       epilogue(tile, q_cursor.stage, softmax.row_max, softmax.row_sum);
+      q_cursor.advance();
     }
 
     // First block of the next tile, with the last product of this one under its softmax; then this one's output.
-    __forceinline__ void cross_seam(const Tile& tile, const Tile& next) {
-      const int buffer = q_cursor.stage;
+    __forceinline__ void cross_seam(const Tile& tile, const Tile& next, bool accumulate) {
+      const int q_buffer = q_cursor.stage;
       finish_store();
       q_cursor.advance();
-      float s[tile_n / 2];
-      const int k_stage = cursor.stage;
       wait(smem.q_full[q_cursor.stage][wg], q_cursor.phase);
-      wait(smem.ring.full[k_stage], cursor.phase);
+      float s[tile_n / 2];
+      const int k_stage = acquire();
       await_turn();
       issue_qk(s);
       cursor.advance();
-      const int v_stage = cursor.stage;
-      wait(smem.ring.full[v_stage], cursor.phase);
+      const int v_stage = acquire();
       cursor.advance();
-      issue_pv(v_stage, tile.n_blocks > 1);
+      issue_pv(v_stage, accumulate);
       pass_turn();
       wgmma_wait<1>();
       pin(s);
-      release(k_stage);
+      release_k(k_stage, next.n_blocks - 1);
       const float row_max[2] = {softmax.row_max[0], softmax.row_max[1]};
       const float row_sum[2] = {softmax.row_sum[0], softmax.row_sum[1]};
       mask(s, next, next.n_blocks - 1);
@@ -291,44 +365,45 @@ template <class Config> struct ForwardKernel {
       pin(o);
       pin(p);
       release(v_stage);
-      epilogue(tile, buffer, row_max, row_sum);
+      epilogue(tile, q_buffer, row_max, row_sum);
       pack(s);
     }
 
     void run() {
       Scheduler scheduler{params};
       Tile tile, next;
-      bool more = scheduler.next(tile);
-      if (Config::turns && wg == consumers - 1) pass_turn();
-      if (seam && more) open_tile(tile);
+      bool more = scheduler.next(tile), opened = false, first_of_cta = true;
+      if (wg == consumers - 1) pass_turn();
       while (more) {
-        if constexpr (!seam) open_tile(tile);
-        for (int n_block = tile.n_blocks - 2; n_block >= 0; --n_block)
-          next_block(tile, n_block, n_block < tile.n_blocks - 2);
+        const int first = first_block(tile);
+        if (!opened) open_tile(tile, first, first_of_cta);
+        first_of_cta = false;
+        for (int n_block = first - 1; n_block >= 0; --n_block) next_block(tile, n_block, n_block < first - 1);
         more = scheduler.next(next);
-        if (seam && more) {
-          cross_seam(tile, next);
-        } else {
-          close_tile(tile);
-          finish_store();
-          q_cursor.advance();
-        }
+        opened = more && first_block(next) == next.n_blocks - 1;
+        if (opened)
+          cross_seam(tile, next, first > 0);
+        else
+          close_tile(tile, first > 0, more);
         tile = next;
       }
+      finish_store();
     }
   };
 
-  void consumer(const TensorMap& o_map, int wg, int thread) {
-    Consumer{*this, smem, params, o_map, wg, thread, {}, {}, Softmax<Config>(params.scale_log2)}.run();
+  __forceinline__ void consume(const TensorMap& o_map, int wg, int thread, int warp_row) {
+    Consumer{smem, params, o_map, wg, thread, warp_row, {}, {}, Softmax(params.scale_log2)}.run();
   }
 };
 
 extern "C" __global__ void __launch_bounds__(Config::threads, 1)
 attention_forward_sm90(const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k,
-                       const __grid_constant__ TensorMap v, const __grid_constant__ TensorMap o, float* lse, int batch,
-                       int heads_q, int group_size, int seqlen_q, int seqlen_k, int m_blocks,
-                       int paired_heads, float scale_log2) {
-  const AttentionParams params{lse, batch, heads_q, group_size, seqlen_q, seqlen_k, m_blocks, paired_heads, scale_log2};
+                       const __grid_constant__ TensorMap v, const __grid_constant__ TensorMap o, float* lse,
+                       float scale_log2, int batch, int heads_q, u64 by_heads_q, u64 by_group_size, int seqlen_q,
+                       int seqlen_k, int m_blocks, u64 by_m_blocks, int paired_heads, int paired_rounds,
+                       u64 by_single_heads) {
+  const AttentionParams params{lse, scale_log2, batch, heads_q, {by_heads_q}, {by_group_size}, seqlen_q, seqlen_k,
+                               m_blocks, {by_m_blocks}, paired_heads, paired_rounds, {by_single_heads}};
   extern __shared__ __align__(1024) u8 raw_smem[];
   using Kernel = ForwardKernel<Config>;
   auto& smem = *reinterpret_cast<typename Kernel::Smem*>(raw_smem);
@@ -353,9 +428,10 @@ attention_forward_sm90(const __grid_constant__ TensorMap q, const __grid_constan
 
   if (warp < 4) {
     setmaxnreg_dec<Config::producer_registers>();
-    if (threadIdx.x == 0) kernel.producer(q, k, v);
+    if (threadIdx.x == 0) kernel.load_kv(k, v);
+    if (threadIdx.x == 32) kernel.load_q(q);
   } else {
     setmaxnreg_inc<Config::consumer_registers>();
-    kernel.consumer(o, warp / 4 - 1, threadIdx.x % 128);
+    kernel.consume(o, warp / 4 - 1, threadIdx.x % 128, (warp - 4) * 16);
   }
 }

@@ -11,9 +11,8 @@
 #pragma once
 #include "../core/fragment.cuh"
 
-template <class Config> struct Softmax {
+struct Softmax {
   static constexpr float headroom = 8.0f;
-  static constexpr int n = Config::tile_n / 2;
 
   const float scale_log2;
   const float margin;  // headroom in units of the raw scores
@@ -25,7 +24,7 @@ template <class Config> struct Softmax {
 
   Softmax(float scale_log2) : scale_log2(scale_log2), margin(headroom / scale_log2) {}
 
-  static __forceinline__ float row_maximum(const float (&s)[n], int slot, float start) {
+  template <int n> static __forceinline__ float row_maximum(const float (&s)[n], int slot, float start) {
     float m = start;
 #pragma unroll
     for (int i = 0; i < n; ++i)
@@ -33,7 +32,7 @@ template <class Config> struct Softmax {
     return m;
   }
 
-  static __forceinline__ int row_maximum_bits(const float (&s)[n], int slot, int start) {
+  template <int n> static __forceinline__ int row_maximum_bits(const float (&s)[n], int slot, int start) {
     int m = start;
 #pragma unroll
     for (int i = 0; i < n; i += 4) {
@@ -50,7 +49,7 @@ template <class Config> struct Softmax {
   }
 
   // s becomes exp2(s * scale_log2 - row_max * scale_log2), and is added to the row sums.
-  __forceinline__ void exponentiate(float (&s)[n]) {
+  template <int n> __forceinline__ void exponentiate(float (&s)[n]) {
     // A row without keys keeps row_max = -inf: refer to 0, so that its exponentials are 0, not NaN.
     const float offset[2] = {row_max[0] == negative_infinity() ? 0 : row_max[0] * scale_log2,
                              row_max[1] == negative_infinity() ? 0 : row_max[1] * scale_log2};
@@ -62,18 +61,22 @@ template <class Config> struct Softmax {
   }
 
   // First block of a tile.
-  __forceinline__ void start(float (&s)[n]) {
+  template <int n> __forceinline__ void start(float (&s)[n]) {
 #pragma unroll
     for (int slot = 0; slot < 2; ++slot) {
-      row_max[slot] = quad_max(row_maximum(s, slot, negative_infinity()));
+      row_max[slot] = quad_max(__int_as_float(row_maximum_bits(s, slot, 0)));
       row_sum[slot] = 0;
+    }
+    if (__any_sync(full_warp, row_max[0] == 0 || row_max[1] == 0)) {  // a row without a positive score
+#pragma unroll
+      for (int slot = 0; slot < 2; ++slot) row_max[slot] = quad_max(row_maximum(s, slot, negative_infinity()));
     }
     set_thresholds();
     exponentiate(s);
   }
 
   // Later blocks. Returns, uniformly per warp, whether the output of earlier blocks must be rescaled.
-  __forceinline__ bool update(float (&s)[n]) {
+  template <int n> __forceinline__ bool update(float (&s)[n]) {
     float top[2];  // max(threshold, scores of this thread)
     if (fast) {
 #pragma unroll

@@ -2,16 +2,29 @@
 #pragma once
 #include "../ptx/types.cuh"
 
+// Division of 0 <= n < 2^31 by a divisor fixed at launch, as a multiplication: the host packs the multiplier into
+// bits 0-31 and the shift into bits 32-63 (Granlund and Montgomery, "Division by Invariant Integers", 1994).
+struct Divisor {
+  u64 packed;
+
+  __forceinline__ int divide(int n) const { return (__umulhi(u32(n), u32(packed)) + u32(n)) >> u32(packed >> 32); }
+};
+
 struct AttentionParams {
-  float* lse;  // (batch, heads_q, seqlen_q), natural logarithm; may be null
-  int batch, heads_q, group_size, seqlen_q, seqlen_k;
-  int m_blocks;      // query tiles per head
-  int paired_heads;  // (batch, head) pairs whose tiles are processed two at a time; even, 0 without a mask
+  float* lse;        // (batch, heads_q, seqlen_q), natural logarithm; may be null
   float scale_log2;  // softmax scale * log2(e), > 0
+  int batch, heads_q;
+  Divisor by_heads_q, by_group_size;
+  int seqlen_q, seqlen_k;
+  int m_blocks;  // query tiles per head
+  Divisor by_m_blocks;
+  int paired_heads;   // (batch, head) pairs whose tiles are processed two at a time; even, 0 without a mask
+  int paired_rounds;  // rounds over the CTAs that they take, rounded up
+  Divisor by_single_heads;  // the other (batch, head) pairs, if any
 };
 
 struct Tile {
-  int m_block, head, batch;
+  int m_block, head, kv_head, batch;
   int n_blocks;  // at least 1: a tile that sees no key processes one fully masked block
 };
 
@@ -28,8 +41,9 @@ template <class Config> struct TileScheduler {
 
   __forceinline__ void set(Tile& tile, int batch_head, int m_block) const {
     tile.m_block = m_block;
-    tile.batch = batch_head / params.heads_q;
+    tile.batch = params.by_heads_q.divide(batch_head);
     tile.head = batch_head - tile.batch * params.heads_q;
+    tile.kv_head = params.by_group_size.divide(tile.head);
     int keys = params.seqlen_k;
     if constexpr (Config::causal)
       keys = min(keys, (m_block + 1) * Config::tile_m + params.seqlen_k - params.seqlen_q);
@@ -42,7 +56,8 @@ template <class Config> struct TileScheduler {
     if constexpr (!Config::causal) {
       const int i = round++ * ctas + cta;
       if (i >= heads * m_blocks) return false;
-      set(tile, i / m_blocks, i % m_blocks);
+      const int head = params.by_m_blocks.divide(i);
+      set(tile, head, i - head * m_blocks);
       return true;
     } else {
       if (short_head >= 0) {
@@ -51,20 +66,21 @@ template <class Config> struct TileScheduler {
         return true;
       }
       const int units = params.paired_heads / 2 * m_blocks;
-      const int i = round++ * ctas + cta;
+      const int turn = round++;
+      const int i = turn * ctas + cta;
       if (i < units) {
-        const int rank = i % m_blocks, head = i / m_blocks * 2;
-        short_head = head + 1 - rank % 2;
+        const int pair = params.by_m_blocks.divide(i), rank = i - pair * m_blocks;
+        short_head = 2 * pair + 1 - rank % 2;
         short_m_block = rank / 2;
-        set(tile, head + rank % 2, m_blocks - 1 - rank / 2);
+        set(tile, 2 * pair + rank % 2, m_blocks - 1 - rank / 2);
         return true;
       }
-      const int full_rounds = (units + ctas - 1) / ctas;  // rounds that hold units
-      const bool reverse = round > full_rounds && (round - full_rounds) % 2;
-      const int rank = (reverse ? (round - 1) * ctas + ctas - 1 - cta : i) - units;
-      const int rest = heads - params.paired_heads;
-      if (rank >= rest * m_blocks) return false;  // and so are the ranks of all later rounds
-      set(tile, params.paired_heads + rank % rest, m_blocks - 1 - rank / rest);
+      const bool reverse = turn >= params.paired_rounds && (turn - params.paired_rounds) % 2 == 0;
+      const int j = (reverse ? turn * ctas + ctas - 1 - cta : i) - units;
+      const int single_heads = heads - params.paired_heads;
+      if (j >= single_heads * m_blocks) return false;  // and so are those of all later rounds
+      const int rank = params.by_single_heads.divide(j);
+      set(tile, params.paired_heads + j - rank * single_heads, m_blocks - 1 - rank);
       return true;
     }
   }

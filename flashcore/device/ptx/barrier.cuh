@@ -20,21 +20,23 @@ void mbarrier_arrive_expect_tx(u64& barrier, u32 bytes) {
                : "memory");
 }
 
-bool mbarrier_try_wait(u64& barrier, u32 parity) {
+__forceinline__ bool mbarrier_try_wait(u64& barrier, u32 parity) {
   u32 done;
   asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
                : "=r"(done) : "r"(smem_address(&barrier)), "r"(parity) : "memory");
   return done;
 }
 
-// Blocks until the phase with this parity has completed. With a limit, a wait that would hang traps instead,
-// so that a protocol error ends the kernel: each try suspends for up to about a microsecond.
-template <int max_tries> void mbarrier_wait(u64& barrier, u32 parity) {
+// Blocks until the phase with this parity has completed. With a limit, a wait that would hang traps instead, so that
+// a protocol error ends the kernel; that loop is opaque, or its exit would change how the compiler schedules WGMMA.
+template <int max_tries> __forceinline__ void mbarrier_wait(u64& barrier, u32 parity) {
   if constexpr (max_tries == 0) {
     while (!mbarrier_try_wait(barrier, parity)) {}
   } else {
-    for (int tries = 0; !mbarrier_try_wait(barrier, parity); ++tries)
-      if (tries == max_tries) __trap();
+    asm volatile("{\n.reg .pred p;\n.reg .u32 tries;\nmov.u32 tries, 0;\n"
+        "again:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra finished;\n"
+        "add.u32 tries, tries, 1;\nsetp.lt.u32 p, tries, %2;\n@p bra again;\ntrap;\nfinished:\n}"
+        ::"r"(smem_address(&barrier)), "r"(parity), "n"(max_tries) : "memory");
   }
 }
 

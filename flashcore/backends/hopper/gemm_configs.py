@@ -1,0 +1,254 @@
+"""Variants of the Hopper matrix product: what a variant is, which one a problem gets, and why.
+
+Pure arithmetic, like :mod:`flashcore.backends.hopper.configs`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields, replace
+from typing import ClassVar
+
+from flashcore.backends.hopper.configs import REGISTER_FILE, SMEM_LIMIT
+from flashcore.gemm_problem import ACTIVATIONS, GemmProblem
+
+TILE_K = 64  # elements of the reduction per ring slot: 128 bytes, the swizzle width
+CHUNK_BYTES = 64 * 128  # 64 rows of 128 bytes: what one store moves
+
+_ELEMENTS = {"bfloat16": "Bf16", "float16": "Fp16"}
+_REGISTERS = {1: (40, 232), 2: (40, 232)}  # consumer warpgroups: registers of (producer, consumer)
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """One variant of ``device/gemm/gemm_sm90.cuh``."""
+
+    dtype: str  # "bfloat16" | "float16": of the operands
+    tile_m: int  # rows of a CTA's accumulator
+    tile_n: int  # its columns; SwiGLU makes one of the output out of two
+    consumers: int  # consumer warpgroups, tile_m / consumers rows each
+    cluster_m: int  # CTAs of a cluster along m: they share columns of b
+    cluster_n: int  # and along n: they share rows of a
+    stages: int  # ring slots, each one block of a and of b
+    store_buffers: int  # per warpgroup, for the output's way to memory
+    a_mn_major: bool = False
+    b_mn_major: bool = False
+    out_float: bool = False  # float32 output
+    bias: bool = False
+    activation: str | None = None
+    split: bool = False  # some tiles are split along the reduction
+    tma_store: bool = True  # False: rows of the output are not aligned to 16 bytes
+    wait_limit: int = 0  # > 0: a wait traps after so many tries (development)
+    why: str = field(default="", compare=False)  # the reason of the tile it came from
+
+    source: ClassVar[str] = "gemm/gemm_sm90.cuh"
+    entry: ClassVar[str] = "gemm_sm90"
+
+    @property
+    def element(self) -> str:
+        """The device-side element type."""
+        return _ELEMENTS[self.dtype]
+
+    @property
+    def threads(self) -> int:
+        return 128 * (self.consumers + 1)
+
+    @property
+    def producer_registers(self) -> int:
+        return _REGISTERS[self.consumers][0]
+
+    @property
+    def consumer_registers(self) -> int:
+        return _REGISTERS[self.consumers][1]
+
+    @property
+    def cluster_size(self) -> int:
+        return self.cluster_m * self.cluster_n
+
+    @property
+    def out_n(self) -> int:
+        """Columns of the output per tile."""
+        return self.tile_n // 2 if self.activation == "swiglu" else self.tile_n
+
+    @property
+    def deferred(self) -> bool:
+        """Whether a finished tile waits in registers, rounded, to be stored under the next tile's products."""
+        return self.tma_store and not self.out_float and self.tile_m == 64 * self.consumers
+
+    @property
+    def smem_bytes(self) -> int:
+        """``sizeof(GemmSmem<Config>)``, which the kernel asserts."""
+        operands = self.stages * (self.tile_m + self.tile_n) * TILE_K * 2
+        staging = self.consumers * self.store_buffers * CHUNK_BYTES
+        barriers = 8 * 2 * self.stages
+        return -(-(operands + staging + barriers) // 1024) * 1024
+
+    def infeasible(self) -> str | None:
+        """Why this config cannot be a kernel; None if it can."""
+        registers = 128 * (self.producer_registers + self.consumers * self.consumer_registers)
+        chunk = 32 if self.out_float else 64
+        if self.dtype not in _ELEMENTS:
+            return f"dtype {self.dtype} is neither bfloat16 nor float16"
+        if self.tile_m % (64 * self.consumers):
+            return f"tile_m {self.tile_m} is not a multiple of 64 rows per warpgroup"
+        if self.tile_n % 16 or not 16 <= self.tile_n <= 256:
+            return f"tile_n {self.tile_n} is not a multiple of 16 up to 256"
+        if self.out_n % chunk:
+            return f"{self.out_n} columns are not whole chunks of {chunk}"
+        if self.tile_m // self.consumers * self.tile_n > 192 * 128:
+            return "the accumulators of a warpgroup leave no registers"
+        if self.a_mn_major and self.tile_m // self.cluster_n % 64:
+            return "a CTA's share of a is not whole chunks of 64 rows"
+        if self.b_mn_major and self.out_n // self.cluster_m % 64:
+            return "a CTA's share of b is not whole chunks of 64 columns"
+        if self.smem_bytes > SMEM_LIMIT:
+            return f"{self.smem_bytes} bytes of shared memory exceed {SMEM_LIMIT}"
+        if registers > REGISTER_FILE:
+            return f"{registers} registers exceed {REGISTER_FILE}"
+        return None
+
+    def constants(self) -> dict[str, int | bool]:
+        """Name and value of every constant of the device-side ``struct Config``."""
+        derived = ("threads", "producer_registers", "consumer_registers", "deferred", "smem_bytes")
+        names = [f.name for f in fields(self) if f.name not in ("dtype", "activation", "why")] + list(derived)
+        activation = 1 + ACTIVATIONS.index(self.activation) if self.activation else 0
+        return {name: getattr(self, name) for name in names} | {"activation": activation}
+
+    def __str__(self) -> str:
+        extras = [
+            f"cluster {self.cluster_m} x {self.cluster_n}" if self.cluster_size > 1 else "",
+            "float32 output" if self.out_float else "",
+            "bias" if self.bias else "",
+            self.activation or "",
+            "split reduction" if self.split else "",
+            "" if self.tma_store else "unaligned output",
+        ]
+        majors = f"a along {'m' if self.a_mn_major else 'k'}, b along {'n' if self.b_mn_major else 'k'}"
+        return ", ".join(
+            [
+                f"{self.dtype}: tile {self.tile_m} x {self.tile_n}",
+                f"{self.consumers} consumer warpgroups",
+                f"{self.stages} stages",
+                majors,
+                *filter(None, extras),
+            ]
+        )
+
+
+@dataclass(frozen=True)
+class GemmSchedule:
+    """How the tiles of a problem are dealt out (``TileScheduler``). A tile here is a cluster's."""
+
+    m_tiles: int
+    n_tiles: int
+    clusters: int  # of the grid
+    group: int  # tiles along m that are walked together
+    whole_tiles: int  # the rest is split along the reduction
+    splits: int
+
+    def rest(self, batch: int) -> int:
+        """Tiles that are split."""
+        return self.m_tiles * self.n_tiles * batch - self.whole_tiles
+
+    def __str__(self) -> str:
+        split = f", all but {self.whole_tiles} in {self.splits} parts" if self.splits > 1 else ""
+        return f"{self.m_tiles} x {self.n_tiles} tiles over {self.clusters} clusters, {self.group} rows at a time{split}"
+
+
+# ---- tiles ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A row of the table. Which one is taken is estimated_seconds' choice."""
+
+    tile_m: int
+    tile_n: int
+    consumers: int
+    cluster_m: int
+    cluster_n: int
+    stages: int
+    store_buffers: int
+    why: str
+
+    def config(self, problem: GemmProblem) -> GemmConfig:
+        out_float = problem.out_dtype == "float32"
+        return GemmConfig(
+            problem.dtype, self.tile_m, self.tile_n, self.consumers, self.cluster_m, self.cluster_n, self.stages,
+            self.store_buffers, problem.a_mn_major, problem.b_mn_major, out_float, problem.bias, problem.activation,
+            tma_store=problem.n * (4 if out_float else 2) % 16 == 0, why=self.why,
+        )  # fmt: skip
+
+
+TILES: tuple[Tile, ...] = (
+    Tile(128, 256, 2, 2, 1, 4, 2, "the least traffic per product whose output is stored under the next tile"),
+    Tile(128, 128, 2, 1, 2, 6, 2, "fills the machine with few rows or few tiles"),
+    Tile(64, 128, 1, 1, 1, 8, 2, "few rows: reads b at memory speed, with many bytes in flight"),
+)
+
+MAX_SPLITS = 16
+
+# What estimated_seconds knows of an H200 (docs/log). Only the order of the candidates depends on it.
+_CLOCK = 1.6e9  # Hz, under the power cap
+_L2_BYTES_PER_CLOCK = 38  # per SM, of reads that no other CTA of the cluster shares
+_SMEM_BYTES_PER_CLOCK = 64  # per SM, delivered
+_HBM_BYTES_PER_SECOND = 4.4e12
+_TILE_CLOCKS = 1500  # start and end of a tile that no other work covers
+_HAND_OVER_SECONDS = 2.5e-6  # of a split: write, signal, read, beyond the traffic
+_PARTIAL_BYTES_PER_SECOND = 2.5e12  # written and read
+
+
+def schedule(problem: GemmProblem, config: GemmConfig, splits: int = 1) -> GemmSchedule:
+    """Deals out the tiles; those after the last full wave are split, or all if there are fewer than a wave."""
+    rows, columns = config.tile_m * config.cluster_m, config.out_n * config.cluster_n
+    m_tiles, n_tiles = -(-problem.m // rows), -(-problem.n // columns)
+    tiles = m_tiles * n_tiles * problem.batch
+    most = max(1, problem.sm_count // config.cluster_size)
+    whole = tiles if splits == 1 else tiles // most * most
+    units = whole + (tiles - whole) * splits
+    group = max(1, round(math.sqrt(most * columns / rows)))
+    return GemmSchedule(m_tiles, n_tiles, min(most, units), min(group, m_tiles), whole, splits)
+
+
+def estimated_seconds(problem: GemmProblem, config: GemmConfig, dealt: GemmSchedule) -> float:
+    """A model of the kernel's time, to choose among configs and splits."""
+    rows = min(config.tile_m, problem.m)
+    k_blocks = -(-problem.k // TILE_K)
+    read = (rows / config.cluster_n + config.tile_n / config.cluster_m) * 128
+    delivered = (rows + config.tile_n) * 128
+    block_clocks = max(
+        config.tile_m * config.tile_n / 32, read / _L2_BYTES_PER_CLOCK, delivered / _SMEM_BYTES_PER_CLOCK
+    )
+    whole_waves = -(-dealt.whole_tiles // dealt.clusters)
+    rest = dealt.rest(problem.batch)
+    part_waves = -(-rest * dealt.splits // dealt.clusters)
+    blocks = (whole_waves + part_waves / dealt.splits) * k_blocks
+    compute = (blocks * block_clocks + (whole_waves + part_waves) * _TILE_CLOCKS) / _CLOCK
+    out_size = 4 if config.out_float else 2
+    operands = (problem.m + problem.b_columns) * problem.k * 2 + problem.m * problem.n * out_size
+    memory = problem.batch * operands / _HBM_BYTES_PER_SECOND
+    hand_over = 0.0
+    if rest and dealt.splits > 1:
+        partials = (dealt.splits - 1) * rest * config.cluster_size * config.tile_m * config.tile_n * 4
+        hand_over = _HAND_OVER_SECONDS + 2 * partials / _PARTIAL_BYTES_PER_SECOND
+    return max(compute, memory) + hand_over
+
+
+def choose_gemm(problem: GemmProblem) -> tuple[GemmConfig, GemmSchedule]:
+    """The config and schedule for a problem that the backend accepts: the least estimated time."""
+    k_blocks = -(-problem.k // TILE_K)
+    best: tuple[float, GemmConfig, GemmSchedule] | None = None
+    for tile in TILES:
+        config = tile.config(problem)
+        if config.infeasible():
+            continue
+        for splits in range(1, min(MAX_SPLITS, k_blocks) + 1):
+            dealt = schedule(problem, config, splits)
+            if splits > 1 and dealt.rest(problem.batch) == 0:
+                continue
+            seconds = estimated_seconds(problem, config, dealt)
+            if best is None or seconds < best[0]:
+                best = seconds, replace(config, split=splits > 1), dealt
+    if best is None:
+        raise LookupError(f"no tile of TILES is feasible for {problem}")
+    return best[1:]
