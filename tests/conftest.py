@@ -15,22 +15,23 @@ from flashcore import backends
 from flashcore.backends import reference
 
 GPU = torch.cuda.is_available()
+NO_GPU = "they need a GPU, and there is none here"
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers are the parallelism; more threads than cores make all of them slow
-
-
-def pytest_report_header() -> str:
-    if GPU:
-        return f"GPU: {torch.cuda.get_device_name()}"
-    return "GPU: none here, so tests marked `gpu` are skipped"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not GPU:
         for item in items:
             if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="no GPU"))
+                item.add_marker(pytest.mark.skip(reason=NO_GPU))
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    skipped = sum(NO_GPU in str(report.longrepr) for report in terminalreporter.stats.get("skipped", ()))
+    if skipped:
+        terminalreporter.write_line(f"{skipped} tests skipped: {NO_GPU}")
 
 
 @pytest.fixture(autouse=True)
