@@ -54,16 +54,18 @@ def configure(problem: AttentionProblem) -> SdpaConfig:
     """
     if problem.group_size == 1:
         return SdpaConfig(False, "as many key heads as query heads")
-    fused = (
-        problem.device == "cuda"
-        and problem.arch >= (8, 0)
-        and problem.dtype in ("bfloat16", "float16")
-        and problem.head_dim == problem.head_dim_v <= 256
-        and not _needs_mask(problem)
-    )
-    if fused:
+    if _fused_kernel_takes_groups(problem):
         return SdpaConfig(False, "SDPA's flash kernel reads grouped heads where they are")
     return SdpaConfig(True, "K and V are repeated: with grouped heads SDPA would take its unfused path")
+
+
+def _fused_kernel_takes_groups(problem: AttentionProblem) -> bool:
+    if problem.head_dim != problem.head_dim_v:
+        return False
+    if problem.device == "cpu":
+        return torch.__version__ >= (2, 9)  # https://github.com/pytorch/pytorch/pull/157893
+    half = problem.dtype in ("bfloat16", "float16")
+    return problem.arch >= (8, 0) and half and problem.head_dim <= 256 and not _needs_mask(problem)
 
 
 def forward(
@@ -87,7 +89,8 @@ def forward(
             out = _causal_with_more_keys(problem, sdpa, q, k, v)
         else:
             empty = problem.mask.empty_rows
-            out = F.pad(sdpa(q[:, :, empty:], k, v, is_causal=True), (0, 0, empty, 0))
+            out = sdpa(q[:, :, empty:], k, v, is_causal=True)
+            out = F.pad(out, (0, 0, empty, 0)) if empty else out
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -48,7 +48,8 @@ def attention(case: Case) -> torch.Tensor:
         ({"head_dim_v": 32}, True),
         ({"head_dim": 512, "head_dim_v": 512}, True),
         ({"arch": (7, 5)}, True),
-        ({"device": "cpu", "arch": None}, True),
+        ({"device": "cpu", "arch": None, "causal": True, "seqlen_q": 64}, torch.__version__ < (2, 9)),
+        ({"device": "cpu", "arch": None, "head_dim_v": 32}, True),
     ],
 )
 def test_grouped_heads_never_reach_the_unfused_path(change, expand):
@@ -133,3 +134,14 @@ def test_any_shape_and_layout(
     for backend in ("sdpa", "reference"):
         out = flashcore.attention(q, k, v, causal=causal, backend=backend)
         assert_forward(out, None, q, k, v, causal=causal)
+
+
+@pytest.mark.parametrize("change", [{}, {"heads_k": 1}, {"causal": True}, {"causal": True, "seqlen_q": 65}])
+def test_pytorch_agrees_that_it_is_fused(change):
+    """Ask PyTorch which kernel it takes for the (expanded or grouped) heads that the config gives it."""
+    case = replace(Case("", heads_q=8, heads_k=2), **change)
+    with torch.profiler.profile() as profile:
+        attention(case)
+    operators = {event.key for event in profile.key_averages()}
+    assert "aten::_scaled_dot_product_flash_attention_for_cpu" in operators
+    assert "aten::_scaled_dot_product_attention_math" not in operators
