@@ -1,0 +1,122 @@
+"""The Triton backend: portable kernels for every NVIDIA GPU from compute capability 8.0 on, forward and backward.
+
+With ``TRITON_INTERPRET=1`` set before Triton is first imported, the same kernels run on the CPU in Triton's
+interpreter: slowly, for tests.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import os
+from typing import TYPE_CHECKING
+
+from flashcore import env
+from flashcore.backends.triton.configs import MAX_HEAD_DIM, TritonConfig, choose
+from flashcore.problem import AttentionProblem
+
+if TYPE_CHECKING:
+    import torch
+
+NATIVE_GRAD = False
+HAS_BACKWARD = True
+
+MIN_TRITON = "3.4"  # tensor descriptors made on the host
+
+
+def unavailable() -> str | None:
+    """Why this machine cannot run the backend; None if it can."""
+    return _missing() or (None if interpreted() else _no_gpu())
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _missing() -> str | None:
+    """Looks without importing: that takes a good part of a second, and plans that use another backend need not wait."""
+    if importlib.util.find_spec("triton") is None:
+        return f"Triton is not installed: pip install 'triton>={MIN_TRITON}'"
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # a nightly build goes by another name
+        return None
+    if tuple(int(part) for part in version.split(".")[:2]) < tuple(
+        int(part) for part in MIN_TRITON.split(".")
+    ):
+        return f"Triton {version} is too old: pip install 'triton>={MIN_TRITON}'"
+    return None
+
+
+@functools.cache
+def _no_gpu() -> str | None:
+    import torch
+
+    if not torch.cuda.is_available() or torch.version.hip:
+        return "no CUDA device is available"
+    capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    if max(capabilities) < (8, 0):
+        return (
+            f"needs compute capability 8.0 (found {', '.join(f'{a}.{b}' for a, b in sorted(capabilities))})"
+        )
+    return None
+
+
+def rejects(problem: AttentionProblem) -> str | None:
+    """The one feature of the problem that the kernels lack; None if they have all."""
+    if problem.device != "cuda" and not interpreted():
+        return f"device {problem.device} is not a GPU"
+    if problem.arch is not None and problem.arch < (8, 0):
+        return f"compute capability {problem.arch[0]}.{problem.arch[1]} < 8.0"
+    if problem.dtype == "float64":
+        return "dtype float64 is none of bfloat16, float16 and float32"
+    if problem.head_dim_v != problem.head_dim:
+        return f"head_dim_v {problem.head_dim_v} differs from head_dim {problem.head_dim}"
+    if problem.head_dim > MAX_HEAD_DIM:
+        return f"head_dim {problem.head_dim} > {MAX_HEAD_DIM}"
+    return None
+
+
+def configure(problem: AttentionProblem) -> TritonConfig:
+    """The tiles for a problem that is not rejected; ``why`` holds the reasons of their table rows."""
+    return choose(problem, _shared_memory(problem.arch), env.cache_dir() / "triton_tiles.json")
+
+
+@functools.cache
+def _shared_memory(arch: tuple[int, int] | None) -> int | None:
+    """Bytes of shared memory that a program may have on the devices of this kind here; None if they cannot tell."""
+    import torch
+
+    if arch is None or not torch.cuda.is_available():
+        return None
+    devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    sizes = [getattr(d, "shared_memory_per_block_optin", None) for d in devices if (d.major, d.minor) == arch]
+    return min((size for size in sizes if size), default=None)
+
+
+def forward(
+    problem: AttentionProblem, config: TritonConfig, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output (B, Sq, Hq, D) and LSE (B, Hq, Sq); see :class:`flashcore.backends.Backend`."""
+    from flashcore.backends.triton import attention
+
+    return attention.forward(problem, config, q, k, v)
+
+
+def backward(
+    problem: AttentionProblem,
+    config: TritonConfig,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dout: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients (dq, dk, dv), bit-identical over repeats; see :class:`flashcore.backends.Backend`."""
+    from flashcore.backends.triton import attention
+
+    return attention.backward(problem, config, q, k, v, out, lse, dout)

@@ -1,0 +1,173 @@
+"""
+Attention backward without atomics: one kernel for dQ, one for dK and dV. Deterministic.
+
+Computes    with P = exp(scale * q k^T + mask - lse), dP = dout v^T, delta = rowsum(out * dout), dS = P * (dP - delta):
+                dQ = scale * dS K,   dK = scale * dS^T Q,   dV = P^T dout.
+            Shapes, dtypes and limits are those of attention_fwd.py.
+Kernels     attention_bwd_dq   a program owns TILE_M queries of one query head and loops over the keys they see. It
+                               also computes delta, and writes the row statistics that the second kernel reads.
+            attention_bwd_dkdv a program owns TILE_N keys of one key head and loops over the queries that see them, of
+                               all GROUP query heads one after the other: the sum over the group stays in registers.
+            Seven matrix products where a fused backward has five (S and dP are computed twice), in exchange for no
+            floating-point atomics, no float32 copy of dQ in memory and no third pass over it.
+Workspace   stats, float32 (2, B, Hq, rows): lse * log2(e) and delta, rows = Sq rounded up to both kernels' tiles, so
+            that the second kernel reads it without bounds. Rows that see no key, and rows past Sq, have +inf for lse:
+            P = exp2(s - inf) = 0 for them, and dS = 0.
+Data flow   dq:   q, dout -> shared memory once;  k, v -> buffers -> S, dP -> dS in registers -> dS K into dq
+            dkdv: k, v -> shared memory once;  q, dout -> buffers -> S^T, dP^T -> P^T, dS^T in registers -> dV, dK
+            Keys are the rows of S^T, so P^T and dS^T are first operands straight from registers.
+Schedule    LOOKAHEAD overlaps exponentials with products that nothing waits for (see attention_fwd.py):
+            dq:   dS(i) while dS K (i-1) runs | S(i+1), dP(i+1) | dS K (i) is issued
+            dkdv: P(i) while dS^T Q (i-1) runs | dP(i) | P^T dout (i) is issued | dS(i) while it runs | S(i+1) |
+                  dS^T Q (i) is issued
+            K (dq) or Q (dkdv) of a tile is then read twice, one iteration apart; L2 has it.
+Masking     Tiles that cross the diagonal or the end of the keys select, behind a uniform branch; others do not. Rows
+            past the end are zeros and have P = 0.
+"""
+
+# fmt: off
+import triton
+import triton.language as tl
+
+from flashcore.backends.triton.tiles import head_base, load_rows, store_rows, tile_and_head
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit(do_not_specialize=["batch_heads", "section", "seqlen_q", "seqlen_k", "rows"])
+def attention_bwd_dq(q, k, v, out, dout, lse, stats, dq, strides_q, strides_k, strides_v, strides_out, strides_dout,
+                     scale, batch_heads, section, seqlen_q, seqlen_k, heads_k, rows,
+                     GROUP: tl.constexpr, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+                     TILE_M: tl.constexpr, TILE_N: tl.constexpr, LOOKAHEAD: tl.constexpr, TMA: tl.constexpr):
+    """dq is contiguous, like out: `strides_out` serves both. `rows` is the length of a row of stats."""
+    tiles = rows // TILE_M  # with those past seqlen_q, which only write stats
+    tile, batch_head = tile_and_head(tiles, batch_heads, section)
+    if CAUSAL:
+        tile = tiles - 1 - tile
+    heads = heads_k * GROUP
+    batch = batch_head // heads
+    head = batch_head % heads
+    head_k = head // GROUP
+    first = tile * TILE_M
+    query = first + tl.arange(0, TILE_M)
+
+    q_head = head_base(q, batch, head, strides_q, False)
+    q_tile = load_rows(q_head, batch, head, first, seqlen_q, strides_q, HEAD_DIM, TILE_M, BLOCK_D, False)
+    dout_head = head_base(dout, batch, head, strides_dout, False)
+    dout_tile = load_rows(dout_head, batch, head, first, seqlen_q, strides_dout, HEAD_DIM, TILE_M, BLOCK_D, False)
+    out_head = head_base(out, batch, head, strides_out, False)
+    out_tile = load_rows(out_head, batch, head, first, seqlen_q, strides_out, HEAD_DIM, TILE_M, BLOCK_D, False)
+    delta = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
+    row_lse = tl.load(lse + tl.cast(batch_head, tl.int64) * seqlen_q + query, mask=query < seqlen_q,
+                      other=float("-inf"))
+    row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2E)
+    stats_row = stats + tl.cast(batch_head, tl.int64) * rows + query
+    tl.store(stats_row, row_lse)
+    tl.store(stats_row + tl.cast(batch_heads, tl.int64) * rows, delta)
+
+    visible = tl.zeros([TILE_M], tl.int32) + seqlen_k  # as in attention_fwd
+    limit = seqlen_k
+    full = seqlen_k
+    if CAUSAL:
+        diagonal = seqlen_k - seqlen_q + 1
+        visible = tl.minimum(query + diagonal, seqlen_k)
+        limit = tl.maximum(tl.minimum(first + TILE_M - 1 + diagonal, seqlen_k), 0)
+        full = tl.maximum(tl.minimum(first + diagonal, seqlen_k), 0)
+    stop = tl.where(first < seqlen_q, limit, 0)
+    edge = full // TILE_N * TILE_N
+
+    k_head = head_base(k, batch, head_k, strides_k, TMA)
+    v_head = head_base(v, batch, head_k, strides_v, TMA)
+    scale_log2 = scale * LOG2E
+    acc = tl.zeros([TILE_M, BLOCK_D], tl.float32)
+    if LOOKAHEAD:
+        k_tile = load_rows(k_head, batch, head_k, 0, limit, strides_k, HEAD_DIM, TILE_N, BLOCK_D, TMA)
+        s = tl.dot(q_tile, k_tile.T, input_precision="ieee")
+        v_tile = load_rows(v_head, batch, head_k, 0, limit, strides_v, HEAD_DIM, TILE_N, BLOCK_D, TMA)
+        dp = tl.dot(dout_tile, v_tile.T, input_precision="ieee")
+    for key in tl.range(0, stop, TILE_N):
+        k_tile = load_rows(k_head, batch, head_k, key, limit, strides_k, HEAD_DIM, TILE_N, BLOCK_D, TMA)
+        if not LOOKAHEAD:
+            s = tl.dot(q_tile, k_tile.T, input_precision="ieee")
+            v_tile = load_rows(v_head, batch, head_k, key, limit, strides_v, HEAD_DIM, TILE_N, BLOCK_D, TMA)
+            dp = tl.dot(dout_tile, v_tile.T, input_precision="ieee")
+        p = tl.exp2(s * scale_log2 - row_lse[:, None])
+        ds = p * (dp - delta[:, None])
+        if key >= edge:
+            ds = tl.where(key + tl.arange(0, TILE_N)[None, :] < visible[:, None], ds, 0.0)
+        ds = ds.to(q.dtype.element_ty)
+        if LOOKAHEAD:  # past the last tile: not used
+            k_next = load_rows(k_head, batch, head_k, key + TILE_N, limit, strides_k, HEAD_DIM, TILE_N, BLOCK_D, TMA)
+            s = tl.dot(q_tile, k_next.T, input_precision="ieee")
+            v_next = load_rows(v_head, batch, head_k, key + TILE_N, limit, strides_v, HEAD_DIM, TILE_N, BLOCK_D, TMA)
+            dp = tl.dot(dout_tile, v_next.T, input_precision="ieee")
+        acc = tl.dot(ds, k_tile, acc, input_precision="ieee")
+    store_rows(dq, acc * scale, batch, head, first, seqlen_q, strides_out, HEAD_DIM, TILE_M, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["batch_heads", "section", "seqlen_q", "seqlen_k", "rows"])
+def attention_bwd_dkdv(q, k, v, dout, stats, dk, dv, strides_q, strides_k, strides_v, strides_dout, strides_dk, scale,
+                       batch_heads, section, seqlen_q, seqlen_k, heads_k, rows,
+                       GROUP: tl.constexpr, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+                       TILE_M: tl.constexpr, TILE_N: tl.constexpr, LOOKAHEAD: tl.constexpr, TMA: tl.constexpr):
+    """`batch_heads` counts B * Hk here. dk and dv are contiguous: `strides_dk` serves both."""
+    tile, batch_head = tile_and_head(tl.cdiv(seqlen_k, TILE_N), batch_heads, section)
+    batch = batch_head // heads_k
+    head_k = batch_head % heads_k
+    first = tile * TILE_N
+
+    k_head = head_base(k, batch, head_k, strides_k, False)
+    k_tile = load_rows(k_head, batch, head_k, first, seqlen_k, strides_k, HEAD_DIM, TILE_N, BLOCK_D, False)
+    v_head = head_base(v, batch, head_k, strides_v, False)
+    v_tile = load_rows(v_head, batch, head_k, first, seqlen_k, strides_v, HEAD_DIM, TILE_N, BLOCK_D, False)
+
+    # Queries below `start` see none of these keys; queries from `edge` on see all of them.
+    start = 0
+    edge = 0
+    diagonal = seqlen_k - seqlen_q
+    if CAUSAL:
+        start = tl.maximum(first - diagonal, 0) // TILE_M * TILE_M
+        edge = tl.maximum(first + TILE_N - 1 - diagonal, 0)
+    tiles = tl.maximum(tl.cdiv(seqlen_q - start, TILE_M), 0)
+    steps = tiles * GROUP
+
+    scale_log2 = scale * LOG2E
+    dk_acc = tl.zeros([TILE_N, BLOCK_D], tl.float32)
+    dv_acc = tl.zeros([TILE_N, BLOCK_D], tl.float32)
+    if LOOKAHEAD:
+        q_head = head_base(q, batch, head_k * GROUP, strides_q, TMA)
+        q_tile = load_rows(q_head, batch, head_k * GROUP, start, seqlen_q, strides_q, HEAD_DIM, TILE_M, BLOCK_D, TMA)
+        s = tl.dot(k_tile, q_tile.T, input_precision="ieee")
+    for step in tl.range(0, steps):
+        member = step // tiles if GROUP > 1 else 0
+        head = head_k * GROUP + member
+        query = start + (step - member * tiles) * TILE_M
+        q_head = head_base(q, batch, head, strides_q, TMA)
+        q_tile = load_rows(q_head, batch, head, query, seqlen_q, strides_q, HEAD_DIM, TILE_M, BLOCK_D, TMA)
+        dout_head = head_base(dout, batch, head, strides_dout, TMA)
+        dout_tile = load_rows(dout_head, batch, head, query, seqlen_q, strides_dout, HEAD_DIM, TILE_M, BLOCK_D, TMA)
+        head_stats = stats + tl.cast(batch_head * GROUP + member, tl.int64) * rows + query
+        row_lse = tl.load(head_stats + tl.arange(0, TILE_M))
+        delta = tl.load(head_stats + tl.cast(batch_heads * GROUP, tl.int64) * rows + tl.arange(0, TILE_M))
+
+        if not LOOKAHEAD:
+            s = tl.dot(k_tile, q_tile.T, input_precision="ieee")
+        p = tl.exp2(s * scale_log2 - row_lse[None, :])
+        if query < edge:
+            hidden_from = query + diagonal + tl.arange(0, TILE_M)[None, :]
+            p = tl.where(first + tl.arange(0, TILE_N)[:, None] <= hidden_from, p, 0.0)
+        dp = tl.dot(v_tile, dout_tile.T, input_precision="ieee")
+        dv_acc = tl.dot(p.to(k.dtype.element_ty), dout_tile, dv_acc, input_precision="ieee")
+        ds = (p * (dp - delta[None, :])).to(k.dtype.element_ty)
+        if LOOKAHEAD:  # the last step reads its own tile again, unused
+            next_step = tl.minimum(step + 1, steps - 1)
+            next_member = next_step // tiles if GROUP > 1 else 0
+            next_head = head_k * GROUP + next_member
+            next_query = start + (next_step - next_member * tiles) * TILE_M
+            q_head = head_base(q, batch, next_head, strides_q, TMA)
+            q_next = load_rows(q_head, batch, next_head, next_query, seqlen_q, strides_q, HEAD_DIM, TILE_M, BLOCK_D,
+                               TMA)
+            s = tl.dot(k_tile, q_next.T, input_precision="ieee")
+        dk_acc = tl.dot(ds, q_tile, dk_acc, input_precision="ieee")
+    store_rows(dk, dk_acc * scale, batch, head_k, first, seqlen_k, strides_dk, HEAD_DIM, TILE_N, BLOCK_D)
+    store_rows(dv, dv_acc, batch, head_k, first, seqlen_k, strides_dk, HEAD_DIM, TILE_N, BLOCK_D)

@@ -1,0 +1,161 @@
+"""
+Attention forward, and the combination of its splits, for any GPU that Triton supports.
+
+Computes    out = softmax(scale * q k^T + mask) v, and lse = log(sum(exp(scale * q k^T + mask))), per head.
+            q, out (B, Sq, Hq, D); k, v (B, Sk, Hk, D), Hq a multiple of Hk; lse float32 (B, Hq, Sq).
+            float16, bfloat16, and float32 without tensor cores; D up to 256; causal aligned to the bottom right.
+            Not handled: a head_dim of v that differs from that of q.
+Grid        (row tiles x heads, splits). A program owns TILE_M rows of one head and one contiguous share (split) of the
+            keys that these rows see. PACK makes rows of all GROUP query heads of a key head, row = query * GROUP +
+            member, so that each tile of keys is read once per group: what decoding needs. Order: `tile_and_head`;
+            causal tiles start with the last, which is the longest.
+Data flow   q -> registers or shared memory, once;  k, v -> `stages` buffers in shared memory -> tensor cores -> acc in
+            registers -> out. With SPLITS > 1 out and lse are float32 partial results, which `combine` merges.
+Schedule    LOOKAHEAD computes the scores of the next tile before the product with V of this one:
+                softmax(i) while P V (i-1) runs | S(i+1), waits for both | rescale acc | P V (i) is issued | ...
+            On Hopper, where products are asynchronous, Triton keeps P V in flight over the loop's back edge this way
+            (checked in the SASS: no wait between its HGMMA and those of the next S). It costs one product of scores
+            per program that is thrown away, and one more buffer for K. Without it the softmax waits for S and the
+            tensor cores wait for the softmax, unless another program on the SM fills in.
+Masking     Only tiles that hold a key some row does not see (from `edge` on) compare and select, behind a uniform
+            branch; hidden scores are replaced by -inf, never added to. K and V past the end are zeros.
+Numerics    Scores stay unscaled; scale * log2(e) is folded into the exponent: p = exp2(s * scale_log2 - row_max), one
+            multiply-add per element. That needs scale > 0: SIGN moves the sign into q, and scale 0 becomes q = 0.
+            A row without any key keeps row_max = -inf and row_sum = 0: its exponents are taken relative to 0, its
+            output is 0 and its lse -inf; the same holds for a split in which a row sees no key, which `combine`
+            then weighs with exactly 0. P is rounded to the input dtype for P V; everything else is float32.
+            The order of all additions depends on shapes and config only: repeated calls give the same bits.
+"""
+
+# fmt: off
+import triton
+import triton.language as tl
+
+from flashcore.backends.triton.tiles import head_base, load_rows, tile_and_head
+
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit(do_not_specialize=["batch_heads", "section", "seqlen_q", "seqlen_k"])
+def attention_fwd(q, k, v, out, lse, strides_q, strides_k, strides_v, strides_out, scale_log2, batch_heads, section,
+                  seqlen_q, seqlen_k, heads_k,
+                  GROUP: tl.constexpr, PACK: tl.constexpr, CAUSAL: tl.constexpr, SIGN: tl.constexpr,
+                  SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE_M: tl.constexpr,
+                  TILE_N: tl.constexpr, LOOKAHEAD: tl.constexpr, TMA: tl.constexpr, Q_REGS: tl.constexpr):
+    """`batch_heads` counts the heads that programs are made for: B * Hk with PACK, else B * Hq. `out` is
+    (SPLITS, B, Sq, Hq, D) with `strides_out` in that order, `lse` is contiguous (SPLITS, B, Hq, Sq)."""
+    members: tl.constexpr = GROUP if PACK else 1  # query heads in one tile
+    sharing: tl.constexpr = 1 if PACK else GROUP  # programs' heads that read the same key head
+    rows = seqlen_q * members
+    tiles = tl.cdiv(rows, TILE_M)
+    tile, batch_head = tile_and_head(tiles, batch_heads, section)
+    if CAUSAL:
+        tile = tiles - 1 - tile
+    split = tl.program_id(1)
+    heads = heads_k * sharing
+    batch = batch_head // heads
+    head = batch_head % heads
+    head_k = head // sharing
+
+    row = tile * TILE_M + tl.arange(0, TILE_M)
+    col = tl.arange(0, BLOCK_D)
+    query = row // members
+    head_q = head * members + row % members
+    inside = (row < rows)[:, None] & (col < HEAD_DIM)[None, :]
+    q_rows = head_base(q, batch, 0, strides_q, False) + (query.to(tl.int64) * strides_q[1]
+                                                         + head_q.to(tl.int64) * strides_q[2])
+    q_tile = tl.load(q_rows[:, None] + (col * strides_q[3])[None, :], mask=inside, other=0.0)
+    if SIGN != 1:
+        q_tile = (q_tile.to(tl.float32) * SIGN).to(q.dtype.element_ty)
+    if Q_REGS:  # an operand that is computed, not just loaded, stays in registers
+        q_tile = tl.where((row < rows)[:, None], q_tile, 0.0)
+
+    # Row r sees the keys below visible[r]; no row sees `limit`; all rows see the keys below `full`.
+    visible = tl.zeros([TILE_M], tl.int32) + seqlen_k
+    limit = seqlen_k
+    full = seqlen_k
+    if CAUSAL:
+        diagonal = seqlen_k - seqlen_q + 1
+        visible = tl.minimum(query + diagonal, seqlen_k)
+        last_query = (tl.minimum(tile * TILE_M + TILE_M, rows) - 1) // members
+        limit = tl.maximum(tl.minimum(last_query + diagonal, seqlen_k), 0)
+        full = tl.maximum(tl.minimum(tile * TILE_M // members + diagonal, seqlen_k), 0)
+    blocks = tl.cdiv(limit, TILE_N)
+    per_split = tl.cdiv(blocks, SPLITS)
+    start = tl.minimum(split * per_split, blocks) * TILE_N
+    stop = tl.minimum((split + 1) * per_split, blocks) * TILE_N
+    edge = full // TILE_N * TILE_N
+
+    k_head = head_base(k, batch, head_k, strides_k, TMA)
+    v_head = head_base(v, batch, head_k, strides_v, TMA)
+    acc = tl.zeros([TILE_M, BLOCK_D], tl.float32)
+    row_max = tl.full([TILE_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([TILE_M], tl.float32)
+    if LOOKAHEAD:
+        k_tile = load_rows(k_head, batch, head_k, start, limit, strides_k, HEAD_DIM, TILE_N, BLOCK_D, TMA)
+        s = tl.dot(q_tile, k_tile.T, input_precision="ieee")
+    for key in tl.range(start, stop, TILE_N):
+        if not LOOKAHEAD:
+            k_tile = load_rows(k_head, batch, head_k, key, limit, strides_k, HEAD_DIM, TILE_N, BLOCK_D, TMA)
+            s = tl.dot(q_tile, k_tile.T, input_precision="ieee")
+        if key >= edge:
+            s = tl.where(key + tl.arange(0, TILE_N)[None, :] < visible[:, None], s, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(s, 1) * scale_log2)
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+        p = tl.exp2(s * scale_log2 - shift[:, None])
+        rescale = tl.exp2(row_max - shift)
+        row_sum = row_sum * rescale + tl.sum(p, 1)
+        row_max = new_max
+        p = p.to(q.dtype.element_ty)
+        if LOOKAHEAD:  # past the last tile: not used
+            k_tile = load_rows(k_head, batch, head_k, key + TILE_N, limit, strides_k, HEAD_DIM, TILE_N, BLOCK_D, TMA)
+            s = tl.dot(q_tile, k_tile.T, input_precision="ieee")
+        acc = acc * rescale[:, None]
+        v_tile = load_rows(v_head, batch, head_k, key, limit, strides_v, HEAD_DIM, TILE_N, BLOCK_D, TMA)
+        acc = tl.dot(p, v_tile, acc, input_precision="ieee")
+
+    empty = row_sum == 0.0
+    acc = acc / tl.where(empty, 1.0, row_sum)[:, None]
+    row_lse = tl.where(empty, float("-inf"), row_max * LN2 + tl.log(row_sum))
+    out_rows = out + (split.to(tl.int64) * strides_out[0] + tl.cast(batch, tl.int64) * strides_out[1]
+                      + query.to(tl.int64) * strides_out[2] + head_q.to(tl.int64) * strides_out[3])
+    tl.store(out_rows[:, None] + col[None, :], acc.to(out.dtype.element_ty), mask=inside)
+    batches = batch_heads // heads
+    lse_rows = ((split * batches + batch).to(tl.int64) * (heads_k * GROUP) + head_q) * seqlen_q + query
+    tl.store(lse + lse_rows, row_lse, mask=row < rows)
+
+
+@triton.jit(do_not_specialize=["rows", "seqlen_q", "heads"])
+def combine(partial_out, partial_lse, out, lse, rows, seqlen_q, heads, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
+            HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """One query of one head per program: out = sum of w_s out_s, w_s = exp(lse_s - lse), lse = log(sum of exp(lse_s)).
+
+    Partial results are float32 (SPLITS, B, Sq, Hq, D) and (SPLITS, B, Hq, Sq); programs are numbered as (B, Hq, Sq).
+    Splits are added in order, BLOCK_S at a time. A split without visible keys has lse = -inf and weighs exactly 0.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    batch_head = row // seqlen_q
+    out_row = (batch_head // heads * seqlen_q + row % seqlen_q) * heads + batch_head % heads
+    split = tl.arange(0, BLOCK_S)
+    col = tl.arange(0, BLOCK_D)
+    top = float("-inf")
+    for first in tl.static_range(0, SPLITS, BLOCK_S):
+        part = tl.load(partial_lse + (first + split).to(tl.int64) * rows + row, mask=first + split < SPLITS,
+                       other=float("-inf"))
+        top = tl.maximum(top, tl.max(part, 0))
+    shift = tl.where(top == float("-inf"), 0.0, top)
+    total = 0.0
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    for first in tl.static_range(0, SPLITS, BLOCK_S):
+        index = (first + split).to(tl.int64) * rows
+        present = first + split < SPLITS
+        part = tl.load(partial_lse + index + row, mask=present, other=float("-inf"))
+        weight = tl.exp(part - shift)
+        values = tl.load(partial_out + ((index + out_row) * HEAD_DIM)[:, None] + col[None, :],
+                         mask=present[:, None] & (col < HEAD_DIM)[None, :], other=0.0)
+        acc += tl.sum(weight[:, None] * values, 0)
+        total += tl.sum(weight, 0)
+    empty = total == 0.0
+    acc = acc / tl.where(empty, 1.0, total)
+    tl.store(out + out_row * HEAD_DIM + col, acc.to(out.dtype.element_ty), mask=col < HEAD_DIM)
+    tl.store(lse + row, tl.where(empty, float("-inf"), shift + tl.log(total)))

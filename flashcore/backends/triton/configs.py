@@ -1,0 +1,383 @@
+"""Which tiles the Triton kernels use: what a config is, which one a problem gets, and why.
+
+Pure arithmetic: needs neither torch nor Triton. One table per GPU family; in it the first row that has the problem's
+head_dim (rounded up to a power of two), applies to it and fits in the device's shared memory is taken. A row from the
+user's own table (written by ``python -m flashcore.backends.triton.tune --install``) goes before them all. A GPU without
+a table gets the safe rows, which fit anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+from flashcore.problem import AttentionProblem
+
+MAX_HEAD_DIM = 256
+FULL_GRID = 0.8  # of the SMs: a grid that fills fewer is cut into splits
+MAX_SPLITS = 128
+L2_SHARE = 24 * 2**20  # bytes of the L2 cache that K and V of one section of heads may fill
+
+# Largest shared memory of one program in bytes, by compute capability, where the device itself cannot be asked.
+SHARED_MEMORY = {
+    (8, 0): 166912, (8, 6): 101376, (8, 7): 166912, (8, 9): 101376, (9, 0): 232448, (10, 0): 232448,
+    (10, 3): 232448, (12, 0): 101376, (12, 1): 101376,
+}  # fmt: skip
+LEAST_SHARED_MEMORY = 101376
+
+_ITEM_SIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one kernel cuts its problem."""
+
+    tile_m: int  # query rows
+    tile_n: int  # keys
+    warps: int  # per program
+    stages: int  # tiles of each stream held in shared memory
+    lookahead: bool = False  # compute the next scores before this tile's last product; see attention_fwd.py
+    tma: bool = False  # read the streams by the copy engine, where the tensors allow it
+    q_registers: bool = False  # forward: keep Q in registers instead of shared memory
+
+    def __str__(self) -> str:
+        flags = "".join(f", {name}" for name in ("lookahead", "tma", "q_registers") if getattr(self, name))
+        return f"{self.tile_m} x {self.tile_n}, {self.warps} warps, {self.stages} stages{flags}"
+
+
+@dataclass(frozen=True)
+class TritonConfig:
+    """Everything that the launcher needs to know about a problem besides its dimensions."""
+
+    forward: Tile
+    dq: Tile
+    dkdv: Tile
+    pack_gqa: bool = False  # one program handles all query heads of a key head
+    splits: int = 1  # programs that share the keys of one row tile
+    why: str = field(default="", compare=False)  # of the forward tile and the grid
+    backward_why: str = field(default="", compare=False)
+
+    def __str__(self) -> str:
+        grid = (", pack_gqa" if self.pack_gqa else "") + (
+            f", {self.splits} splits" if self.splits > 1 else ""
+        )
+        return f"tile {self.forward}{grid}; dq {self.dq}; dkdv {self.dkdv}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table: the tile for problems it applies to, and the reason."""
+
+    kernel: str  # "forward", "dq" or "dkdv"
+    head_dim: int  # rounded up to a power of two
+    applies: Callable[[AttentionProblem, int], bool]  # of the problem and its rows per program's head
+    tile: Tile
+    smem_kib: (
+        int  # shared memory of one program at most, rounded up; tests compile every row to hold it to that
+    )
+    why: str
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """Columns of a tile: the next power of two, at least 16, the shortest reduction of a matrix product."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def _16bit(problem: AttentionProblem, rows: int) -> bool:
+    return problem.dtype != "float32"
+
+
+def _float32(problem: AttentionProblem, rows: int) -> bool:
+    return problem.dtype == "float32"
+
+
+def _few_rows(limit: int) -> Callable[[AttentionProblem, int], bool]:
+    return lambda problem, rows: rows <= limit and problem.dtype != "float32"
+
+
+def _short_or_small(problem: AttentionProblem, rows: int) -> bool:
+    """128-row tiles would leave SMs idle."""
+    tiles = problem.batch * problem.heads_q * math.ceil(problem.seqlen_q / 128)
+    return _16bit(problem, rows) and tiles < FULL_GRID * problem.sm_count
+
+
+_NO_TENSOR_CORES = "IEEE float32 runs without tensor cores: small tiles keep the operands in registers"
+_DECODE = (
+    "as few rows as a product allows: reading keys takes the time, three programs per SM keep many in flight"
+)
+_SMALL_GRID = "128 rows per tile would leave SMs idle"
+_UNTRIED = "chosen by registers and shared memory, not measured"
+
+_FLOAT32 = (
+    Row("forward", 64, _float32, Tile(64, 32, 4, 2), 41, _NO_TENSOR_CORES),
+    Row("forward", 128, _float32, Tile(32, 32, 4, 2), 52, _NO_TENSOR_CORES),
+    Row("forward", 256, _float32, Tile(32, 16, 4, 2), 67, _NO_TENSOR_CORES),
+    Row("dq", 64, _float32, Tile(32, 32, 4, 2), 36, _NO_TENSOR_CORES),
+    Row("dq", 128, _float32, Tile(32, 32, 4, 2), 68, _NO_TENSOR_CORES),
+    Row("dq", 256, _float32, Tile(16, 16, 4, 2), 65, _NO_TENSOR_CORES),
+    Row("dkdv", 64, _float32, Tile(16, 32, 4, 2), 27, _NO_TENSOR_CORES),
+    Row("dkdv", 128, _float32, Tile(16, 32, 4, 2), 51, _NO_TENSOR_CORES),
+    Row("dkdv", 256, _float32, Tile(16, 16, 4, 2), 66, _NO_TENSOR_CORES),
+)
+
+# Any GPU: at most 99 KiB of shared memory, no TMA. Rows for head_dim 64 serve everything below.
+_SAFE = (
+    Row("forward", 64, _few_rows(16), Tile(16, 64, 4, 3), 36, _DECODE),
+    Row("forward", 64, _16bit, Tile(64, 64, 4, 2), 32, _UNTRIED),
+    Row("forward", 128, _few_rows(16), Tile(16, 64, 4, 3), 70, _DECODE),
+    Row("forward", 128, _16bit, Tile(64, 32, 4, 2), 37, _UNTRIED),
+    Row("forward", 256, _few_rows(16), Tile(16, 32, 4, 3), 73, _DECODE),
+    Row("forward", 256, _16bit, Tile(64, 32, 8, 2), 69, _UNTRIED),
+    Row("dq", 64, _16bit, Tile(64, 32, 4, 2), 28, _UNTRIED),
+    Row("dq", 128, _16bit, Tile(64, 32, 4, 2), 52, _UNTRIED),
+    Row("dq", 256, _16bit, Tile(32, 32, 8, 2), 66, _UNTRIED),
+    Row("dkdv", 64, _16bit, Tile(32, 64, 4, 2), 25, _UNTRIED),
+    Row("dkdv", 128, _16bit, Tile(32, 64, 8, 2), 53, _UNTRIED),
+    Row("dkdv", 256, _16bit, Tile(32, 32, 8, 2), 67, _UNTRIED),
+    *_FLOAT32,
+)
+
+_AMPERE = (  # sm_80: 163 KiB of shared memory
+    Row("forward", 64, _few_rows(16), Tile(16, 64, 4, 3), 36, _DECODE),
+    Row("forward", 64, _16bit, Tile(128, 64, 4, 3), 64, _UNTRIED),
+    Row("forward", 128, _few_rows(16), Tile(16, 64, 4, 3), 70, _DECODE),
+    Row("forward", 128, _16bit, Tile(128, 64, 8, 3), 113, _UNTRIED),
+    Row("forward", 256, _few_rows(16), Tile(16, 32, 4, 3), 73, _DECODE),
+    Row("forward", 256, _16bit, Tile(64, 64, 8, 2), 105, _UNTRIED),
+    Row("dq", 64, _16bit, Tile(64, 64, 4, 2), 40, _UNTRIED),
+    Row("dq", 128, _16bit, Tile(64, 64, 8, 2), 72, _UNTRIED),
+    Row("dq", 256, _16bit, Tile(64, 32, 8, 2), 100, _UNTRIED),
+    Row("dkdv", 64, _16bit, Tile(32, 128, 8, 2), 41, _UNTRIED),
+    Row("dkdv", 128, _16bit, Tile(64, 64, 8, 2), 73, _UNTRIED),
+    Row("dkdv", 256, _16bit, Tile(32, 32, 8, 2), 67, _UNTRIED),
+)
+
+_SMALL_SMEM = (  # sm_86, sm_89, sm_120: 99 KiB of shared memory
+    Row("forward", 64, _few_rows(16), Tile(16, 64, 4, 3), 36, _DECODE),
+    Row("forward", 64, _16bit, Tile(128, 64, 4, 2), 48, _UNTRIED),
+    Row("forward", 128, _few_rows(16), Tile(16, 64, 4, 3), 70, _DECODE),
+    Row("forward", 128, _16bit, Tile(128, 32, 8, 3), 73, _UNTRIED),
+    Row("forward", 256, _few_rows(16), Tile(16, 32, 4, 3), 73, _DECODE),
+    Row("forward", 256, _16bit, Tile(64, 32, 8, 2), 69, _UNTRIED),
+    Row("dq", 64, _16bit, Tile(64, 64, 4, 2), 40, _UNTRIED),
+    Row("dq", 128, _16bit, Tile(64, 32, 4, 2), 52, _UNTRIED),
+    Row("dq", 256, _16bit, Tile(32, 32, 8, 2), 66, _UNTRIED),
+    Row("dkdv", 64, _16bit, Tile(32, 64, 4, 2), 25, _UNTRIED),
+    Row("dkdv", 128, _16bit, Tile(64, 64, 8, 2), 73, _UNTRIED),
+    Row("dkdv", 256, _16bit, Tile(32, 32, 8, 2), 67, _UNTRIED),
+)
+
+_HOPPER = (  # sm_90: 227 KiB of shared memory, asynchronous matrix products of 64 rows per warpgroup, TMA
+    Row("forward", 64, _few_rows(16), Tile(16, 128, 4, 3, tma=True), 71, _DECODE),
+    Row(
+        "forward",
+        64,
+        _short_or_small,
+        Tile(64, 64, 4, 3, lookahead=True, tma=True),
+        65,
+        _SMALL_GRID,
+    ),
+    Row(
+        "forward",
+        64,
+        _16bit,
+        Tile(128, 64, 8, 3, lookahead=True, tma=True),
+        73,
+        "125 registers: two programs per SM",
+    ),
+    Row("forward", 128, _few_rows(16), Tile(16, 64, 4, 3, tma=True), 71, _DECODE),
+    Row(
+        "forward",
+        128,
+        _short_or_small,
+        Tile(64, 64, 4, 2, lookahead=True, tma=True),
+        97,
+        _SMALL_GRID,
+    ),
+    Row(
+        "forward",
+        128,
+        _16bit,
+        Tile(128, 128, 8, 2, lookahead=True, tma=True),
+        193,
+        "the widest tile without spills",
+    ),
+    Row("forward", 256, _few_rows(16), Tile(16, 32, 4, 3, tma=True), 74, _DECODE),
+    Row(
+        "forward",
+        256,
+        _16bit,
+        Tile(128, 64, 8, 2, lookahead=True, tma=True),
+        225,
+        "the widest tile that fits twice",
+    ),
+    Row(
+        "dq",
+        64,
+        _16bit,
+        Tile(128, 64, 8, 3, lookahead=True, tma=True),
+        121,
+        "dS K runs under the next exponentials",
+    ),
+    Row(
+        "dq",
+        128,
+        _16bit,
+        Tile(128, 64, 8, 2, lookahead=True, tma=True),
+        193,
+        "dS K runs under the next exponentials",
+    ),
+    Row(
+        "dq",
+        256,
+        _16bit,
+        Tile(64, 32, 4, 2, lookahead=True, tma=True),
+        193,
+        "Q, dO and three streams just fit",
+    ),
+    Row(
+        "dkdv",
+        64,
+        _16bit,
+        Tile(64, 128, 8, 2, lookahead=True, tma=True),
+        89,
+        "241 registers",
+    ),
+    Row(
+        "dkdv",
+        128,
+        _16bit,
+        Tile(64, 128, 8, 2, lookahead=True, tma=True),
+        177,
+        "255 registers",
+    ),
+    Row(
+        "dkdv",
+        256,
+        _16bit,
+        Tile(32, 64, 8, 2, lookahead=True, tma=True),
+        181,
+        "dK and dV fill 128 registers",
+    ),
+)
+
+_BLACKWELL = (  # sm_100: 227 KiB of shared memory, accumulators in tensor memory, TMA
+    Row("forward", 64, _few_rows(16), Tile(16, 64, 4, 3, tma=True), 37, _DECODE),
+    Row("forward", 64, _16bit, Tile(128, 64, 4, 3, tma=True), 65, _UNTRIED),
+    Row("forward", 128, _few_rows(16), Tile(16, 64, 4, 3, tma=True), 71, _DECODE),
+    Row("forward", 128, _16bit, Tile(128, 64, 8, 2, tma=True), 98, _UNTRIED),
+    Row("forward", 256, _few_rows(16), Tile(16, 32, 4, 3, tma=True), 74, _DECODE),
+    Row("forward", 256, _16bit, Tile(128, 32, 8, 2, tma=True), 130, _UNTRIED),
+    Row("dq", 64, _16bit, Tile(128, 64, 8, 2, tma=True), 73, _UNTRIED),
+    Row("dq", 128, _16bit, Tile(128, 32, 8, 2, tma=True), 105, _UNTRIED),
+    Row("dq", 256, _16bit, Tile(64, 32, 8, 2, tma=True), 145, _UNTRIED),
+    Row("dkdv", 64, _16bit, Tile(64, 64, 4, 2, tma=True), 65, _UNTRIED),
+    Row("dkdv", 128, _16bit, Tile(32, 128, 8, 2, tma=True), 113, _UNTRIED),
+    Row("dkdv", 256, _16bit, Tile(32, 64, 8, 2, tma=True), 161, _UNTRIED),
+)  # fmt: skip
+
+TABLES: dict[tuple[int, int], tuple[Row, ...]] = {
+    (8, 0): _AMPERE, (8, 7): _AMPERE, (8, 6): _SMALL_SMEM, (8, 9): _SMALL_SMEM, (9, 0): _HOPPER,
+    (10, 0): _BLACKWELL, (10, 3): _BLACKWELL, (12, 0): _SMALL_SMEM, (12, 1): _SMALL_SMEM,
+}  # fmt: skip
+
+
+def choose(
+    problem: AttentionProblem, shared_memory: int | None = None, user_table: Path | None = None
+) -> TritonConfig:
+    """The config for a problem that the backend accepts.
+
+    :param shared_memory: bytes one program may have on the actual device; None: by compute capability.
+    :param user_table: file of tiles tuned on this machine; need not exist.
+    """
+    limit = shared_memory or SHARED_MEMORY.get(problem.arch, LEAST_SHARED_MEMORY)
+    pack_gqa = problem.group_size > 1 and problem.seqlen_q * problem.group_size <= 128
+    members = problem.group_size if pack_gqa else 1
+    rows = problem.seqlen_q * members
+    forward, why = _tile("forward", problem, rows, limit, user_table)
+    dq, dq_why = _tile("dq", problem, rows, limit, user_table)
+    dkdv, dkdv_why = _tile("dkdv", problem, rows, limit, user_table)
+    tiles = math.ceil(rows / forward.tile_m) * problem.batch * problem.heads_q // members
+    splits = choose_splits(tiles, math.ceil(problem.seqlen_k / forward.tile_n), problem.sm_count, forward)
+    if pack_gqa:
+        why += f"; packed: a key tile serves {members} query heads"
+    if splits > 1:
+        why += f"; split: {tiles} tiles leave {problem.sm_count} SMs idle"
+    return TritonConfig(forward, dq, dkdv, pack_gqa, splits, why, f"dq: {dq_why}; dkdv: {dkdv_why}")
+
+
+def choose_splits(tiles: int, blocks: int, sm_count: int, tile: Tile) -> int:
+    """Into how many splits to cut the `blocks` key tiles of each of `tiles` row tiles; 1 when they fill the GPU.
+
+    The smallest number that keeps the slots of all waves nearly as busy as the best one does. A split has two blocks or
+    more: less is not worth the combination.
+    """
+    if sm_count == 0 or tiles >= FULL_GRID * sm_count:
+        return 1
+    slots = sm_count * (3 if tile.tile_m == 16 else 1)
+    most = max(1, min(MAX_SPLITS, blocks // 2))
+    busy = {}
+    for splits in range(1, most + 1):
+        per_split = math.ceil(blocks / splits)
+        waves = math.ceil(tiles * splits / slots)
+        busy[splits] = tiles * blocks / (waves * slots * per_split)  # work done over room taken
+    best = max(busy.values())
+    return next(splits for splits, value in busy.items() if value >= 0.9 * best)
+
+
+def heads_per_section(problem: AttentionProblem, heads: int) -> int:
+    """How many of `heads` heads are processed side by side (`tile_and_head` in tiles.py).
+
+    Without a mask one after the other, so that all SMs read the same keys. Under a causal mask the long tiles of many
+    heads go first; as many heads as keep their keys and values in L2.
+    """
+    if not problem.causal:
+        return 1
+    head_bytes = 2 * problem.seqlen_k * problem.head_dim * _ITEM_SIZE[problem.dtype]
+    return max(1, min(heads, L2_SHARE // head_bytes))
+
+
+def _tile(
+    kernel: str, problem: AttentionProblem, rows: int, limit: int, user_table: Path | None
+) -> tuple[Tile, str]:
+    """The first tile for a kernel that applies and fits, and why."""
+    head_dim = padded_head_dim(problem.head_dim)
+    tuned = _read_user_table(user_table).get(user_key(kernel, problem)) if user_table and rows > 16 else None
+    if tuned:
+        return tuned, f"tuned on this machine ({user_table})"
+    for row in (*TABLES.get(problem.arch, ()), *_SAFE):
+        if (
+            row.kernel == kernel
+            and row.head_dim == max(64, head_dim)
+            and row.applies(problem, rows)
+            and row.smem_kib * 1024 <= limit
+        ):
+            return row.tile, row.why
+    raise LookupError(f"no tile for {kernel} with head_dim {head_dim} in {limit} bytes of shared memory")
+
+
+def user_key(kernel: str, problem: AttentionProblem) -> str:
+    """What a tile in the user's table depends on."""
+    mask = "causal" if problem.causal else "full"
+    major, minor = problem.arch or (0, 0)
+    gpu = f"sm_{major}{minor} with {problem.sm_count} SMs"
+    return f"{gpu}, {kernel} {problem.dtype} head_dim {padded_head_dim(problem.head_dim)} {mask}"
+
+
+def write_user_table(path: Path, tiles: dict[str, Tile]) -> None:
+    """Add `tiles`, by :func:`user_key`, to the table at `path`."""
+    table = _read_user_table(path) | tiles
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({key: asdict(tile) for key, tile in sorted(table.items())}, indent=1) + "\n")
+    _read_user_table.cache_clear()
+
+
+@lru_cache(maxsize=8)
+def _read_user_table(path: Path) -> dict[str, Tile]:
+    if not path.exists():
+        return {}
+    return {key: Tile(**tile) for key, tile in json.loads(path.read_text()).items()}

@@ -1,0 +1,218 @@
+"""Forward, backward, splits and grouped heads of the Triton kernels against float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import flashcore
+from flashcore import plan
+from flashcore.backends import triton as backend
+from flashcore.backends.triton.configs import Tile, TritonConfig
+from tests.cases import BY_NAME, CASES, Case
+from tests.poison import poisoned_outputs
+from tests.tolerance import assert_forward, assert_gradients
+
+INTERPRET = not torch.cuda.is_available()
+
+# Tiles of unequal sides, so that rows and keys cannot be mixed up, both ways through the loops.
+PLAIN = TritonConfig(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2))
+AHEAD = TritonConfig(
+    *(replace(tile, lookahead=True, tma=True) for tile in (PLAIN.forward, PLAIN.dq, PLAIN.dkdv))
+)
+# Small ones, so that short problems have many tiles.
+SMALL = TritonConfig(Tile(32, 16, 4, 2), Tile(32, 16, 4, 2), Tile(16, 32, 4, 2))
+SMALL_AHEAD = TritonConfig(
+    *(replace(tile, lookahead=True, tma=True) for tile in (SMALL.forward, SMALL.dq, SMALL.dkdv))
+)
+
+LONG = {"full_long", "causal_long", "causal_many_more_keys", "many_small_tiles", "rising_scores_causal"}
+UNSUPPORTED = {"d320", "narrow_values", "wide_values", "float64_causal_empty_rows"}
+EMPTY = {"no_keys", "no_keys_causal", "no_queries", "no_batch"}
+LEFT_OUT = UNSUPPORTED | EMPTY | (LONG if INTERPRET else set())
+
+
+def shorten(case: Case) -> Case:
+    """The interpreter is slow: one batch is enough where batches are not what the case is about."""
+    return replace(case, batch=1) if INTERPRET and case.layout == "bshd" and case.heads_q == 4 else case
+
+
+RUNNABLE = [shorten(case) for case in CASES if case.name not in LEFT_OUT]
+ONE_KEY = {case.name for case in RUNNABLE if case.seqlen_k == 1}
+alternating = pytest.mark.parametrize(
+    ("case", "config"),
+    [
+        pytest.param(case, (PLAIN, AHEAD)[i % 2], id=f"{case}-{('plain', 'ahead')[i % 2]}")
+        for i, case in enumerate(RUNNABLE)
+    ],
+)
+
+
+def gradients(case: Case, config: TritonConfig, device: str):
+    """q, k, v, dout, and the gradients that the kernels compute from the output of the reference tests' forward."""
+    q, k, v = case.inputs(device)
+    problem = case.problem(device, needs_grad=True)
+    out, lse = backend.forward(problem, config, q, k, v)
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    with poisoned_outputs():
+        grads = backend.backward(problem, config, q, k, v, out, lse, dout)
+    return q, k, v, dout, grads
+
+
+def check_forward(case: Case, config: TritonConfig, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    q, k, v = case.inputs(device)
+    with poisoned_outputs():
+        out, lse = backend.forward(case.problem(device), config, q, k, v)
+    assert_forward(out, lse, q, k, v, causal=case.causal, scale=case.scale)
+    return out, lse
+
+
+def check_backward(case: Case, config: TritonConfig, device: str) -> None:
+    q, k, v, dout, grads = gradients(case, config, device)
+    assert_gradients(grads, q, k, v, dout, causal=case.causal, scale=case.scale)
+
+
+def test_what_is_left_out_is_rejected():
+    for name in UNSUPPORTED:
+        assert backend.rejects(BY_NAME[name].problem())
+    for case in RUNNABLE:
+        assert backend.rejects(case.problem()) is None, case
+
+
+@alternating
+def test_forward(case, config, device):
+    check_forward(case, fitting(config, case), device)
+
+
+@alternating
+def test_backward(case, config, device):
+    if case.name in ONE_KEY:  # P = 1 whatever the scores: dq and dk are 0, up to the rounding of dP - delta
+        q, k, v, dout, (dq, dk, dv) = gradients(case, fitting(config, case), device)
+        assert dq.abs().max() < 1e-5
+        assert dk.abs().max() < 1e-5
+        assert_gradients((torch.zeros_like(q), torch.zeros_like(k), dv), q, k, v, dout, causal=case.causal)
+    else:
+        check_backward(case, fitting(config, case), device)
+
+
+def fitting(config: TritonConfig, case: Case) -> TritonConfig:
+    """The config, or on a GPU, for tiles that do not fit there, the backend's own."""
+    if INTERPRET or (case.head_dim <= 128 and case.dtype != "float32"):
+        return config
+    return backend.configure(case.problem("cuda"))
+
+
+@pytest.mark.parametrize("config", [SMALL, SMALL_AHEAD], ids=["plain", "ahead"])
+@pytest.mark.parametrize(
+    "name", ["causal_more_keys", "causal_empty_rows", "gqa_3_to_1_more_keys", "full_65x193"]
+)
+def test_many_tiles(name, config, device):
+    case = replace(BY_NAME[name], batch=1, head_dim=16)
+    check_forward(case, config, device)
+    check_backward(case, config, device)
+
+
+@pytest.mark.parametrize(
+    "name", ["full_65x193", "causal_more_keys", "causal_empty_rows", "mqa", "causal_one_query"]
+)
+@pytest.mark.parametrize("splits", [2, 3, 17])
+def test_splits(name, splits, device):
+    """More splits than tiles included: the surplus sees no key and weighs nothing."""
+    case = replace(BY_NAME[name], batch=2, heads_q=2, heads_k=1, head_dim=40)
+    check_forward(case, replace(SMALL, splits=splits), device)
+
+
+def test_one_split_and_many_agree(device):
+    case = replace(BY_NAME["causal_more_keys"], batch=1, heads_q=1, heads_k=1)
+    one, many = (check_forward(case, replace(SMALL, splits=splits), device) for splits in (1, 7))
+    torch.testing.assert_close(one[1], many[1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize(
+    "name", ["gqa_4_to_1", "gqa_3_to_1_more_keys", "mqa_7_causal_empty_rows", "packed_causal"]
+)
+def test_packed_groups(name, splits, device):
+    """All query heads of a key head in one program; with 3 or 7 of them a tile ends inside a group."""
+    case = replace(BY_NAME[name], batch=2, head_dim=16)
+    check_forward(case, replace(SMALL_AHEAD, pack_gqa=True, splits=splits), device)
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 2, 5])
+def test_decoding(seqlen_q, device):
+    """A few queries against a long cache, as `configure` sets it up for a GPU with many SMs."""
+    case = Case("decode", seqlen_q=seqlen_q, seqlen_k=333, heads_q=8, heads_k=2, head_dim=64, causal=True)
+    config = backend.choose(replace(case.problem(device), sm_count=132))
+    assert config.pack_gqa
+    assert config.splits > 1
+    check_forward(case, config, device)
+
+
+@pytest.mark.parametrize("values", ["k", "v"])
+def test_nothing_past_the_end_or_behind_the_mask_is_read(values, device):
+    """NaN in keys that no query of the tensor sees; NaN all around the tensors is what `Case.inputs` puts there."""
+    case = Case("poison", batch=1, seqlen_q=33, seqlen_k=70, heads_q=2, heads_k=2, head_dim=16)
+    q, k, v = case.inputs(device)
+    clean = backend.forward(case.problem(device), SMALL, q, k, v)
+    longer = replace(case, seqlen_k=90)
+    tensors = dict(zip("qkv", longer.inputs(device), strict=True))
+    tensors[values][:, 70:] = torch.nan
+    views = (q, *(torch.cat([t, tensors[n][:, 70:]], 1)[:, :70] for n, t in (("k", k), ("v", v))))
+    for config in (SMALL, SMALL_AHEAD, replace(SMALL, splits=3)):
+        out, _ = backend.forward(case.problem(device), config, *views)
+        torch.testing.assert_close(out, clean[0], atol=1e-2, rtol=1e-2)
+
+
+def test_nan_in_hidden_keys_stays_hidden(device):
+    """Behind the causal diagonal, inside a tile that other rows see."""
+    case = replace(BY_NAME["causal_65"], batch=1, heads_q=1, heads_k=1, head_dim=16)
+    q, k, v = case.inputs(device)
+    clean, _ = backend.forward(case.problem(device), SMALL, q, k, v)
+    k[:, 40] = torch.nan
+    for config in (SMALL, SMALL_AHEAD):
+        out, _ = backend.forward(case.problem(device), config, q, k, v)
+        assert torch.equal(out[:, :40], clean[:, :40])
+        assert out[:, 40:].isnan().all()
+
+
+@pytest.mark.parametrize(
+    "config", [SMALL, SMALL_AHEAD, replace(SMALL, splits=3)], ids=["plain", "ahead", "splits"]
+)
+def test_same_bits_every_time(config, device):
+    case = replace(BY_NAME["gqa_3_to_1_more_keys"], batch=1, head_dim=16)
+    q, k, v = case.inputs(device)
+    problem = case.problem(device, needs_grad=True)
+    dout = torch.randn(problem.out_shape, device=device).to(q)
+    runs = []
+    for _ in range(2 if INTERPRET else 20):
+        out, lse = backend.forward(problem, config, q, k, v)
+        runs.append((out, lse, *backend.backward(problem, config, q, k, v, out, lse, dout)))
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+
+
+def test_gradient_of_an_expanded_tensor(device):
+    """``out.sum()`` sends back a gradient of stride 0."""
+    case = replace(BY_NAME["causal_65"], batch=1, heads_q=2, heads_k=1, head_dim=16)
+    q, k, v = case.inputs(device)
+    problem = case.problem(device, needs_grad=True)
+    dout = torch.ones((), dtype=q.dtype, device=device).expand(problem.out_shape)
+    out, lse = backend.forward(problem, AHEAD, q, k, v)
+    grads = backend.backward(problem, AHEAD, q, k, v, out, lse, dout)
+    assert_gradients(grads, q, k, v, dout, causal=True)
+
+
+def test_through_the_public_call(device):
+    """Autograd reaches the backend's own backward pass."""
+    case = replace(BY_NAME["gqa_3_to_1_more_keys"], batch=1, head_dim=16)
+    q, k, v = (t.requires_grad_() for t in case.inputs(device))
+    explained = flashcore.explain(q, k, v, causal=True, backend="triton")
+    assert (explained.backend, explained.backward) == ("triton", "triton")
+    with plan.override(config=SMALL):
+        out, lse = flashcore.attention(q, k, v, causal=True, return_lse=True, backend="triton")
+    dout = torch.randn_like(out)
+    grads = torch.autograd.grad(out, (q, k, v), dout)
+    assert_forward(out, lse, q, k, v, causal=True)
+    assert_gradients(grads, q, k, v, dout, causal=True)
