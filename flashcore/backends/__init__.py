@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from flashcore.problem import AttentionProblem
 
-BACKENDS: tuple[str, ...] = ("hopper", "sdpa", "reference")
+BACKENDS: tuple[str, ...] = ("hopper", "triton", "sdpa", "reference")
 
 Run = Callable[["torch.Tensor", "torch.Tensor", "torch.Tensor"], "tuple[torch.Tensor, torch.Tensor | None]"]
 
