@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 
 from flashcore import backends, gradients
 from flashcore.backends import Backend
-from flashcore.errors import InvalidInputError, UnsupportedError
+from flashcore.errors import FlashCoreWarning, InvalidInputError, UnsupportedError
 from flashcore.problem import AttentionProblem
 
 # The values of Plan.backward that name no backend.
@@ -112,12 +113,22 @@ def _choose_backend(
     rejected: list[tuple[str, str]] = []
     for name in candidates:
         module = backends.load(name)
-        reason = module.unavailable() or module.rejects(problem)
+        unavailable = module.unavailable()
+        reason = unavailable or module.rejects(problem)
         if reason is None:
             why = "requested" if requested != "auto" else f"the first of {', '.join(candidates)} that can"
             return name, why, tuple(rejected)
+        if unavailable and problem.device == "cuda" and module.rejects(problem) is None:
+            _warn_that_the_gpu_could_do_better(name, unavailable)
         rejected.append((name, reason))
     raise UnsupportedError(_unsupported(problem, requested, rejected))
+
+
+@lru_cache
+def _warn_that_the_gpu_could_do_better(name: str, reason: str) -> None:
+    """Once per reason: something that is not installed must not make every call slow in silence."""
+    message = f"attention: backend {name} would run this on this GPU, and faster, but cannot: {reason}"
+    warnings.warn(message, FlashCoreWarning, stacklevel=2)
 
 
 def _unsupported(problem: AttentionProblem, requested: str, rejected: list[tuple[str, str]]) -> str:

@@ -1,11 +1,12 @@
 """Who is chosen, why, and what is said of the others."""
 
+import warnings
 from dataclasses import dataclass, replace
 
 import pytest
 
 from flashcore import backends
-from flashcore.errors import InvalidInputError, UnsupportedError
+from flashcore.errors import FlashCoreWarning, InvalidInputError, UnsupportedError
 from flashcore.plan import override, plan
 from flashcore.problem import AttentionProblem
 
@@ -31,19 +32,35 @@ def test_first_backend_that_can(add_backend):
     assert (other.backend, other.rejected) == ("second", (("first", "causal=False"),))
 
 
-def test_unavailable_backend_is_not_asked(add_backend):
-    def rejects(problem):
-        raise AssertionError("asked an unavailable backend about a problem")
-
-    add_backend("broken", unavailable=lambda: "its library is missing", rejects=rejects)
+def test_unavailable_backend(add_backend):
+    add_backend("broken", unavailable=lambda: "its library is missing", rejects=lambda problem: "everything")
     assert plan(PROBLEM).rejected[0] == ("broken", "its library is missing")
+
+
+def test_one_warning_when_the_gpu_could_do_better(add_backend):
+    """A missing library on a GPU that the backend is for; not a GPU, or a problem, that it is not for."""
+    add_backend("slow")
+    add_backend(
+        "fast",
+        unavailable=lambda: "cuda-bindings 12.9 do not match CUDA 13.0",
+        rejects=lambda problem: None if problem.arch == (9, 0) else "not Hopper",
+    )
+    with pytest.warns(
+        FlashCoreWarning, match=r"backend fast would .* cannot: cuda-bindings 12.9 do not match"
+    ):
+        assert plan(ON_HOPPER).backend == "slow"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert plan(replace(ON_HOPPER, causal=False)).backend == "slow"  # said before
+        assert plan(replace(ON_HOPPER, arch=(8, 0))).backend == "slow"
+        assert plan(PROBLEM).backend == "slow"
 
 
 def test_real_backends_on_the_cpu():
     assert plan(PROBLEM).backend == "sdpa"
     with_lse = plan(replace(PROBLEM, return_lse=True))
     assert with_lse.backend == "reference"
-    assert dict(with_lse.rejected).keys() == {"hopper", "triton", "sdpa"}
+    assert [name for name, _ in with_lse.rejected] == [name for name in backends.BACKENDS if name != "reference"]
     assert "return_lse" in dict(with_lse.rejected)["sdpa"]
 
 
