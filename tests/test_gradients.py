@@ -1,10 +1,14 @@
-"""PyTorch's flash backward, on a machine without a GPU: its signature, and the layouts that it is given."""
+"""The borrowed backward passes: on a GPU as they are, elsewhere the signature of PyTorch's and the layouts it gets."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 
+import flashcore
 from flashcore import gradients
-from tests.cases import Case
+from flashcore.plan import override
+from tests.cases import BY_NAME, Case
 from tests.tolerance import assert_gradients, attention_math
 
 CASE = Case("square", seqlen_q=65, seqlen_k=65, dtype="float32", causal=True)
@@ -21,7 +25,7 @@ def run_torch_flash(case: Case, device: str = "cpu"):
 @pytest.mark.parametrize("change", [{}, {"heads_k": 1}, {"causal": False, "seqlen_k": 33}])
 def test_signature(change):
     """PyTorch's shape function accepts the arguments; it sees what the CUDA kernel will see."""
-    grads, q, k, v, _ = run_torch_flash(CASE.__class__(**{**vars(CASE), **change}), "meta")
+    grads, q, k, v, _ = run_torch_flash(replace(CASE, **change), "meta")
     assert [grad.shape for grad in grads] == [q.shape, k.shape, v.shape]
 
 
@@ -42,3 +46,24 @@ def test_layouts(monkeypatch, layout, causal):
     case = Case("", seqlen_q=65, seqlen_k=65, dtype="float32", causal=causal, layout=layout, scale=0.3)
     grads, q, k, v, dout = run_torch_flash(case)
     assert_gradients(grads, q, k, v, dout, causal=causal, scale=0.3)
+
+
+GPU_CASES = (
+    "causal_1", "causal_129", "full_191x127", "gqa_4_to_1", "gqa_4_to_1_causal", "mqa", "causal_d40", "causal_d128",
+    "causal_d256", "float16", "packed_causal", "bhsd_causal", "expanded_causal", "last_strided_causal", "scale_one",
+    "large_scores_causal", "causal_long",
+)  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [BY_NAME[name] for name in GPU_CASES], ids=str)
+@pytest.mark.parametrize("backward", ["torch-flash", "sdpa-recompute"])
+def test_borrowed_backward_on_a_gpu(add_backend, case, backward):
+    """Fed with the output and LSE of the reference, so that only the backward is in question."""
+    add_backend("fake")
+    q, k, v = (t.detach().requires_grad_() for t in case.inputs("cuda"))
+    with override(backward=backward):
+        out = flashcore.attention(q, k, v, causal=case.causal, scale=case.scale)
+    dout = torch.randn_like(out)
+    grads = torch.autograd.grad(out, (q, k, v), dout)
+    assert_gradients(grads, q, k, v, dout, causal=case.causal, scale=case.scale)
