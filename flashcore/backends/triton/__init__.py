@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 NATIVE_GRAD = False
 HAS_BACKWARD = True
 
+USER_TABLE = "triton_tiles.json"  # in the cache directory
 MIN_TRITON = "3.4"  # tensor descriptors made on the host
 
 
@@ -82,7 +83,7 @@ def rejects(problem: AttentionProblem) -> str | None:
 
 def configure(problem: AttentionProblem) -> TritonConfig:
     """The tiles for a problem that is not rejected; ``why`` holds the reasons of their table rows."""
-    return choose(problem, _shared_memory(problem.arch), env.cache_dir() / "triton_tiles.json")
+    return choose(problem, _shared_memory(problem.arch), env.cache_dir() / USER_TABLE)
 
 
 @functools.cache

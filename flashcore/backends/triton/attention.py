@@ -40,13 +40,13 @@ def forward(
         q, keys, values, target, target_lse, q.stride(), k.stride(), v.stride(), target.stride()[:4],
         abs(problem.scale) * LOG2E if sign else 1.0, batch_heads, heads_per_section(problem, batch_heads),
         problem.seqlen_q, problem.seqlen_k, problem.heads_k,
-        GROUP=problem.group_size, PACK=config.pack_gqa, CAUSAL=problem.causal, SIGN=sign, SPLITS=splits,
+        GROUP=problem.group_size, PACK=config.pack_gqa, CAUSAL=problem.causal, SIGN=sign,
         HEAD_DIM=problem.head_dim, BLOCK_D=block_d, TMA=tma, Q_REGS=tile.q_registers, **_constants(tile),
     )  # fmt: skip
     if splits > 1:
         rows = lse.numel()
         combine[(rows,)](
-            target, target_lse, out, lse, rows, problem.seqlen_q, problem.heads_q, SPLITS=splits,
+            target, target_lse, out, lse, rows, problem.seqlen_q, problem.heads_q, splits,
             BLOCK_S=min(16, triton.next_power_of_2(splits)), HEAD_DIM=problem.head_dim, BLOCK_D=block_d, num_warps=1,
         )  # fmt: skip
     return out, lse
@@ -64,34 +64,49 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dq, dk, dv), contiguous, in the inputs' dtype. ``out`` and ``lse`` are what a forward returned: contiguous."""
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-    block_d = padded_head_dim(problem.head_dim)
-    rows = _round_up(problem.seqlen_q, math.lcm(config.dq.tile_m, config.dkdv.tile_m))
-    stats = torch.empty((2, problem.batch, problem.heads_q, rows), dtype=torch.float32, device=q.device)
-    sizes = (problem.seqlen_q, problem.seqlen_k, problem.heads_k, rows)
-    flags = {
-        "GROUP": problem.group_size, "CAUSAL": problem.causal, "HEAD_DIM": problem.head_dim, "BLOCK_D": block_d
-    }  # fmt: skip
+    stats = empty_stats(problem, config, q)
+    launch_dq(problem, config.dq, q, k, v, out, dout, lse, stats, dq)
+    launch_dkdv(problem, config.dkdv, q, k, v, dout, stats, dk, dv)
+    return dq, dk, dv
 
-    tile = config.dq
-    heads = problem.batch * problem.heads_q
+
+def empty_stats(problem: AttentionProblem, config: TritonConfig, like: torch.Tensor) -> torch.Tensor:
+    """The workspace that the first backward kernel fills for the second: (2, B, Hq, rows), rows in whole tiles."""
+    rows = _round_up(problem.seqlen_q, math.lcm(config.dq.tile_m, config.dkdv.tile_m))
+    shape = (2, problem.batch, problem.heads_q, rows)
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def launch_dq(problem: AttentionProblem, tile: Tile, q, k, v, out, dout, lse, stats, dq) -> None:
+    """Fill dq and stats."""
+    block_d = padded_head_dim(problem.head_dim)
+    rows, heads = stats.shape[3], problem.batch * problem.heads_q
     tma = tile.tma and addressable(k) and addressable(v)
     keys, values = (descriptor(t, tile.tile_n, block_d) if tma else t for t in (k, v))
     attention_bwd_dq[(rows // tile.tile_m * heads,)](
         q, keys, values, out, dout, lse, stats, dq,
         q.stride(), k.stride(), v.stride(), out.stride(), dout.stride(),
-        problem.scale, heads, heads_per_section(problem, heads), *sizes, **flags, TMA=tma, **_constants(tile),
+        problem.scale, heads, heads_per_section(problem, heads),
+        problem.seqlen_q, problem.seqlen_k, problem.heads_k, rows,
+        GROUP=problem.group_size, CAUSAL=problem.causal, HEAD_DIM=problem.head_dim, BLOCK_D=block_d, TMA=tma,
+        **_constants(tile),
     )  # fmt: skip
 
-    tile = config.dkdv
-    heads = problem.batch * problem.heads_k
+
+def launch_dkdv(problem: AttentionProblem, tile: Tile, q, k, v, dout, stats, dk, dv) -> None:
+    """Fill dk and dv from the stats that launch_dq wrote."""
+    block_d = padded_head_dim(problem.head_dim)
+    rows, heads = stats.shape[3], problem.batch * problem.heads_k
     tma = tile.tma and addressable(q) and addressable(dout)
     queries, douts = (descriptor(t, tile.tile_m, block_d) if tma else t for t in (q, dout))
     attention_bwd_dkdv[(triton.cdiv(problem.seqlen_k, tile.tile_n) * heads,)](
         queries, k, v, douts, stats, dk, dv,
         q.stride(), k.stride(), v.stride(), dout.stride(), dk.stride(),
-        problem.scale, heads, heads_per_section(problem, heads), *sizes, **flags, TMA=tma, **_constants(tile),
+        problem.scale, heads, heads_per_section(problem, heads),
+        problem.seqlen_q, problem.seqlen_k, problem.heads_k, rows,
+        GROUP=problem.group_size, CAUSAL=problem.causal, HEAD_DIM=problem.head_dim, BLOCK_D=block_d, TMA=tma,
+        **_constants(tile),
     )  # fmt: skip
-    return dq, dk, dv
 
 
 def addressable(tensor: torch.Tensor) -> bool:

@@ -34,7 +34,7 @@ from flashcore.backends.triton.tiles import head_base, load_rows, store_rows, ti
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit(do_not_specialize=["batch_heads", "section", "seqlen_q", "seqlen_k", "rows"])
+@triton.jit(do_not_specialize=["batch_heads", "section", "seqlen_q", "seqlen_k", "heads_k", "rows"])
 def attention_bwd_dq(q, k, v, out, dout, lse, stats, dq, strides_q, strides_k, strides_v, strides_out, strides_dout,
                      scale, batch_heads, section, seqlen_q, seqlen_k, heads_k, rows,
                      GROUP: tl.constexpr, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -105,7 +105,7 @@ def attention_bwd_dq(q, k, v, out, dout, lse, stats, dq, strides_q, strides_k, s
     store_rows(dq, acc * scale, batch, head, first, seqlen_q, strides_out, HEAD_DIM, TILE_M, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["batch_heads", "section", "seqlen_q", "seqlen_k", "rows"])
+@triton.jit(do_not_specialize=["batch_heads", "section", "seqlen_q", "seqlen_k", "heads_k", "rows"])
 def attention_bwd_dkdv(q, k, v, dout, stats, dk, dv, strides_q, strides_k, strides_v, strides_dout, strides_dk, scale,
                        batch_heads, section, seqlen_q, seqlen_k, heads_k, rows,
                        GROUP: tl.constexpr, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,

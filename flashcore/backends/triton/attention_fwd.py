@@ -10,7 +10,7 @@ Grid        (row tiles x heads, splits). A program owns TILE_M rows of one head 
             member, so that each tile of keys is read once per group: what decoding needs. Order: `tile_and_head`;
             causal tiles start with the last, which is the longest.
 Data flow   q -> registers or shared memory, once;  k, v -> `stages` buffers in shared memory -> tensor cores -> acc in
-            registers -> out. With SPLITS > 1 out and lse are float32 partial results, which `combine` merges.
+            registers -> out. With more than one split out and lse are float32 partial results, which `combine` merges.
 Schedule    LOOKAHEAD computes the scores of the next tile before the product with V of this one:
                 softmax(i) while P V (i-1) runs | S(i+1), waits for both | rescale acc | P V (i) is issued | ...
             On Hopper, where products are asynchronous, Triton keeps P V in flight over the loop's back edge this way
@@ -36,14 +36,14 @@ from flashcore.backends.triton.tiles import head_base, load_rows, tile_and_head
 LN2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit(do_not_specialize=["batch_heads", "section", "seqlen_q", "seqlen_k"])
+@triton.jit(do_not_specialize=["batch_heads", "section", "seqlen_q", "seqlen_k", "heads_k"])
 def attention_fwd(q, k, v, out, lse, strides_q, strides_k, strides_v, strides_out, scale_log2, batch_heads, section,
                   seqlen_q, seqlen_k, heads_k,
                   GROUP: tl.constexpr, PACK: tl.constexpr, CAUSAL: tl.constexpr, SIGN: tl.constexpr,
-                  SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE_M: tl.constexpr,
-                  TILE_N: tl.constexpr, LOOKAHEAD: tl.constexpr, TMA: tl.constexpr, Q_REGS: tl.constexpr):
+                  HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
+                  LOOKAHEAD: tl.constexpr, TMA: tl.constexpr, Q_REGS: tl.constexpr):
     """`batch_heads` counts the heads that programs are made for: B * Hk with PACK, else B * Hq. `out` is
-    (SPLITS, B, Sq, Hq, D) with `strides_out` in that order, `lse` is contiguous (SPLITS, B, Hq, Sq)."""
+    (splits, B, Sq, Hq, D) with `strides_out` in that order, `lse` is contiguous (splits, B, Hq, Sq)."""
     members: tl.constexpr = GROUP if PACK else 1  # query heads in one tile
     sharing: tl.constexpr = 1 if PACK else GROUP  # programs' heads that read the same key head
     rows = seqlen_q * members
@@ -81,7 +81,7 @@ def attention_fwd(q, k, v, out, lse, strides_q, strides_k, strides_v, strides_ou
         limit = tl.maximum(tl.minimum(last_query + diagonal, seqlen_k), 0)
         full = tl.maximum(tl.minimum(tile * TILE_M // members + diagonal, seqlen_k), 0)
     blocks = tl.cdiv(limit, TILE_N)
-    per_split = tl.cdiv(blocks, SPLITS)
+    per_split = tl.cdiv(blocks, tl.num_programs(1))
     start = tl.minimum(split * per_split, blocks) * TILE_N
     stop = tl.minimum((split + 1) * per_split, blocks) * TILE_N
     edge = full // TILE_N * TILE_N
@@ -125,36 +125,37 @@ def attention_fwd(q, k, v, out, lse, strides_q, strides_k, strides_v, strides_ou
     tl.store(lse + lse_rows, row_lse, mask=row < rows)
 
 
-@triton.jit(do_not_specialize=["rows", "seqlen_q", "heads"])
-def combine(partial_out, partial_lse, out, lse, rows, seqlen_q, heads, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
+@triton.jit(do_not_specialize=["rows", "seqlen_q", "heads", "splits"])
+def combine(partial_out, partial_lse, out, lse, rows, seqlen_q, heads, splits, BLOCK_S: tl.constexpr,
             HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """One query of one head per program: out = sum of w_s out_s, w_s = exp(lse_s - lse), lse = log(sum of exp(lse_s)).
 
-    Partial results are float32 (SPLITS, B, Sq, Hq, D) and (SPLITS, B, Hq, Sq); programs are numbered as (B, Hq, Sq).
+    Partial results are float32 (splits, B, Sq, Hq, D) and (splits, B, Hq, Sq); programs are numbered as (B, Hq, Sq).
     Splits are added in order, BLOCK_S at a time. A split without visible keys has lse = -inf and weighs exactly 0.
     """
     row = tl.program_id(0).to(tl.int64)
     batch_head = row // seqlen_q
     out_row = (batch_head // heads * seqlen_q + row % seqlen_q) * heads + batch_head % heads
-    split = tl.arange(0, BLOCK_S)
     col = tl.arange(0, BLOCK_D)
-    top = float("-inf")
-    for first in tl.static_range(0, SPLITS, BLOCK_S):
-        part = tl.load(partial_lse + (first + split).to(tl.int64) * rows + row, mask=first + split < SPLITS,
-                       other=float("-inf"))
-        top = tl.maximum(top, tl.max(part, 0))
+    highest = tl.full([BLOCK_S], float("-inf"), tl.float32)
+    for first in tl.range(0, splits, BLOCK_S):
+        split = first + tl.arange(0, BLOCK_S)
+        part = tl.load(partial_lse + split.to(tl.int64) * rows + row, mask=split < splits, other=float("-inf"))
+        highest = tl.maximum(highest, part)
+    top = tl.max(highest, 0)
     shift = tl.where(top == float("-inf"), 0.0, top)
-    total = 0.0
+    weights = tl.zeros([BLOCK_S], tl.float32)
     acc = tl.zeros([BLOCK_D], tl.float32)
-    for first in tl.static_range(0, SPLITS, BLOCK_S):
-        index = (first + split).to(tl.int64) * rows
-        present = first + split < SPLITS
-        part = tl.load(partial_lse + index + row, mask=present, other=float("-inf"))
+    for first in tl.range(0, splits, BLOCK_S):
+        split = first + tl.arange(0, BLOCK_S)
+        index = split.to(tl.int64) * rows
+        part = tl.load(partial_lse + index + row, mask=split < splits, other=float("-inf"))
         weight = tl.exp(part - shift)
         values = tl.load(partial_out + ((index + out_row) * HEAD_DIM)[:, None] + col[None, :],
-                         mask=present[:, None] & (col < HEAD_DIM)[None, :], other=0.0)
+                         mask=(split < splits)[:, None] & (col < HEAD_DIM)[None, :], other=0.0)
         acc += tl.sum(weight[:, None] * values, 0)
-        total += tl.sum(weight, 0)
+        weights += weight
+    total = tl.sum(weights, 0)
     empty = total == 0.0
     acc = acc / tl.where(empty, 1.0, total)
     tl.store(out + out_row * HEAD_DIM + col, acc.to(out.dtype.element_ty), mask=col < HEAD_DIM)

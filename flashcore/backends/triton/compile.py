@@ -1,4 +1,4 @@
-"""Compile a config's kernels for any GPU without having one, and report what they need. For tests and tuning."""
+"""Compile a kernel for any GPU without having one, and report what it needs. For tests and tuning."""
 
 from __future__ import annotations
 
@@ -15,96 +15,69 @@ from triton.compiler import ASTSource, CompiledKernel
 
 from flashcore.backends.triton.attention_bwd import attention_bwd_dkdv, attention_bwd_dq
 from flashcore.backends.triton.attention_fwd import attention_fwd
-from flashcore.backends.triton.configs import Tile, TritonConfig, padded_head_dim
+from flashcore.backends.triton.configs import Tile, padded_head_dim
 from flashcore.problem import AttentionProblem
 
 _TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+_FUNCTIONS = {"forward": attention_fwd, "dq": attention_bwd_dq, "dkdv": attention_bwd_dkdv}
+_STREAMS = {"forward": ("k", "v"), "dq": ("k", "v"), "dkdv": ("q", "dout")}  # read by the copy engine, with tma
 
 
 @dataclass(frozen=True)
 class Resources:
     """What one compiled kernel needs."""
 
-    kernel: str
     shared: int  # bytes of shared memory per program
     registers: int  # per thread
     spilled: int  # bytes per thread that did not fit in registers
 
 
-def compile_for(
-    problem: AttentionProblem, config: TritonConfig, arch: tuple[int, int]
-) -> dict[str, CompiledKernel]:
-    """The kernels of a config for compute capability `arch`, by name, for tensors with aligned, dense rows."""
-    flags = {
-        "GROUP": problem.group_size, "CAUSAL": problem.causal, "HEAD_DIM": problem.head_dim,
-        "BLOCK_D": padded_head_dim(problem.head_dim),
+def compile_kernel(
+    kernel: str, problem: AttentionProblem, tile: Tile, arch: tuple[int, int], pack_gqa: bool = False
+) -> CompiledKernel:
+    """Kernel "forward", "dq" or "dkdv" as the launcher would compile it for aligned tensors with dense rows."""
+    function = _FUNCTIONS[kernel]
+    element = _TYPES[problem.dtype]
+    block_d = padded_head_dim(problem.head_dim)
+    constants = {
+        "GROUP": problem.group_size, "PACK": pack_gqa, "CAUSAL": problem.causal, "SIGN": 1,
+        "HEAD_DIM": problem.head_dim, "BLOCK_D": block_d, "TILE_M": tile.tile_m, "TILE_N": tile.tile_n,
+        "LOOKAHEAD": tile.lookahead, "TMA": tile.tma, "Q_REGS": tile.q_registers,
     }  # fmt: skip
-    forward_flags = {
-        "PACK": config.pack_gqa,
-        "SIGN": 1,
-        "SPLITS": config.splits,
-        "Q_REGS": config.forward.q_registers,
-    }
-    kernels = {
-        "attention_fwd": (attention_fwd, config.forward, "kv", flags | forward_flags),
-        "attention_bwd_dq": (attention_bwd_dq, config.dq, "kv", flags),
-        "attention_bwd_dkdv": (attention_bwd_dkdv, config.dkdv, ("q", "dout"), flags),
-    }
-    float32 = {"lse", "stats"} | ({"out"} if config.splits > 1 else set())
-    compiled = {
-        name: _compile(kernel, tile, streams, constants, problem, arch, float32)
-        for name, (kernel, tile, streams, constants) in kernels.items()
-    }
-    return compiled
+    stream_rows = tile.tile_m if kernel == "dkdv" else tile.tile_n
+    aligned = [["tt.divisibility", 16]]
+    signature, values, attributes = {}, {}, {}
+    for i, name in enumerate(function.arg_names):
+        if name in constants:
+            signature[name], values[(i,)] = "constexpr", constants[name]
+        elif name.startswith("strides"):  # the forward's out has a leading dimension for splits, and no last stride
+            last = () if (kernel, name) == ("forward", "strides_out") else ("constexpr",)
+            signature[name] = ("i32",) * (4 - len(last)) + last
+            attributes |= {(i, j): aligned for j in range(4 - len(last))}
+            values |= {(i, 3): 1} if last else {}
+        elif name in _STREAMS[kernel] and tile.tma:
+            signature[name] = f"tensordesc<{element}[1, 1, {stream_rows}, {block_d}]>"
+        elif name in ("scale", "scale_log2"):
+            signature[name] = "fp32"
+        elif name in ("batch_heads", "section", "seqlen_q", "seqlen_k", "heads_k", "rows"):
+            signature[name] = "i32"
+        else:
+            signature[name] = "*fp32" if name in ("lse", "stats") else f"*{element}"
+            attributes[(i,)] = aligned
+    source = ASTSource(function, signature, values, attributes)
+    target = GPUTarget("cuda", arch[0] * 10 + arch[1], 32)
+    return triton.compile(source, target, {"num_warps": tile.warps, "num_stages": tile.stages})
 
 
-def resources(name: str, compiled: CompiledKernel) -> Resources:
-    """Registers and spills as Triton's assembler reports them."""
+def resources(compiled: CompiledKernel) -> Resources:
+    """Shared memory as Triton allots it; registers and spills as its assembler reports them."""
     capability = compiled.metadata.target.arch
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder, "kernel.ptx")
         ptx.write_text(compiled.asm["ptx"])
         command = [get_ptxas(capability).path, "-v", f"--gpu-name={sm_arch_from_capability(capability)}"]
-        report = subprocess.run(
-            [*command, str(ptx), "-o", str(ptx.with_suffix(".cubin"))],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stderr
-    registers, spilled = (
-        int(re.search(pattern, report)[1]) for pattern in (r"Used (\d+) reg", r"(\d+) bytes spill st")
-    )
-    return Resources(name, compiled.metadata.shared, registers, spilled)
-
-
-def _compile(kernel, tile: Tile, streams, constants, problem, arch, float32) -> CompiledKernel:
-    """Compile with the signature that the launcher produces for aligned tensors with strides of many elements."""
-    element = _TYPES[problem.dtype]
-    rows = tile.tile_n if kernel is not attention_bwd_dkdv else tile.tile_m
-    constants = constants | {
-        "TILE_M": tile.tile_m, "TILE_N": tile.tile_n, "LOOKAHEAD": tile.lookahead, "TMA": tile.tma
-    }  # fmt: skip
-    signature, values, attributes = {}, {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-            values[(i,)] = constants[name]
-        elif name.startswith("strides"):
-            dense_last = () if name == "strides_out" and kernel is attention_fwd else ("constexpr",)
-            signature[name] = ("i32",) * (4 - len(dense_last)) + dense_last
-            if dense_last:
-                values[(i, 3)] = 1
-            for j in range(4 - len(dense_last)):
-                attributes[(i, j)] = [["tt.divisibility", 16]]
-        elif name in streams and tile.tma:
-            signature[name] = f"tensordesc<{element}[1, 1, {rows}, {constants['BLOCK_D']}]>"
-        elif name.startswith("scale"):
-            signature[name] = "fp32"
-        elif name in ("batch_heads", "section", "seqlen_q", "seqlen_k", "heads_k", "rows"):
-            signature[name] = "i32"
-        else:
-            signature[name] = "*fp32" if name in float32 else f"*{element}"
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, values, attributes)
-    target = GPUTarget("cuda", arch[0] * 10 + arch[1], 32)
-    return triton.compile(source, target, {"num_warps": tile.warps, "num_stages": tile.stages})
+        command += [str(ptx), "-o", str(ptx.with_suffix(".cubin"))]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers = int(re.search(r"Used (\d+) registers", report)[1])
+    spilled = int(re.search(r"(\d+) bytes spill stores", report)[1])
+    return Resources(compiled.metadata.shared, registers, spilled)

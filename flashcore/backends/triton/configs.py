@@ -127,16 +127,16 @@ _FLOAT32 = (
 # Any GPU: at most 99 KiB of shared memory, no TMA. Rows for head_dim 64 serve everything below.
 _SAFE = (
     Row("forward", 64, _few_rows(16), Tile(16, 64, 4, 3), 36, _DECODE),
-    Row("forward", 64, _16bit, Tile(64, 64, 4, 2), 32, _UNTRIED),
+    Row("forward", 64, _16bit, Tile(64, 64, 4, 2), 41, _UNTRIED),
     Row("forward", 128, _few_rows(16), Tile(16, 64, 4, 3), 70, _DECODE),
-    Row("forward", 128, _16bit, Tile(64, 32, 4, 2), 37, _UNTRIED),
+    Row("forward", 128, _16bit, Tile(64, 32, 4, 2), 49, _UNTRIED),
     Row("forward", 256, _few_rows(16), Tile(16, 32, 4, 3), 73, _DECODE),
-    Row("forward", 256, _16bit, Tile(64, 32, 8, 2), 69, _UNTRIED),
-    Row("dq", 64, _16bit, Tile(64, 32, 4, 2), 28, _UNTRIED),
-    Row("dq", 128, _16bit, Tile(64, 32, 4, 2), 52, _UNTRIED),
+    Row("forward", 256, _16bit, Tile(64, 16, 4, 2), 67, _UNTRIED),
+    Row("dq", 64, _16bit, Tile(64, 32, 4, 2), 37, _UNTRIED),
+    Row("dq", 128, _16bit, Tile(64, 32, 4, 2), 73, _UNTRIED),
     Row("dq", 256, _16bit, Tile(32, 32, 8, 2), 66, _UNTRIED),
-    Row("dkdv", 64, _16bit, Tile(32, 64, 4, 2), 25, _UNTRIED),
-    Row("dkdv", 128, _16bit, Tile(32, 64, 8, 2), 53, _UNTRIED),
+    Row("dkdv", 64, _16bit, Tile(32, 64, 4, 2), 41, _UNTRIED),
+    Row("dkdv", 128, _16bit, Tile(32, 64, 8, 2), 81, _UNTRIED),
     Row("dkdv", 256, _16bit, Tile(32, 32, 8, 2), 67, _UNTRIED),
     *_FLOAT32,
 )

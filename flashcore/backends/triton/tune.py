@@ -1,0 +1,551 @@
+"""Find the fastest tiles on the GPU at hand: ``python -m flashcore.backends.triton.tune --help``.
+
+Candidates are first compiled and checked against float64 on a small problem, in several processes at once (each ends
+up in Triton's cache on disk); only those that are right are then timed, one after the other, until the time is up.
+``--install`` writes the winners to the user's own table, which `configure` prefers to the built-in one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import triton
+
+from flashcore import env, gradients
+from flashcore.backends import reference
+from flashcore.backends import triton as backend
+from flashcore.backends.triton import attention
+from flashcore.backends.triton.configs import (
+    TABLES,
+    Tile,
+    TritonConfig,
+    choose,
+    choose_splits,
+    user_key,
+    write_user_table,
+)
+from flashcore.problem import AttentionProblem
+
+KERNELS = ("forward", "dq", "dkdv")
+MATMULS = {"forward": 2, "dq": 3, "dkdv": 4}  # that each kernel does, counted with 2 FLOP per multiply-add
+SEQLENS = (512, 2048, 16384)
+TOKENS = 16384
+WIDTH = 2048  # heads x head_dim
+
+
+@dataclass(frozen=True)
+class Job:
+    """One candidate for one kind of problem."""
+
+    kernel: str
+    head_dim: int
+    causal: bool
+    tile: Tile
+
+    @property
+    def group(self) -> tuple[str, int, bool]:
+        return self.kernel, self.head_dim, self.causal
+
+
+def short(tile: Tile) -> str:
+    """128x64 w8 s3 LTQ: tile, warps, stages, and L(ookahead), T(MA), Q (in registers)."""
+    flags = "".join(
+        letter for letter, on in zip("LTQ", (tile.lookahead, tile.tma, tile.q_registers), strict=True) if on
+    )
+    return f"{tile.tile_m}x{tile.tile_n} w{tile.warps} s{tile.stages} {flags}".strip()
+
+
+def _hopper(*tiles: tuple) -> list[Tile]:
+    """Tiles as (tile_m, tile_n, warps, stages, flags)."""
+    return [
+        Tile(m, n, warps, stages, "L" in flags, "T" in flags, "Q" in flags)
+        for m, n, warps, stages, flags in tiles
+    ]
+
+
+# By registers and shared memory as `compile.resources` reports them for sm_90: no candidate spills much.
+HOPPER = {
+    ("forward", 64): _hopper(
+        (128, 64, 8, 3, "LT"), (128, 64, 8, 3, "LTQ"), (128, 128, 8, 2, "LT"), (128, 128, 8, 3, "LT"),
+        (128, 128, 8, 2, "LTQ"), (64, 64, 4, 3, "LT"), (64, 64, 4, 3, "LTQ"), (64, 128, 4, 2, "LT"),
+        (256, 64, 16, 3, "LT"), (128, 64, 8, 3, "T"), (128, 128, 8, 2, "T"), (128, 64, 4, 3, "T"), (128, 64, 8, 3, "L"),
+    ),
+    ("forward", 128): _hopper(
+        (128, 128, 8, 2, "LT"), (128, 128, 8, 2, "LTQ"), (128, 64, 8, 3, "LT"), (128, 64, 8, 4, "LT"),
+        (128, 64, 8, 3, "LTQ"), (128, 32, 8, 3, "LT"), (64, 64, 4, 2, "LT"), (64, 128, 4, 2, "LT"),
+        (128, 128, 8, 2, "T"), (128, 64, 8, 3, "T"), (64, 64, 4, 2, "T"), (128, 64, 8, 3, "L"),
+    ),
+    ("forward", 256): _hopper(
+        (128, 64, 8, 2, "LT"), (128, 64, 8, 2, "T"), (128, 32, 8, 3, "LT"), (128, 32, 8, 4, "LT"), (64, 64, 4, 2, "LT"),
+        (64, 32, 4, 2, "LT"), (64, 32, 4, 2, "T"), (128, 32, 8, 2, "T"),
+    ),
+    ("dq", 64): _hopper(
+        (128, 64, 8, 3, "LT"), (128, 64, 8, 2, "LT"), (128, 64, 8, 2, "T"), (128, 64, 8, 3, "T"),
+        (128, 128, 8, 2, "LT"), (128, 128, 8, 2, "T"), (64, 64, 4, 2, "LT"), (64, 64, 4, 3, "T"), (64, 128, 4, 2, "LT"),
+    ),
+    ("dq", 128): _hopper(
+        (128, 64, 8, 2, "LT"), (128, 64, 8, 2, "T"), (128, 64, 8, 3, "T"), (128, 32, 8, 3, "LT"), (128, 128, 8, 2, "T"),
+        (64, 64, 4, 2, "LT"), (64, 64, 4, 2, "T"), (64, 32, 4, 2, "LT"), (128, 64, 8, 2, "L"),
+    ),
+    ("dq", 256): _hopper(
+        (64, 32, 4, 2, "LT"), (128, 32, 8, 2, "T"), (64, 32, 4, 2, "T"), (64, 64, 8, 2, "T"), (64, 32, 8, 2, "LT"),
+    ),
+    ("dkdv", 64): _hopper(
+        (64, 128, 8, 2, "LT"), (64, 128, 8, 3, "LT"), (64, 128, 8, 2, "T"), (64, 128, 8, 3, "T"), (32, 128, 8, 3, "LT"),
+        (32, 128, 8, 3, "T"), (64, 64, 4, 2, "LT"), (64, 64, 4, 3, "T"), (128, 128, 8, 2, "T"),
+    ),
+    ("dkdv", 128): _hopper(
+        (64, 128, 8, 2, "LT"), (64, 128, 8, 2, "T"), (32, 128, 8, 2, "LT"), (32, 128, 8, 3, "LT"), (32, 128, 8, 3, "T"),
+        (64, 64, 4, 2, "T"), (64, 64, 8, 2, "LT"), (32, 64, 4, 3, "LT"), (64, 128, 8, 2, "L"),
+    ),
+    ("dkdv", 256): _hopper(
+        (32, 64, 8, 2, "LT"), (32, 64, 8, 2, "T"), (64, 64, 8, 2, "T"), (32, 64, 8, 3, "T"),
+    ),
+}  # fmt: skip
+
+
+def candidates(kernel: str, head_dim: int, arch: tuple[int, int]) -> list[Tile]:
+    """What to try: a list of its own for Hopper; elsewhere every tile that some table has, deeper and shallower too."""
+    if arch == (9, 0):
+        return HOPPER[kernel, head_dim]
+    rows = {
+        row.tile
+        for table in TABLES.values()
+        for row in table
+        if (row.kernel, row.head_dim) == (kernel, head_dim)
+    }
+    plain = {
+        replace(tile, lookahead=False, tma=tile.tma and arch >= (9, 0)) for tile in rows if tile.tile_m > 16
+    }
+    return sorted(
+        {replace(tile, stages=stages) for tile in plain for stages in (tile.stages, tile.stages + 1)},
+        key=short,
+    )
+
+
+def problem_for(
+    head_dim: int, causal: bool, batch: int, seqlen: int, heads: int, heads_k: int
+) -> AttentionProblem:
+    properties = torch.cuda.get_device_properties(0)
+    return AttentionProblem(
+        "bfloat16", "cuda", (properties.major, properties.minor), properties.multi_processor_count, batch, seqlen,
+        seqlen, heads, heads_k, head_dim, head_dim, causal, head_dim**-0.5, needs_grad=True,
+    )  # fmt: skip
+
+
+class Tensors:
+    """Everything that the kernels of one problem read and write, N(0, 1) and allocated once."""
+
+    def __init__(self, problem: AttentionProblem):
+        dtype = getattr(torch, problem.dtype)
+        self.problem = problem
+        self.q, self.k, self.v, self.dout = (
+            torch.randn(shape, device="cuda").to(dtype)
+            for shape in (problem.q_shape, problem.k_shape, problem.v_shape, problem.out_shape)
+        )
+        self.config = choose(problem)
+        self.out, self.lse = attention.forward(problem, self.config, self.q, self.k, self.v)
+
+    def with_tile(self, kernel: str, tile: Tile) -> TritonConfig:
+        config = replace(self.config, **{kernel: tile})
+        return replace(config, splits=1) if kernel == "forward" else config
+
+    def call(self, kernel: str, tile: Tile) -> Callable[[], object]:
+        """A launch of one kernel with one tile. For dkdv the row statistics are there already."""
+        config = self.with_tile(kernel, tile)
+        q, k, v, out, lse, dout = self.q, self.k, self.v, self.out, self.lse, self.dout
+        if kernel == "forward":
+            return partial(attention.forward, self.problem, config, q, k, v)
+        stats = attention.empty_stats(self.problem, config, q)
+        dq = torch.empty_like(q)
+        if kernel == "dq":
+            return partial(attention.launch_dq, self.problem, tile, q, k, v, out, dout, lse, stats, dq)
+        attention.launch_dq(self.problem, config.dq, q, k, v, out, dout, lse, stats, dq)
+        dk, dv = torch.empty_like(k), torch.empty_like(v)
+        return partial(attention.launch_dkdv, self.problem, tile, q, k, v, dout, stats, dk, dv)
+
+
+# --- is a candidate right?
+
+
+def check(job: Job) -> str | None:
+    """Compile a candidate and compare it with float64 on a small problem; None if it is right, else what is wrong."""
+    try:
+        torch.manual_seed(0)
+        tensors = Tensors(problem_for(job.head_dim, job.causal, 2, 333, 4, 4))
+        problem, config = tensors.problem, tensors.with_tile(job.kernel, job.tile)
+        inputs = tensors.q, tensors.k, tensors.v
+        if job.kernel == "forward":
+            results = {"out": attention.forward(problem, config, *inputs)[0]}
+        else:
+            grads = attention.backward(problem, config, *inputs, tensors.out, tensors.lse, tensors.dout)
+            results = dict(zip(("dq", "dk", "dv"), grads, strict=True))
+        exact, rounded = (
+            _by_reference(problem, dtype, *inputs, tensors.dout) for dtype in (torch.float64, None)
+        )
+        for name, result in results.items():
+            error = (result.double() - exact[name]).norm() / exact[name].norm()
+            allowed = 3 * (rounded[name].double() - exact[name]).norm() / exact[name].norm() + 1e-4
+            if not error <= allowed:
+                return f"{name}: relative error {error:.2e}, allowed {allowed:.2e}"
+    except Exception as error:  # any candidate may fail to compile; the others go on
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:160]}"
+    return None
+
+
+def _by_reference(
+    problem: AttentionProblem, dtype: torch.dtype | None, q, k, v, dout
+) -> dict[str, torch.Tensor]:
+    """Output and gradients by the reference backend, computed in `dtype`; None: in bfloat16, one step after the other."""
+    dtype = dtype or q.dtype
+    q, k, v = (t.detach().to(dtype).requires_grad_() for t in (q, k, v))
+    if dtype is torch.float64:
+        out, _ = reference.forward(replace(problem, dtype="float64"), None, q, k, v)
+    else:
+        out = torch.nn.functional.scaled_dot_product_attention(
+            *(t.transpose(1, 2) for t in (q, k, v)), is_causal=problem.causal
+        ).transpose(1, 2)
+    dq, dk, dv = torch.autograd.grad(out, (q, k, v), dout.to(dtype))
+    return {"out": out.detach(), "dq": dq, "dk": dk, "dv": dv}
+
+
+def checked(jobs: list[Job], processes: int) -> tuple[list[Job], dict[Job, str]]:
+    """The jobs that are right, and what is wrong with the others."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        verdicts = dict(zip(jobs, pool.map(check, jobs), strict=True))
+    return [job for job in jobs if verdicts[job] is None], {job: why for job, why in verdicts.items() if why}
+
+
+# --- how fast is it?
+
+
+def milliseconds(call: Callable[[], object], rep: float = 40) -> float:
+    """Median device time, L2 flushed before each call."""
+    return triton.testing.do_bench(call, warmup=10, rep=rep, return_mode="median")
+
+
+def graph_microseconds(call: Callable[[], object]) -> float:
+    """Device time of one call inside a CUDA graph, L2 warm."""
+    return 1e3 * triton.testing.do_bench_cudagraph(call, rep=20, return_mode="median")
+
+
+def time_jobs(jobs: list[Job], seqlens: tuple[int, ...], deadline: float) -> Iterator[dict]:
+    """A record per job and length, as long as there is time. FlashAttention-2 as PyTorch has it is timed beside them."""
+    groups = defaultdict(list)
+    for job in jobs:
+        groups[job.group[1:]].append(job)
+    for seqlen in sorted(seqlens, key=lambda s: s != 2048):
+        for (head_dim, causal), members in groups.items():
+            if time.monotonic() > deadline:
+                return
+            heads = WIDTH // head_dim
+            problem = problem_for(head_dim, causal, TOKENS // seqlen, seqlen, heads, heads)
+            tensors = Tensors(problem)
+            flops = 2 * problem.batch * heads * seqlen**2 * head_dim / (2 if causal else 1)  # of one product
+            common = {"head_dim": head_dim, "causal": causal, "seqlen": seqlen}
+            for direction, call in _flash_attention_2(tensors).items():
+                ms = milliseconds(call)
+                products = 2 if direction == "forward" else 5
+                yield common | {
+                    "kernel": direction,
+                    "tile": "fa2",
+                    "ms": ms,
+                    "tflops": products * flops / ms / 1e9,
+                }
+            for job in members:
+                ms = milliseconds(tensors.call(job.kernel, job.tile))
+                record = common | {"kernel": job.kernel, "tile": short(job.tile), "ms": ms}
+                yield record | {"tflops": MATMULS[job.kernel] * flops / ms / 1e9}
+
+
+def _flash_attention_2(tensors: Tensors) -> dict[str, Callable[[], object]]:
+    q, k, v = (t.transpose(1, 2) for t in (tensors.q, tensors.k, tensors.v))
+
+    def forward():
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=tensors.problem.causal)
+
+    t = tensors
+    return {
+        "forward": forward,
+        "backward": partial(gradients.torch_flash, t.problem, t.q, t.k, t.v, t.out, t.lse, t.dout),
+    }
+
+
+def time_small(deadline: float) -> Iterator[dict]:
+    """Small grids in a CUDA graph, decoding, and the choices around the tile: packing, sections, host time."""
+    for batch, heads, seqlen, head_dim in (
+        (1, 8, 512, 64),
+        (8, 16, 512, 64),
+        (1, 32, 1024, 128),
+        (1, 16, 4096, 128),
+    ):
+        for causal in (False, True):
+            problem = replace(problem_for(head_dim, causal, batch, seqlen, heads, heads), dtype="float16")
+            tensors = Tensors(problem)
+            name = f"small {(batch, heads, seqlen, head_dim)} {'causal' if causal else 'full'}"
+            yield {
+                "what": name,
+                "how": "fa2",
+                "us": graph_microseconds(_flash_attention_2(tensors)["forward"]),
+            }
+            tiles = [t for t in HOPPER["forward", head_dim] if t.warps <= 8 and t.tma][:8]
+            tiles += [
+                Tile(64, 64, 4, 3, tma=True),
+                Tile(32, 64, 4, 3, tma=True),
+                Tile(64, 128, 4, 2, tma=True),
+            ]
+            grid = batch * heads * seqlen
+            for tile in dict.fromkeys(tiles):
+                for splits in (1, 2, 4) if grid / tile.tile_m < problem.sm_count else (1,):
+                    config = replace(tensors.config, forward=tile, splits=splits)
+                    call = partial(attention.forward, problem, config, tensors.q, tensors.k, tensors.v)
+                    yield _tried(
+                        name, f"{short(tile)} /{splits}", lambda call=call: {"us": graph_microseconds(call)}
+                    )
+            if time.monotonic() > deadline:
+                return
+    yield from _time_decoding(deadline)
+    yield from _time_choices(deadline)
+
+
+def _time_decoding(deadline: float) -> Iterator[dict]:
+    for batch, seqlen, heads, heads_k, head_dim in (
+        (8, 8192, 32, 8, 128),
+        (1, 131072, 32, 8, 128),
+        (1, 8192, 32, 8, 64),
+    ):
+        problem = replace(
+            problem_for(head_dim, True, batch, seqlen, heads, heads_k), seqlen_q=1, needs_grad=False
+        )
+        q, k, v = (
+            torch.randn(s, device="cuda").bfloat16()
+            for s in (problem.q_shape, problem.k_shape, problem.v_shape)
+        )
+        gigabytes = 2 * k.numel() * 2 / 1e9
+        name = f"decode {(batch, seqlen, heads, heads_k, head_dim)}"
+        for n, warps, stages, tma in (
+            (64, 4, 3, True), (64, 4, 4, True), (64, 4, 2, True), (128, 4, 2, True), (128, 4, 3, True), (128, 8, 3, True),
+            (32, 4, 4, True), (64, 4, 3, False), (64, 2, 3, True), (32, 2, 4, True),
+        ):  # fmt: skip
+            tile = Tile(16, n, warps, stages, tma=tma)
+            chosen = choose_splits(batch * heads_k, math.ceil(seqlen / n), problem.sm_count, tile)
+            for splits in sorted(
+                {chosen, *(s * problem.sm_count // (batch * heads_k) for s in (1, 2, 3, 4))}
+            ):
+                config = replace(choose(problem), forward=tile, splits=min(128, splits), pack_gqa=True)
+                call = partial(attention.forward, problem, config, q, k, v)
+
+                def measure(call=call):
+                    ms = milliseconds(call)
+                    return {"us": 1e3 * ms, "tbps": gigabytes / ms}
+
+                yield _tried(name, f"{short(tile)} /{min(128, splits)}", measure)
+            if time.monotonic() > deadline:
+                return
+
+
+def _time_choices(deadline: float) -> Iterator[dict]:
+    """Packing of grouped heads and the order of heads, with everything else as chosen."""
+    by_table = attention.heads_per_section
+    for head_dim in (64, 128):
+        heads = WIDTH // head_dim
+        for batch, seqlen in ((8, 2048), (1, 16384)):
+            problem = problem_for(head_dim, True, batch, seqlen, heads, heads // 4)
+            tensors = Tensors(problem)
+            for pack in (False, True):
+                config = replace(tensors.config, pack_gqa=pack)
+                call = partial(attention.forward, problem, config, tensors.q, tensors.k, tensors.v)
+                yield {
+                    "what": f"gqa 4:1 d{head_dim} s{seqlen}",
+                    "how": f"pack={pack}",
+                    "us": 1e3 * milliseconds(call),
+                }
+            problem = problem_for(head_dim, True, batch, seqlen, heads, heads)
+            tensors = Tensors(problem)
+            for section in ("L2", 1):
+                attention.heads_per_section = by_table if section == "L2" else lambda problem, heads: 1
+                for kernel in KERNELS:
+                    us = 1e3 * milliseconds(tensors.call(kernel, getattr(tensors.config, kernel)))
+                    yield {
+                        "what": f"{kernel} causal d{head_dim} s{seqlen}",
+                        "how": f"section={section}",
+                        "us": us,
+                    }
+            attention.heads_per_section = by_table
+            if time.monotonic() > deadline:
+                return
+    tensors = Tensors(problem_for(64, False, 1, 64, 2, 2))
+    for name, call in {
+        "forward": partial(backend.forward, tensors.problem, tensors.config, tensors.q, tensors.k, tensors.v),
+        "forward, no TMA": partial(
+            backend.forward, tensors.problem, tensors.with_tile("forward", Tile(64, 64, 4, 2)), tensors.q, tensors.k,
+            tensors.v,
+        ),
+    }.items():  # fmt: skip
+        call()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(300):
+            call()
+        yield {"what": "host time per call", "how": name, "us": (time.perf_counter() - start) / 300 * 1e6}
+        torch.cuda.synchronize()
+
+
+def _tried(what: str, how: str, measure: Callable[[], dict]) -> dict:
+    """A record of the measurement, or of why there is none: tiles that do not fit are part of the search."""
+    try:
+        return {"what": what, "how": how, **measure()}
+    except Exception as error:
+        return {"what": what, "how": how, "us": math.inf, "error": str(error).strip()[:160]}
+
+
+# --- the report
+
+
+def report(records: list[dict], small: list[dict], most: int = 4) -> str:
+    """The best candidates per kind of problem, and how their sum compares with FlashAttention-2."""
+    lines = []
+    times = defaultdict(dict)  # (kernel, head_dim, causal) -> tile -> seqlen -> record
+    for r in records:
+        times[r["kernel"], r["head_dim"], r["causal"]].setdefault(r["tile"], {})[r["seqlen"]] = r
+    for (kernel, head_dim, causal), tiles in sorted(times.items()):
+        lines.append(
+            f"{kernel} d{head_dim} {'causal' if causal else 'full'}, TFLOP/s at S = {', '.join(map(str, SEQLENS))}"
+        )
+        ranked = sorted(tiles.items(), key=lambda item: -_mean(item[1]))
+        shown = [item for item in ranked if item[0] != "fa2"][:most] + [
+            item for item in ranked if item[0] == "fa2"
+        ]
+        for tile, by_seqlen in shown:
+            cells = "".join(
+                f"{by_seqlen[s]['tflops']:7.0f}" if s in by_seqlen else "      -" for s in SEQLENS
+            )
+            lines.append(f"  {tile:<22}{cells}")
+    lines.append("fastest tiles of each length against fa2: forward, backward (dq + dkdv)")
+    for head_dim in sorted({r["head_dim"] for r in records}):
+        for causal in (False, True):
+            cells = []
+            for seqlen in SEQLENS:
+                best = {k: _fastest(times[k, head_dim, causal], seqlen) for k in KERNELS}
+                fa2 = {
+                    k: times[k, head_dim, causal].get("fa2", {}).get(seqlen, {}).get("ms")
+                    for k in ("forward", "backward")
+                }
+                forward = fa2["forward"] / best["forward"] if fa2["forward"] and best["forward"] else math.nan
+                both = best["dq"] and best["dkdv"] and best["dq"] + best["dkdv"]
+                backward = fa2["backward"] / both if fa2["backward"] and both else math.nan
+                cells.append(f"S={seqlen} {forward:.2f} {backward:.2f}")
+            lines.append(f"  d{head_dim} {'causal' if causal else 'full  '}  " + "   ".join(cells))
+    by_what = defaultdict(list)
+    for r in small:
+        by_what[r["what"]].append(r)
+    for what, tried in by_what.items():
+        tried.sort(key=lambda r: r["us"])
+        shown = tried[:3] + [r for r in tried[3:] if r["how"] == "fa2"]
+        cells = (
+            f"{r['how']} {r['us']:.1f} us" + (f" {r['tbps']:.2f} TB/s" if "tbps" in r else "") for r in shown
+        )
+        lines.append(f"{what}: " + " | ".join(cells))
+    return "\n".join(lines)
+
+
+def _mean(by_seqlen: dict[int, dict]) -> float:
+    return math.exp(sum(math.log(r["tflops"]) for r in by_seqlen.values()) / len(by_seqlen))
+
+
+def _fastest(tiles: dict[str, dict[int, dict]], seqlen: int) -> float | None:
+    return min(
+        (by[seqlen]["ms"] for tile, by in tiles.items() if tile != "fa2" and seqlen in by), default=None
+    )
+
+
+def winners(jobs: list[Job], records: list[dict]) -> dict[str, Tile]:
+    """The tile with the best geometric mean over the lengths, by user_key."""
+    rates = defaultdict(dict)
+    for r in records:
+        rates[r["kernel"], r["head_dim"], r["causal"], r["tile"]][r["seqlen"]] = r
+    best: dict[tuple, tuple[float, Tile]] = {}
+    for job in jobs:
+        measured = rates.get((*job.group, short(job.tile)))
+        if measured and _mean(measured) > best.get(job.group, (0.0,))[0]:
+            best[job.group] = _mean(measured), job.tile
+    return {
+        user_key(kernel, problem_for(head_dim, causal, 1, 1, 1, 1)): tile
+        for (kernel, head_dim, causal), (_, tile) in best.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="flashcore.backends.triton.tune", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=300, help="stop timing after this long (default 300)"
+    )
+    parser.add_argument("--kernels", default=",".join(KERNELS), help="some of forward,dq,dkdv")
+    parser.add_argument("--head-dims", default="64,128,256", help="some of 64,128,256")
+    parser.add_argument(
+        "--processes", type=int, default=min(12, os.cpu_count() or 1), help="that compile and check"
+    )
+    parser.add_argument("--json", type=Path, help="where to write all records")
+    parser.add_argument(
+        "--install", action="store_true", help="prefer the winners from now on, for this user"
+    )
+    parser.add_argument(
+        "--small", action="store_true", help="time small grids, decoding and other choices too"
+    )
+    arguments = parser.parse_args()
+    reason = backend.unavailable()
+    if reason or backend.interpreted():
+        raise SystemExit(f"nothing to tune: {reason or 'kernels run in the interpreter'}")
+
+    deadline = time.monotonic() + arguments.seconds
+    arch = torch.cuda.get_device_capability()
+    jobs = [
+        Job(kernel, head_dim, causal, tile)
+        for kernel in arguments.kernels.split(",")
+        for head_dim in map(int, arguments.head_dims.split(","))
+        for causal in (True, False)
+        for tile in candidates(kernel, head_dim, arch)
+    ]
+    start = time.monotonic()
+    right, wrong = checked(jobs, arguments.processes)
+    print(
+        f"{len(right)} of {len(jobs)} candidates compiled and right, in {time.monotonic() - start:.0f} s",
+        flush=True,
+    )
+    for job, why in wrong.items():
+        print(f"  left out: {job.kernel} d{job.head_dim} causal={job.causal} {short(job.tile)}: {why}")
+    records = list(time_jobs(right, SEQLENS, deadline))
+    small = list(time_small(deadline)) if arguments.small else []
+    if arguments.json:
+        meta = {
+            "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
+            "seconds": time.monotonic() - start,
+        }  # fmt: skip
+        left_out = [asdict(job) | {"why": why} for job, why in wrong.items()]
+        document = {"meta": meta, "left_out": left_out, "rows": records, "small": small}
+        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+    print(report(records, small))
+    if arguments.install:
+        path = env.cache_dir() / backend.USER_TABLE
+        write_user_table(path, winners(right, records))
+        print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    main()
