@@ -17,7 +17,12 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "attention": "api",
     "explain": "api",
+    "explain_matmul": "gemm",
+    "linear": "gemm",
+    "matmul": "gemm",
     "AttentionProblem": "problem",
+    "GemmPlan": "gemm",
+    "GemmProblem": "gemm_problem",
     "Plan": "plan",
     "plan": "plan",
     "CompileError": "errors",
@@ -41,6 +46,8 @@ if TYPE_CHECKING:
         InvalidInputError,
         UnsupportedError,
     )
+    from flashcore.gemm import GemmPlan, explain_matmul, linear, matmul
+    from flashcore.gemm_problem import GemmProblem
     from flashcore.plan import Plan
     from flashcore.problem import AttentionProblem
 

@@ -38,6 +38,9 @@ class GemmConfig:
     activation: str | None = None
     split: bool = False  # some tiles are split along the reduction
     tma_store: bool = True  # False: rows of the output are not aligned to 16 bytes
+    a_policy: int = 0  # how long L2 keeps a: 0 as usual, 1 least, 2 longest
+    b_policy: int = 0
+    out_policy: int = 0
     wait_limit: int = 0  # > 0: a wait traps after so many tries (development)
     why: str = field(default="", compare=False)  # the reason of the tile it came from
 
@@ -152,7 +155,7 @@ class GemmSchedule:
 
     def __str__(self) -> str:
         split = f", all but {self.whole_tiles} in {self.splits} parts" if self.splits > 1 else ""
-        return f"{self.m_tiles} x {self.n_tiles} tiles over {self.clusters} clusters, {self.group} rows at a time{split}"
+        return f"{self.m_tiles} x {self.n_tiles} tiles on {self.clusters} clusters, {self.group} rows at a time{split}"
 
 
 # ---- tiles ---------------------------------------------------------------------------------------------------------
@@ -186,7 +189,7 @@ TILES: tuple[Tile, ...] = (
     Tile(64, 128, 1, 1, 1, 8, 2, "few rows: reads b at memory speed, with many bytes in flight"),
 )
 
-MAX_SPLITS = 16
+MAX_SPLITS = 8
 
 # What estimated_seconds knows of an H200 (docs/log). Only the order of the candidates depends on it.
 _CLOCK = 1.6e9  # Hz, under the power cap
@@ -196,6 +199,7 @@ _HBM_BYTES_PER_SECOND = 4.4e12
 _TILE_CLOCKS = 1500  # start and end of a tile that no other work covers
 _HAND_OVER_SECONDS = 2.5e-6  # of a split: write, signal, read, beyond the traffic
 _PARTIAL_BYTES_PER_SECOND = 2.5e12  # written and read
+_SPLIT_HURDLE = 1.01  # a split that promises less is not worth its workspace
 
 
 def schedule(problem: GemmProblem, config: GemmConfig, splits: int = 1) -> GemmSchedule:
@@ -208,6 +212,26 @@ def schedule(problem: GemmProblem, config: GemmConfig, splits: int = 1) -> GemmS
     units = whole + (tiles - whole) * splits
     group = max(1, round(math.sqrt(most * columns / rows)))
     return GemmSchedule(m_tiles, n_tiles, min(most, units), min(group, m_tiles), whole, splits)
+
+
+def deal_units(
+    problem: GemmProblem, dealt: GemmSchedule, cluster: int
+) -> list[tuple[int, int, int, int, int, int]]:
+    """A cluster's units in order, (batch, m_tile, n_tile, k_begin, k_end, split): ``TileScheduler`` in Python."""
+    plane, k_blocks = dealt.m_tiles * dealt.n_tiles, -(-problem.k // TILE_K)
+    rest = dealt.rest(problem.batch)
+    units = []
+    for unit in range(cluster, dealt.whole_tiles + rest * dealt.splits, dealt.clusters):
+        index, split, k_begin, k_end = unit, dealt.splits - 1, 0, k_blocks
+        if unit >= dealt.whole_tiles:
+            split, index = divmod(unit - dealt.whole_tiles, rest)
+            index += dealt.whole_tiles
+            k_begin, k_end = split * k_blocks // dealt.splits, (split + 1) * k_blocks // dealt.splits
+        batch, index = divmod(index, plane)
+        first = index // (dealt.group * dealt.n_tiles) * dealt.group
+        n_tile, m_tile = divmod(index - first * dealt.n_tiles, min(dealt.group, dealt.m_tiles - first))
+        units.append((batch, first + m_tile, n_tile, k_begin, k_end, split))
+    return units
 
 
 def estimated_seconds(problem: GemmProblem, config: GemmConfig, dealt: GemmSchedule) -> float:
@@ -231,7 +255,7 @@ def estimated_seconds(problem: GemmProblem, config: GemmConfig, dealt: GemmSched
     if rest and dealt.splits > 1:
         partials = (dealt.splits - 1) * rest * config.cluster_size * config.tile_m * config.tile_n * 4
         hand_over = _HAND_OVER_SECONDS + 2 * partials / _PARTIAL_BYTES_PER_SECOND
-    return max(compute, memory) + hand_over
+    return max(compute, memory) + 0.1 * min(compute, memory) + hand_over
 
 
 def choose_gemm(problem: GemmProblem) -> tuple[GemmConfig, GemmSchedule]:
@@ -246,9 +270,38 @@ def choose_gemm(problem: GemmProblem) -> tuple[GemmConfig, GemmSchedule]:
             dealt = schedule(problem, config, splits)
             if splits > 1 and dealt.rest(problem.batch) == 0:
                 continue
-            seconds = estimated_seconds(problem, config, dealt)
+            seconds = estimated_seconds(problem, config, dealt) * (_SPLIT_HURDLE if splits > 1 else 1)
             if best is None or seconds < best[0]:
                 best = seconds, replace(config, split=splits > 1), dealt
     if best is None:
         raise LookupError(f"no tile of TILES is feasible for {problem}")
     return best[1:]
+
+
+def declared_configs() -> list[tuple[str, GemmConfig]]:
+    """Variants that a linear layer may get, with a name: what is compiled ahead of time. Others follow when needed."""
+    declared = []
+    for tile in TILES:
+        for dtype, activation in (("float16", None), *(("bfloat16", name) for name in (None, *ACTIVATIONS))):
+            problem = GemmProblem(
+                dtype,
+                dtype,
+                "cuda",
+                (9, 0),
+                132,
+                1,
+                8192,
+                8192,
+                8192,
+                bias=activation == "gelu",
+                activation=activation,
+            )
+            for split in (False, True):
+                parts = (
+                    f"gemm-{tile.tile_m}x{tile.tile_n}",
+                    activation or "plain",
+                    "split" if split else "",
+                    dtype,
+                )
+                declared.append(("-".join(filter(None, parts)), replace(tile.config(problem), split=split)))
+    return declared

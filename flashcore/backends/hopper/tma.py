@@ -4,6 +4,8 @@ A (batch, seqlen, heads, head_dim) tensor becomes a map with dimensions (head_di
 first, whatever its strides, and a box of `rows` sequence positions by 64 elements (128 bytes, the swizzle width) of
 one head. Reads past the end of any dimension give zeros, writes there are dropped, so neither tails nor head_dims
 below the tile's need a copy.
+
+A (batch, rows, columns) matrix becomes a map with dimensions (columns, rows, batch) in the same way.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from flashcore.errors import FlashCoreWarning
 
 ALIGNMENT = 16  # bytes: of the base address and of every stride but the innermost
 BOX_COLS = 64
+_UNSIGNED = {2: numpy.uint16, 4: numpy.uint32}  # data type by bytes
 
 
 def obstacle(tensor: torch.Tensor) -> str | None:
@@ -27,13 +30,13 @@ def obstacle(tensor: torch.Tensor) -> str | None:
     if inner != 1 and tensor.shape[-1] > 1:
         return f"its last dimension has stride {inner}"
     step = ALIGNMENT // tensor.element_size()
-    for name, size, stride in zip(("batch", "sequence", "head"), tensor.shape, outer):
+    for name, size, stride in zip(("batch", "sequence", "head"), tensor.shape, outer, strict=False):
         if size > 1 and (stride % step or stride == 0):
             return f"its {name} stride of {stride} elements is not a positive multiple of {step}"
     return None
 
 
-_warned: set[str] = set()
+_warned: set[tuple[str, str]] = set()  # (operation, tensor name)
 
 
 def addressable(tensor: torch.Tensor, name: str) -> torch.Tensor:
@@ -41,15 +44,45 @@ def addressable(tensor: torch.Tensor, name: str) -> torch.Tensor:
     reason = obstacle(tensor)
     if reason is None:
         return tensor
-    if name not in _warned:
-        _warned.add(name)
+    _warn_of_copy("attention", name, reason, tensor)
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _warn_of_copy(operation: str, name: str, reason: str, tensor: torch.Tensor) -> None:
+    if (operation, name) not in _warned:
+        _warned.add((operation, name))
         warnings.warn(
-            f"attention: {name} is copied before each call, because {reason} "
+            f"{operation}: {name} is copied before each call, because {reason} "
             f"(shape {tuple(tensor.shape)}, strides {tensor.stride()}).",
             FlashCoreWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def matrix_obstacle(matrix: torch.Tensor) -> str | None:
+    """Why TMA cannot address this (batch, rows, columns) matrix where it lies; None if it can."""
+    if matrix.data_ptr() % ALIGNMENT:
+        return f"its data is not aligned to {ALIGNMENT} bytes"
+    *outer, inner = matrix.stride()
+    if inner != 1 and matrix.shape[-1] > 1:
+        return "neither of its last two dimensions is dense"
+    step = ALIGNMENT // matrix.element_size()
+    for size, stride in zip(matrix.shape, outer, strict=False):
+        if size > 1 and (stride % step or stride == 0):
+            return f"its stride of {stride} elements is not a positive multiple of {step}"
+    return None
+
+
+def addressable_matrix(matrix: torch.Tensor, name: str) -> torch.Tensor:
+    """The matrix, or a copy with padded rows if TMA cannot address it where it lies (warns once per name)."""
+    reason = matrix_obstacle(matrix)
+    if reason is None:
+        return matrix
+    _warn_of_copy("matmul", name, reason, matrix)
+    batch, rows, columns = matrix.shape
+    step = ALIGNMENT // matrix.element_size()
+    copy = matrix.new_empty(batch, rows, -(-columns // step) * step)[:, :, :columns]
+    return copy.copy_(matrix)
 
 
 class _Memory:
@@ -58,7 +91,7 @@ class _Memory:
     def __init__(self, address: int, shape: tuple[int, ...], byte_strides: tuple[int, ...]):
         self.__cuda_array_interface__ = {
             "version": 3,
-            "typestr": "<u2",  # the copies move 16-bit elements: which type they are is the kernel's business
+            "typestr": f"<u{byte_strides[-1]}",  # copies move bits: which type they are is the kernel's business
             "data": (address, False),
             "shape": shape,
             "strides": byte_strides,
@@ -68,20 +101,28 @@ class _Memory:
 
 def tensor_map(tensor: torch.Tensor, rows: int):
     """``cuda.core.TensorMapDescriptor`` of a 16-bit (B, S, H, D) tensor for boxes of `rows` x 64, 128-byte swizzle."""
+    return _encode(tensor.transpose(1, 2), (1, 1, rows, BOX_COLS))
+
+
+def matrix_map(matrix: torch.Tensor, rows: int, columns: int = BOX_COLS):
+    """The same of a (batch, rows, columns) matrix of 16 or 32 bits; a box row must have 128 bytes."""
+    return _encode(matrix, (1, rows, columns))
+
+
+def _encode(tensor: torch.Tensor, box: tuple[int, ...]):
     from cuda.core import TensorMapDescriptorOptions
     from cuda.core._tensor_map import TensorMapL2Promotion, TensorMapSwizzle
     from cuda.core.utils import StridedMemoryView
 
-    batch, seqlen, heads, head_dim = tensor.shape
+    itemsize = tensor.element_size()
     # A dimension of size 1 may have any stride, but the map wants a legal one.
-    b, s, h = (
-        ALIGNMENT if size == 1 else stride * tensor.element_size()
-        for size, stride in zip(tensor.shape, tensor.stride()[:3])
-    )
-    memory = _Memory(tensor.data_ptr(), (batch, heads, seqlen, head_dim), (b, h, s, tensor.element_size()))
+    sizes_and_strides = zip(tensor.shape, tensor.stride(), strict=True)
+    strides = [ALIGNMENT if size == 1 else stride * itemsize for size, stride in sizes_and_strides]
+    strides[-1] = itemsize
+    memory = _Memory(tensor.data_ptr(), tuple(tensor.shape), tuple(strides))
     options = TensorMapDescriptorOptions(
-        box_dim=(1, 1, rows, BOX_COLS),
-        data_type=numpy.uint16,
+        box_dim=box,
+        data_type=_UNSIGNED[itemsize],
         swizzle=TensorMapSwizzle.SWIZZLE_128B,
         l2_promotion=TensorMapL2Promotion.L2_256B,
     )

@@ -1,0 +1,170 @@
+"""Launches the Hopper matrix product: what a call does on the host once its problem is known."""
+
+from __future__ import annotations
+
+import numpy
+import torch
+
+from flashcore.backends.hopper import tma
+from flashcore.backends.hopper.attention import _current_stream, _launch
+from flashcore.backends.hopper.gemm_configs import TILE_K, TILES, GemmConfig, GemmSchedule, choose_gemm
+from flashcore.backends.hopper.jit import compile_kernel
+from flashcore.gemm_problem import HALF_TYPES, GemmProblem
+
+_MAX_MAPS = 1024  # tensor maps kept per operand: the caching allocator hands out the same few addresses
+
+
+def rejects(problem: GemmProblem) -> str | None:
+    """The one feature of the problem that the kernel lacks; None if it has all."""
+    if problem.arch != (9, 0):
+        return f"device {problem.device} with compute capability {problem.arch} is not Hopper (9, 0)"
+    if problem.dtype not in HALF_TYPES:
+        return f"dtype {problem.dtype} is neither bfloat16 nor float16"
+    if problem.is_empty:
+        return "nothing to multiply"
+    if problem.activation == "swiglu" and problem.n % 2:
+        return "an odd number of gates"
+    if max(problem.batch, problem.m, problem.b_columns, problem.k) >= 2**31:
+        return "a dimension of 2^31 or more"
+    smallest = min((tile.config(problem) for tile in TILES), key=lambda c: c.tile_m * c.out_n)
+    if problem.batch * (problem.m / smallest.tile_m + 1) * (problem.n / smallest.out_n + 1) >= 2**31:
+        return "more than 2^31 tiles"
+    return None
+
+
+class GemmLauncher:
+    """One variant and schedule for one problem. Calling it allocates the output and launches."""
+
+    def __init__(
+        self, problem: GemmProblem, config: GemmConfig | None = None, schedule: GemmSchedule | None = None
+    ):
+        if config is None or schedule is None:
+            config, schedule = choose_gemm(problem)
+        self.config, self.schedule = config, schedule
+        self._problem = problem
+        self._kernel = compile_kernel(config)
+        self._out_dtype = getattr(torch, problem.out_dtype)
+        self._integers = tuple(
+            map(
+                numpy.int32,
+                (
+                    problem.m, problem.n, -(-problem.k // TILE_K), schedule.m_tiles, schedule.n_tiles, problem.batch,
+                    schedule.group, schedule.whole_tiles, schedule.splits, not problem.a_shared, not problem.b_shared,
+                ),
+            )
+        )  # fmt: skip
+        self._out_strides = (numpy.uint64(problem.n), numpy.uint64(problem.m * problem.n))
+        self._box_rows = (
+            TILE_K if problem.a_mn_major else config.tile_m // config.cluster_n,
+            TILE_K if problem.b_mn_major else config.out_n // config.cluster_m,
+        )
+        self._maps: tuple[dict, ...] = ({}, {}, {})  # of a, b, out: (address, strides) -> tensor map
+        self._loaded: dict[int, tuple] = {}  # device index -> (kernel, launch config)
+
+    def __call__(self, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """The output, (m, n) or (batch, m, n) if an operand has a batch, contiguous."""
+        problem, config = self._problem, self.config
+        batched = a.dim() == 3 or b.dim() == 3
+        out = torch.empty((problem.batch, problem.m, problem.n), dtype=self._out_dtype, device=a.device)
+        # Copies made on the way live until the launch is queued; the allocator orders their reuse after it.
+        a_map, a = self._operand(0, a, problem.a_shared, problem.a_mn_major)
+        b_map, b = self._operand(1, b, problem.b_shared, not problem.b_mn_major)
+        out_map = self._out_map(out) if config.tma_store else a_map
+        bias_address = 0
+        if bias is not None:
+            bias = _paired(bias)
+            bias_address = bias.data_ptr()
+        device = out.device.index
+        partials, flags = self._workspace(device) if config.split else (0, 0)
+        kernel, launch_config = self._loaded.get(device) or self._load(device)
+        _launch()(
+            _current_stream(device), launch_config, kernel, a_map, b_map, out_map, out.data_ptr(), bias_address,
+            partials, flags, *self._out_strides, *self._integers,
+        )  # fmt: skip
+        return out if batched else out[0]
+
+    def _operand(self, operand: int, tensor: torch.Tensor, shared: bool, transposed: bool):
+        """The operand's tensor map, and the tensor that it points into."""
+        maps = self._maps[operand]
+        key = (tensor.data_ptr(), tensor.stride())
+        found = maps.get(key)
+        if found is not None:
+            return found, tensor
+        matrix = tensor if tensor.dim() == 3 else tensor[None]
+        if shared:
+            matrix = matrix[:1]
+        if transposed:
+            matrix = matrix.transpose(1, 2)
+        addressed = tma.addressable_matrix(matrix, "ab"[operand])
+        made = tma.matrix_map(addressed, self._box_rows[operand])
+        if addressed is matrix:  # a copy's address means nothing for the next call
+            self._keep(operand, key, made)
+        return made, addressed
+
+    def _out_map(self, out: torch.Tensor):
+        key = (out.data_ptr(), None)
+        made = self._maps[2].get(key)
+        if made is None:
+            made = tma.matrix_map(out, 64, 128 // out.element_size())
+            self._keep(2, key, made)
+        return made
+
+    def _keep(self, operand: int, key: tuple, made) -> None:
+        maps = self._maps[operand]
+        if len(maps) >= _MAX_MAPS:
+            maps.clear()
+        maps[key] = made
+
+    def _workspace(self, device: int) -> tuple[int, int]:
+        """Addresses of the partial accumulators and of their flags for the current stream."""
+        config, rest = self.config, self.schedule.rest(self._problem.batch)
+        parts = (self.schedule.splits - 1) * rest * config.cluster_size
+        return _workspace(device, parts * config.tile_m * config.tile_n, parts * config.consumers)
+
+    def _load(self, device: int) -> tuple:
+        from cuda.core import LaunchConfig
+
+        config = self.config
+        launch_config = LaunchConfig(
+            grid=self.schedule.clusters * config.cluster_size,
+            block=config.threads,
+            shmem_size=config.smem_bytes,
+        )
+        self._loaded[device] = loaded = (self._kernel.load(device), launch_config)
+        return loaded
+
+
+def _paired(bias: torch.Tensor) -> torch.Tensor:
+    """The bias as the kernel reads it: dense, two elements at a time."""
+    if bias.shape[0] % 2:
+        return torch.nn.functional.pad(bias, (0, 1))
+    if bias.stride(0) != 1 or bias.data_ptr() % 4:
+        return bias.clone(memory_format=torch.contiguous_format)
+    return bias
+
+
+_workspaces: dict[
+    tuple[int, int], tuple[torch.Tensor, torch.Tensor]
+] = {}  # (device, stream) -> partials, flags
+
+
+def _workspace(device: int, partials: int, flags: int) -> tuple[int, int]:
+    """Addresses of at least so many floats and zeroed flags that only the current stream uses.
+
+    Kernels of one stream follow each other and leave the flags at zero. A CUDA graph may run beside anything, so what
+    it captures gets a workspace of its own, zeroed by a node of the graph.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        return tuple(t.data_ptr() for t in _new_workspace(device, partials, flags))
+    key = (device, torch._C._cuda_getCurrentRawStream(device))
+    found = _workspaces.get(key)
+    if found is None or found[0].numel() < partials or found[1].numel() < flags:
+        found = _workspaces[key] = _new_workspace(device, partials, flags)
+    return found[0].data_ptr(), found[1].data_ptr()
+
+
+def _new_workspace(device: int, partials: int, flags: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return (
+        torch.empty(partials, dtype=torch.float32, device=f"cuda:{device}"),
+        torch.zeros(flags, dtype=torch.int32, device=f"cuda:{device}"),
+    )

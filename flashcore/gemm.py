@@ -1,0 +1,271 @@
+"""Dense matrix products with fused epilogues: the public functions, their plan and their gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from flashcore.errors import InvalidInputError
+from flashcore.gemm_problem import GemmProblem
+
+Run = Callable[[torch.Tensor, torch.Tensor, "torch.Tensor | None"], torch.Tensor]
+
+# How to run each kind of call seen so far, by everything that a plan depends on.
+_runs: dict[tuple, Run] = {}
+_MAX_RUNS = 4096
+
+_is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
+
+
+def matmul(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    *,
+    out_dtype: torch.dtype | None = None,
+    bias: torch.Tensor | None = None,
+    activation: str | None = None,
+) -> torch.Tensor:
+    """``activation(a @ b + bias)``, accumulated in float32.
+
+    :param a: (m, k) or (batch, m, k); bfloat16 or float16 for the Hopper kernel, float32 or float64 elsewhere. Any
+        strides: a transposed or sliced matrix is read where it is, if its rows or columns are dense and aligned to
+        16 bytes.
+    :param b: (k, n) or (batch, k, n), likewise. A matrix without a batch serves all batches of the other operand.
+    :param out_dtype: ``None`` for the operands' dtype, or ``torch.float32`` for half-precision operands.
+    :param bias: (n), the operands' dtype, added to every row.
+    :param activation: None, ``"gelu"`` (its tanh form), ``"silu"``, or ``"swiglu"``: then b has 2 n columns, the
+        gate's and after them their factors', and the result is ``silu(gate) * factor``. In half precision the sum is
+        rounded before it is activated, as separate operations would.
+    :returns: (m, n), or (batch, m, n) if an operand has a batch; contiguous.
+    :raises InvalidInputError: arguments that contradict each other or have no meaning.
+
+    Differentiable once in a, b and bias; an activation's backward pass computes the sums again.
+    """
+    if _is_compiling():  # torch.compile breaks its graph here: it cannot trace a kernel launch
+        return torch.compiler.disable(matmul)(a, b, out_dtype=out_dtype, bias=bias, activation=activation)
+    if _needs_grad(a, b, bias):
+        return _Matmul.apply(a, b, bias, out_dtype, activation)
+    return _matmul(a, b, bias, out_dtype, activation)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``x @ weight.T + bias``: ``torch.nn.functional.linear`` on the same kernels, differentiable once.
+
+    :param x: (..., k).
+    :param weight: (n, k), x's dtype.
+    :param bias: (n) or None.
+    :returns: (..., n).
+    :raises InvalidInputError: as :func:`matmul`, where a is x and b is the transposed weight.
+    """
+    for name, tensor in (("x", x), ("weight", weight)):
+        if not isinstance(tensor, torch.Tensor):
+            raise InvalidInputError(f"linear: {name} must be a torch.Tensor (given {type(tensor).__name__}).")
+    if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise InvalidInputError(
+            f"linear: x (..., k) and weight (n, k) must share k (given x {tuple(x.shape)}, "
+            f"weight {tuple(weight.shape)})."
+        )
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    out = matmul(rows, weight.t(), bias=bias)
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], weight.shape[0])
+
+
+@dataclass(frozen=True)
+class GemmPlan:
+    """What a call of :func:`matmul` with this problem does. ``print`` it, or read the fields."""
+
+    problem: GemmProblem
+    backend: str  # "hopper" or "torch"
+    config: Any  # GemmConfig, or None where there is no choice
+    schedule: Any  # GemmSchedule, or None
+    why: str  # of the backend
+    rejected: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        lines = [("problem", str(self.problem)), ("backend", f"{self.backend}: {self.why}")]
+        if self.config is not None:
+            lines += [("config", f"{self.config}: {self.config.why}"), ("schedule", str(self.schedule))]
+        lines += [("rejected", f"{name}: {reason}") for name, reason in self.rejected]
+        return "\n".join(f"{label:<9} {text}" for label, text in lines)
+
+
+def explain_matmul(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    *,
+    out_dtype: torch.dtype | None = None,
+    bias: torch.Tensor | None = None,
+    activation: str | None = None,
+) -> GemmPlan:
+    """The plan that :func:`matmul` would follow for these arguments: print it. Launches nothing."""
+    problem = GemmProblem.from_tensors(a, b, out_dtype=out_dtype, bias=bias, activation=activation)
+    if _folds(a, b, problem):
+        problem = _problem_of_rows(a, b, bias, out_dtype, activation)
+    return plan_gemm(problem)
+
+
+@lru_cache(maxsize=4096)
+def plan_gemm(problem: GemmProblem) -> GemmPlan:
+    """Who computes a problem, and how. Memoised."""
+    from flashcore.backends import hopper
+
+    reason = hopper.unavailable() if problem.device == "cuda" else f"device {problem.device} is not a GPU"
+    if reason is None:
+        from flashcore.backends.hopper import gemm
+
+        reason = gemm.rejects(problem)
+    if reason is not None:
+        return GemmPlan(
+            problem, "torch", None, None, "torch's matmul takes everything", (("hopper", reason),)
+        )
+    from flashcore.backends.hopper.gemm_configs import choose_gemm
+
+    return GemmPlan(problem, "hopper", *choose_gemm(problem), "the first choice", ())
+
+
+# ---- running -------------------------------------------------------------------------------------------------------
+
+
+def _needs_grad(*tensors: torch.Tensor | None) -> bool:
+    return _is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors)
+
+
+def _matmul(a, b, bias, out_dtype, activation) -> torch.Tensor:
+    try:
+        key = (
+            a.shape, a.stride(), a.dtype, a.device, b.shape, b.stride(), b.dtype, b.device,
+            None if bias is None else (bias.shape, bias.dtype, bias.device), out_dtype, activation,
+        )  # fmt: skip
+        run = _runs.get(key)
+    except (AttributeError, TypeError, RuntimeError):  # not tensors, sparse ones, unhashable values:
+        key = run = None  # validation says which
+    if run is None:
+        run = _prepare(a, b, bias, out_dtype, activation)
+        if len(_runs) >= _MAX_RUNS:
+            _runs.clear()
+        _runs[key] = run
+    return run(a, b, bias)
+
+
+def _prepare(a, b, bias, out_dtype, activation) -> Run:
+    """Validate, plan, and return how to run this kind of call."""
+    problem = GemmProblem.from_tensors(a, b, out_dtype=out_dtype, bias=bias, activation=activation)
+    folds = _folds(a, b, problem)
+    if folds:
+        problem = _problem_of_rows(a, b, bias, out_dtype, activation)
+    plan = plan_gemm(problem)
+    if plan.backend == "torch":
+        run = partial(_by_torch, problem)
+    else:
+        from flashcore.backends.hopper.gemm import GemmLauncher
+
+        run = GemmLauncher(problem, plan.config, plan.schedule)
+    if folds:
+        run = partial(_on_rows, run)
+    if a.is_cuda and torch.cuda.device_count() > 1:
+        run = partial(_on_device, run)
+    return run
+
+
+def _folds(a: torch.Tensor, b: torch.Tensor, problem: GemmProblem) -> bool:
+    """Whether the batches of a lie one below the other and share b: then they are one taller matrix."""
+    return (
+        a.dim() == 3 and b.dim() == 2 and not problem.is_empty
+        and (a.shape[1] == 1 or a.shape[0] == 1 or a.stride(0) == a.shape[1] * a.stride(1))
+    )  # fmt: skip
+
+
+def _rows(a: torch.Tensor) -> torch.Tensor:
+    return a.view(-1, a.shape[2])
+
+
+def _problem_of_rows(a, b, bias, out_dtype, activation) -> GemmProblem:
+    return GemmProblem.from_tensors(_rows(a), b, out_dtype=out_dtype, bias=bias, activation=activation)
+
+
+def _on_rows(run: Run, a, b, bias) -> torch.Tensor:
+    out = run(_rows(a), b, bias)
+    return out.view(a.shape[0], a.shape[1], out.shape[1])
+
+
+def _on_device(run: Run, a, b, bias) -> torch.Tensor:
+    """Run with a's GPU as the current one, as kernels and their stream need it."""
+    if torch.cuda.current_device() == a.device.index:
+        return run(a, b, bias)
+    with torch.cuda.device(a.device):
+        return run(a, b, bias)
+
+
+def _by_torch(problem: GemmProblem, a, b, bias) -> torch.Tensor:
+    dtype = getattr(torch, problem.out_dtype)
+    out = torch.matmul(a.to(dtype), b.to(dtype))
+    if bias is not None:
+        out += bias
+    return _activate(problem.activation, out).contiguous()
+
+
+def _activate(activation: str | None, sums: torch.Tensor) -> torch.Tensor:
+    if activation == "gelu":
+        return F.gelu(sums, approximate="tanh")
+    if activation == "silu":
+        return F.silu(sums)
+    if activation == "swiglu":
+        gate, factor = sums.chunk(2, dim=-1)
+        return F.silu(gate) * factor
+    return sums
+
+
+# ---- gradients -----------------------------------------------------------------------------------------------------
+
+
+class _Matmul(torch.autograd.Function):
+    """The gradients are products too: of the output's gradient with the transposed operands."""
+
+    @staticmethod
+    def forward(ctx, a, b, bias, out_dtype, activation):
+        out = _matmul(a, b, bias, out_dtype, activation)
+        ctx.save_for_backward(a, b, bias)
+        ctx.out_dtype, ctx.activation = out_dtype, activation
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        a, b, bias = ctx.saved_tensors
+        if ctx.activation is not None:
+            dout = _activation_gradient(ctx.activation, _matmul(a, b, bias, ctx.out_dtype, None), dout)
+        needs_a, needs_b, needs_bias, *_ = ctx.needs_input_grad
+        da = db = dbias = None
+        if needs_bias:
+            wide = torch.promote_types(dout.dtype, torch.float32)
+            dbias = dout.sum(dim=tuple(range(dout.dim() - 1)), dtype=wide).to(bias.dtype)
+        dout = dout.to(a.dtype)
+        if needs_a:
+            da = _product(dout, b.mT)
+            if a.dim() < da.dim():
+                da = da.sum(0)
+        if (
+            needs_b and b.dim() < dout.dim()
+        ):  # a batch of products with one b: their sum is one long reduction
+            db = _product(a.expand(len(dout), -1, -1).flatten(0, 1).mT, dout.flatten(0, 1))
+        elif needs_b:
+            db = _product(a.mT, dout)
+        return da, db, dbias, None, None
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return _matmul(a, b, None, None, None)
+
+
+def _activation_gradient(activation: str, sums: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
+    with torch.enable_grad():
+        sums = sums.detach().requires_grad_()
+        out = _activate(activation, sums)
+    return torch.autograd.grad(out, sums, dout)[0]
