@@ -9,7 +9,7 @@ nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-bindings (
 
 from flashcore.backends.hopper import gemm_configs, jit  # noqa: E402
 from flashcore.gemm_problem import GemmProblem  # noqa: E402
-from tests.backends.hopper.test_kernels import disassemble, jit_registers  # noqa: E402
+from tests.backends.hopper.test_kernels import disassemble  # noqa: E402
 
 
 def config(tile: int, *, split=False, dtype="bfloat16", out_dtype=None, n=8192, **more):
@@ -34,7 +34,6 @@ def test_kernel(name, tmp_path):
     kernel = jit.compile_kernel(variant)  # asserts the equality of smem_bytes inside the kernel
     assert kernel.spill_bytes == 0
     assert kernel.warnings == ()  # no WGMMA serialised
-    assert kernel.registers == min(jit_registers(variant), variant.consumer_registers)
 
     opcodes = disassemble(kernel.cubin, tmp_path)
     count = {opcode: opcodes.count(opcode) for opcode in set(opcodes)}
