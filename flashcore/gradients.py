@@ -41,7 +41,7 @@ def torch_flash(
     """PyTorch's flash-attention backward, fed with the output and LSE of whichever forward ran."""
     generator = torch.empty(0, dtype=torch.int64, device=q.device)  # its seed and offset, for dropout: unused
     grads = torch.ops.aten._scaled_dot_product_flash_attention_backward(
-        *(_last_dim_dense(t).transpose(1, 2) for t in (dout, q, k, v, out)),
+        *(sdpa.readable(t).transpose(1, 2) for t in (dout, q, k, v, out)),
         lse,
         None,  # cum_seq_q and cum_seq_k: all sequences have one length
         None,
@@ -67,7 +67,3 @@ def sdpa_recompute(
         out, _ = sdpa.forward(problem, sdpa.configure(problem), *inputs)
     dq, dk, dv = torch.autograd.grad(out, inputs, dout)
     return dq, dk, dv
-
-
-def _last_dim_dense(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

@@ -76,7 +76,7 @@ def forward(
     scale = problem.scale
     if scale <= 0:  # fused kernels mask with -inf before they scale: NaN or +inf unless the scale is positive
         q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
-    q, k, v = (_last_dim_dense(t).transpose(1, 2) for t in (q, k, v))  # (B, H, S, D), as SDPA wants them
+    q, k, v = (readable(t).transpose(1, 2) for t in (q, k, v))  # (B, H, S, D), as SDPA wants them
     sdpa = partial(
         F.scaled_dot_product_attention,
         scale=scale,
@@ -112,6 +112,15 @@ def _causal_with_more_keys(problem: AttentionProblem, sdpa, q, k, v) -> torch.Te
     return torch.cat(outs, dim=2)
 
 
-def _last_dim_dense(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor as SDPA's fused kernels need it: with any other last stride they decline."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+def readable(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor as PyTorch's fused kernels need it, copied if it is not.
+
+    With a strided last dimension they decline. On CUDA they read 16 bytes at a time and do not check that the base and
+    the strides allow it: with torch 2.11 they returned what lies beside the tensor.
+    """
+    aligned = tensor.stride(-1) == 1
+    if tensor.is_cuda:
+        step = max(1, 16 // tensor.element_size())
+        outer = zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
+        aligned &= tensor.data_ptr() % 16 == 0 and all(size == 1 or stride % step == 0 for size, stride in outer)
+    return tensor if aligned else tensor.clone(memory_format=torch.contiguous_format)

@@ -17,7 +17,8 @@ SMEM_LIMIT = 227 * 1024  # bytes of shared memory one CTA may have on sm_90
 REGISTER_FILE = 64 * 1024  # 32-bit registers of one SM
 
 _ELEMENTS = {"bfloat16": "Bf16", "float16": "Fp16"}
-_REGISTERS = {1: (40, 232), 2: (40, 232), 3: (32, 160)}  # consumer warpgroups: registers of (producer, consumer)
+# Consumer warpgroups: registers per thread of (producer, consumer). One of each needs no redistribution.
+_REGISTERS = {1: (255, 255), 2: (40, 232), 3: (32, 160)}
 
 
 @dataclass(frozen=True)
@@ -123,21 +124,46 @@ class ForwardRow:
         )  # fmt: skip
 
 
+def _tiles(problem: AttentionProblem, tile_m: int) -> int:
+    return problem.batch * problem.heads_q * -(-problem.seqlen_q // tile_m)
+
+
+def _one_wave(problem: AttentionProblem) -> bool:
+    return _tiles(problem, 64) <= problem.sm_count
+
+
+def _short_causal(problem: AttentionProblem) -> bool:
+    return problem.causal and problem.seqlen_q < 2048
+
+
+def _long(problem: AttentionProblem) -> bool:
+    return problem.seqlen_q >= (4096 if problem.causal else 2048) and _tiles(problem, 192) >= 4 * problem.sm_count
+
+
+def _short_keys(problem: AttentionProblem) -> bool:
+    return problem.seqlen_k <= 2048
+
+
 def _always(problem: AttentionProblem) -> bool:
     return True
 
 
-def _long(problem: AttentionProblem) -> bool:
-    return problem.seqlen_q >= (4096 if problem.causal else 2048)
+_ONE_WAVE = "64 query rows a CTA put more of the SMs to work when all tiles fit in one wave"
+_THREE = "192 query rows per pass over K and V; three warpgroups keep the exponential units busy"
+_EVEN = "128 x 128 divides the usual lengths and the diagonal evenly; a third Q buffer hides its load from short tiles"
+_SMALL = "small blocks start and end a tile faster and follow the diagonal"
 
-
-# The first row with the problem's head_dim (rounded up) that applies is taken.
+# The first row with the problem's head_dim (rounded up) that applies is taken. Measurements: docs/log.
 FORWARD_TABLE: tuple[ForwardRow, ...] = (
-    ForwardRow(64, _always, 128, 3, 6, 2, True, "three warpgroups keep the exponential units busy"),
-    ForwardRow(128, _long, 80, 3, 5, 2, True, "192 query rows per pass over K and V"),
-    ForwardRow(128, _always, 128, 2, 5, 2, True, "128 x 128 divides the usual lengths and the diagonal evenly"),
-    ForwardRow(192, _always, 96, 2, 4, 1, True, "fits a block of K and one of V twice beside Q"),
-    ForwardRow(256, lambda p: p.seqlen_k <= 2048, 64, 2, 4, 1, True, "small blocks start and end a tile faster"),
+    ForwardRow(64, _one_wave, 128, 1, 6, 2, False, _ONE_WAVE),
+    ForwardRow(64, _short_causal, 128, 2, 7, 3, True, _EVEN),
+    ForwardRow(64, _always, 128, 3, 6, 2, True, _THREE),
+    ForwardRow(128, _one_wave, 128, 1, 5, 2, False, _ONE_WAVE),
+    ForwardRow(128, _long, 80, 3, 5, 2, True, _THREE),
+    ForwardRow(128, _always, 128, 2, 4, 3, True, _EVEN),
+    ForwardRow(192, _always, 96, 2, 4, 1, True, "the widest block of which two K and two V fit beside Q"),
+    ForwardRow(256, _one_wave, 64, 1, 4, 1, False, _ONE_WAVE),
+    ForwardRow(256, _short_keys, 64, 2, 4, 1, True, _SMALL),
     ForwardRow(256, _always, 80, 2, 4, 1, True, "the widest block of which two K and two V fit beside Q"),
 )
 

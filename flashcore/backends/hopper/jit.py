@@ -60,9 +60,8 @@ class CompiledKernel:
 
         return ObjectCode.from_cubin(self.cubin, name=self.config.entry)
 
-    @functools.cache
     def load(self, device: int):
-        """The ``cuda.core.Kernel`` for a device, allowed to use its shared memory. Needs a GPU."""
+        """The ``cuda.core.Kernel``, allowed to use its shared memory on this device. Needs a GPU."""
         from cuda.bindings import driver
 
         kernel = self._object.get_kernel(self.config.entry)
@@ -142,6 +141,7 @@ _OPTIONS = dict(
     use_fast_math=True,
     device_as_default_execution_space=True,
     lineinfo=True,
+    no_cache=True,  # NVRTC's own cache would return the cubin without the assembler's report
     ptxas_options=["-v"],
 )
 
@@ -151,7 +151,8 @@ def _compile(config: KernelConfig, source: str) -> tuple[bytes, dict[str, Any]]:
 
     log = io.StringIO()
     try:
-        cubin = bytes(Program(source, "c++", ProgramOptions(name="flashcore.cu", **_OPTIONS)).compile("cubin", logs=log).code)
+        program = Program(source, "c++", ProgramOptions(name="flashcore.cu", **_OPTIONS))
+        cubin = bytes(program.compile("cubin", logs=log).code)
     except Exception as error:  # cuda.core has no public base class of its compiler errors
         kept = _keep_source(config, source)
         raise CompileError(f"{config}: did not compile (source: {kept}; NVRTC {nvrtc_version()})\n{error}") from error

@@ -1,3 +1,57 @@
+// Attention forward for Hopper (sm_90a).
+//
+// COMPUTES  O = softmax(scale * Q K^T + mask) V and LSE = ln(sum(exp(scale * Q K^T + mask))) per row.
+//   Q, O (batch, seqlen_q, heads_q, d), K, V (batch, seqlen_k, heads_q / group_size, d), 16 bit, any strides that TMA
+//   takes (host: tma.py); LSE (batch, heads_q, seqlen_q) fp32. d <= head_dim: TMA fills the rest with zeros and drops
+//   it again. Mask: none, or causal aligned to the bottom right. Not handled: scale <= 0, d % 8 != 0, d of V != d of Q.
+//
+// GRID AND ORDER  One persistent CTA per SM, at most one per tile. A tile is 64 * consumers query rows of one head and
+//   all keys they see, from the last block of tile_n keys to the first, so that masked blocks come first. The order of
+//   tiles is arithmetic (tiles.cuh): every role computes it for itself.
+//
+// DATA FLOW
+//   Q, K, V -TMA-> smem (128-byte swizzle) -WGMMA SS-> S (registers) -softmax-> P (registers, 16 bit)
+//   P, V -WGMMA RS-> O (registers) -stmatrix-> smem -TMA-> O;   LSE -st.global->
+//
+// WARP ROLES AND REGISTERS
+//   warpgroup 0: thread 0 fills the ring with K and V, thread 32 fills the Q buffers; the other warps leave.
+//   warpgroups 1..consumers: 64 query rows each. setmaxnreg, threads x registers of a CTA:
+//     2 consumers: (40 + 2 * 232) * 128 = 64,512   3 consumers: (32 + 3 * 160) * 128 = 65,536   of 65,536
+//     1 consumer: 2 * 128 threads may have 255 each, nothing to move.
+//   Live in a consumer: O head_dim / 2, S tile_n / 2, P tile_n / 4, and about 30 more: 64 + 64 + 32 + 30 = 190 at
+//   head_dim 128, tile_n 128; 32 + 64 + 32 + 30 = 158 at head_dim 64 with three consumers.
+//
+// SHARED MEMORY (ForwardSmem), bytes at head_dim 128, tile 128 x 128, 4 stages, 3 Q buffers
+//   q[q_buffers][consumers]   98,304   a warpgroup's Q; with several buffers it turns into its O when its tile ends
+//   kv[stages]               131,072   the ring: one block of K or V a slot. With one Q buffer a slot per warpgroup is
+//                                      lent to it for its O after the last V of a tile
+//   barriers                     160
+//
+// BARRIERS (mbarrier; first use: producers find "empty" passed, consumers wait for phase 0)
+//   name              arrivals per phase          bytes       waited for by   protects
+//   ring.full[s]      1, thread 0                 one block   consumers       slot s filled (lent slot: no bytes)
+//   ring.empty[s]     1 per consumer warpgroup    -           thread 0        slot s read by all
+//   q_full[b][w]      1, thread 32                64 rows     warpgroup w     its Q
+//   q_empty[b][w]     1, warpgroup w              -           thread 32       one Q buffer: last Q K^T done;
+//                                                                             several: its O read by the copy engine
+//   named 1..c: warpgroup w's turn to issue; c+1..2c: the warps of one warpgroup. (c = consumers)
+//
+// SCHEDULE  Consumers issue S(n) = Q K(n)^T and then O += P(n+1) V(n+1), so that the second product runs under the
+//   softmax of the first. The ring has the blocks in that order: K(n), V(n+1), K(n-1), V(n), ... also across tiles:
+//   the first Q K^T of the next tile and the last P V of this one are such a pair (cross_seam). Two warpgroups:
+//     tensor cores   S0 O0   S1 O1   S0' O0'   S1' O1'      S0, O0: products of warpgroup 0
+//     warpgroup 0       softmax(S0)..... |  softmax(S0')..    | its turn to issue again
+//     warpgroup 1               softmax(S1)..... |
+//   A warpgroup passes over blocks of its tile that lie right of its own diagonal (open_tile, close_tile), and where the
+//   diagonal leaves it half a block, it computes half of Q K^T and of the softmax.
+//
+// NUMERICS  softmax.cuh. S, O and the row sums are fp32, P is rounded to 16 bit, O once at the end. A row without keys
+//   gives O = 0 and LSE = -inf. Keys past the end read as 0 and are masked; masked scores are replaced, so that NaN or
+//   infinity in a hidden K does not matter. A hidden V in a block that others see is multiplied by 0, and 0 * NaN is
+//   NaN, as with PyTorch's kernels.
+//
+// EVIDENCE  docs/log/0001 (order of tiles), 0002 (diagonal), 0003 (table). FlashAttention-3 (arXiv 2407.08608) for the
+//   overlap of softmax and products, FlashAttention-2 (arXiv 2307.08691) for the online softmax over key blocks.
 #pragma once
 #include "../core/ring.cuh"
 #include "../ptx/wgmma.cuh"
@@ -33,6 +87,8 @@ template <class Config> struct ForwardKernel {
   static_assert(sizeof(Smem) == Config::smem_bytes, "the host and the kernel disagree on shared memory");
   static_assert(Config::tile_m == 64 * consumers);
   static_assert(!o_in_ring || KvTile::bytes >= QTile::bytes);
+  // The diagonal leaves a warpgroup only the left half of every second block.
+  static constexpr int narrow_n = Config::causal && tile_n == 128 ? tile_n / 2 : tile_n;
 
   Smem& smem;
   const AttentionParams& params;
@@ -116,13 +172,14 @@ template <class Config> struct ForwardKernel {
     float o[head_dim / 2];
     u32 p[tile_n / 4];
 
-    __forceinline__ void issue_qk(float (&s)[tile_n / 2]) {
+    // n: scores per thread, for the first 2 n keys of the block at the cursor.
+    template <int n> __forceinline__ void issue_qk(float (&s)[n]) {
       const u32 q = smem_address(smem.q[q_cursor.stage][wg]);
       const u32 k = smem_address(smem.kv[cursor.stage]);
       wgmma_fence();
 #pragma unroll
       for (int step = 0; step < head_dim / 16; ++step)
-        Wgmma<Element, tile_n>::template ss<0, 0>(s, QTile::k_major(q, step), KvTile::k_major(k, step), step > 0);
+        Wgmma<Element, 2 * n>::template ss<0, 0>(s, QTile::k_major(q, step), KvTile::k_major(k, step), step > 0);
       wgmma_commit();
     }
 
@@ -177,22 +234,28 @@ template <class Config> struct ForwardKernel {
 
     __forceinline__ int first_row(const Tile& tile) const { return tile.m_block * Config::tile_m + wg * 64; }
 
-    // The rightmost block that this warpgroup needs; those of the tile beyond it are for warpgroups further down.
-    __forceinline__ int first_block(const Tile& tile) const {
-      if (first_row(tile) >= params.seqlen_q) return 0;
-      return (max(1, key_limit<Config>(params, first_row(tile) + 63)) - 1) / tile_n;
+    // Keys that this warpgroup needs of a tile, at least 1.
+    __forceinline__ int keys(const Tile& tile) const {
+      if (first_row(tile) >= params.seqlen_q) return 1;
+      return max(1, key_limit<Config>(params, first_row(tile) + 63));
+    }
+
+    // Its rightmost block; those of the tile beyond it are for warpgroups further down.
+    __forceinline__ int first_block(const Tile& tile) const { return (keys(tile) - 1) / tile_n; }
+    __forceinline__ bool narrow(const Tile& tile) const {
+      return narrow_n < tile_n && keys(tile) <= first_block(tile) * tile_n + narrow_n;
     }
 
     // Hides the scores of keys past each row's limit, 16 columns at a time where the warp has any to hide.
-    __forceinline__ void mask(float (&s)[tile_n / 2], const Tile& tile, int n_block) {
+    template <int n> __forceinline__ void mask(float (&s)[n], const Tile& tile, int n_block) {
       const int first = tile.m_block * Config::tile_m + warp_row;
       const int clear = key_limit<Config>(params, first) - n_block * tile_n;  // columns that no row hides
-      if (clear >= tile_n) return;
+      if (clear >= 2 * n) return;
       const int row = first + thread % 32 / 4;
       const int col = n_block * tile_n + 2 * (thread % 4);
       const int limit[2] = {key_limit<Config>(params, row) - col, key_limit<Config>(params, row + 8) - col};
 #pragma unroll
-      for (int group = 0; group < tile_n / 16; ++group)
+      for (int group = 0; group < n / 8; ++group)
         if (clear < 16 * (group + 1)) {
 #pragma unroll
           for (int i = 8 * group; i < 8 * group + 8; ++i)
@@ -200,9 +263,9 @@ template <class Config> struct ForwardKernel {
         }
     }
 
-    __forceinline__ void pack(const float (&s)[tile_n / 2]) {
+    template <int n> __forceinline__ void pack(const float (&s)[n]) {
 #pragma unroll
-      for (int i = 0; i < tile_n / 4; ++i) p[i] = pack2<Element>(s[2 * i], s[2 * i + 1]);
+      for (int i = 0; i < tile_n / 4; ++i) p[i] = 2 * i < n ? pack2<Element>(s[2 * i % n], s[2 * i % n + 1]) : 0;
     }
 
     // The staged O's place returns to the producer once the copy engine has read it.
@@ -267,9 +330,9 @@ template <class Config> struct ForwardKernel {
       }
     }
 
-    // First block of a tile with no product of an earlier one in flight: for the CTA's first tile, and for tiles whose
-    // rightmost blocks this warpgroup passes over.
-    __forceinline__ void open_tile(const Tile& tile, int n_block, bool first_of_cta) {
+    // First block of a tile (its first `width` keys) with no product of an earlier tile in flight: for the CTA's first
+    // tile, and for tiles whose rightmost blocks this warpgroup passes over.
+    template <int width> __forceinline__ void open_tile(const Tile& tile, int n_block, bool first_of_cta) {
       wait(smem.q_full[q_cursor.stage][wg], q_cursor.phase);
       const int skipped = tile.n_blocks - 1 - n_block;
       if (first_of_cta && skipped > 0) pass_over();  // else close_tile() did
@@ -283,7 +346,7 @@ template <class Config> struct ForwardKernel {
       const int k_stage = acquire();
       const bool turn = !first_of_cta || skipped > 0;
       if (turn) await_turn();
-      float s[tile_n / 2];
+      float s[width / 2];
       issue_qk(s);
       if (turn) pass_turn();
       cursor.advance();
@@ -340,12 +403,12 @@ template <class Config> struct ForwardKernel {
     }
 
     // First block of the next tile, with the last product of this one under its softmax; then this one's output.
-    __forceinline__ void cross_seam(const Tile& tile, const Tile& next, bool accumulate) {
+    template <int width> __forceinline__ void cross_seam(const Tile& tile, const Tile& next, bool accumulate) {
       const int q_buffer = q_cursor.stage;
       finish_store();
       q_cursor.advance();
       wait(smem.q_full[q_cursor.stage][wg], q_cursor.phase);
-      float s[tile_n / 2];
+      float s[width / 2];
       const int k_stage = acquire();
       await_turn();
       issue_qk(s);
@@ -376,13 +439,18 @@ template <class Config> struct ForwardKernel {
       if (wg == consumers - 1) pass_turn();
       while (more) {
         const int first = first_block(tile);
-        if (!opened) open_tile(tile, first, first_of_cta);
+        if (!opened && narrow(tile))
+          open_tile<narrow_n>(tile, first, first_of_cta);
+        else if (!opened)
+          open_tile<tile_n>(tile, first, first_of_cta);
         first_of_cta = false;
         for (int n_block = first - 1; n_block >= 0; --n_block) next_block(tile, n_block, n_block < first - 1);
         more = scheduler.next(next);
         opened = more && first_block(next) == next.n_blocks - 1;
-        if (opened)
-          cross_seam(tile, next, first > 0);
+        if (opened && narrow(next))
+          cross_seam<narrow_n>(tile, next, first > 0);
+        else if (opened)
+          cross_seam<tile_n>(tile, next, first > 0);
         else
           close_tile(tile, first > 0, more);
         tile = next;
@@ -427,11 +495,11 @@ attention_forward_sm90(const __grid_constant__ TensorMap q, const __grid_constan
   __syncthreads();
 
   if (warp < 4) {
-    setmaxnreg_dec<Config::producer_registers>();
+    if constexpr (Config::consumers > 1) setmaxnreg_dec<Config::producer_registers>();
     if (threadIdx.x == 0) kernel.load_kv(k, v);
     if (threadIdx.x == 32) kernel.load_q(q);
   } else {
-    setmaxnreg_inc<Config::consumer_registers>();
+    if constexpr (Config::consumers > 1) setmaxnreg_inc<Config::consumer_registers>();
     kernel.consume(o, warp / 4 - 1, threadIdx.x % 128, (warp - 4) * 16);
   }
 }

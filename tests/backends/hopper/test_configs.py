@@ -1,0 +1,132 @@
+"""The tile table: every row feasible, every problem finds one, every tile is dealt out once."""
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flashcore.backends import hopper
+from flashcore.backends.hopper.attention import divisor
+from flashcore.backends.hopper.configs import (
+    FORWARD_TABLE,
+    ForwardConfig,
+    choose_forward,
+    deal_tiles,
+    declared_configs,
+    paired_heads,
+)
+from flashcore.problem import AttentionProblem
+
+PROBLEM = AttentionProblem(
+    dtype="bfloat16", device="cuda", arch=(9, 0), sm_count=132, batch=2, seqlen_q=1024, seqlen_k=1024, heads_q=8,
+    heads_k=2, head_dim=128, head_dim_v=128, causal=True, scale=0.1,
+)  # fmt: skip
+
+
+def test_declared_configs_are_feasible():
+    for name, config in declared_configs():
+        assert config.infeasible() is None, name
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("head_dim", range(8, 257, 8))
+@pytest.mark.parametrize("seqlen", [1, 512, 1024, 2048, 4096, 131072])
+def test_every_accepted_problem_gets_a_declared_config(head_dim, seqlen, causal):
+    problem = dataclasses.replace(
+        PROBLEM, head_dim=head_dim, head_dim_v=head_dim, seqlen_q=seqlen, seqlen_k=seqlen, causal=causal
+    )
+    assert hopper.rejects(problem) is None
+    config = choose_forward(problem)
+    assert config in [declared for _, declared in declared_configs()]
+    assert config.head_dim >= head_dim
+    assert config.causal == causal
+    assert config.why
+
+
+@pytest.mark.parametrize("row", FORWARD_TABLE, ids=lambda row: f"{row.head_dim}-{row.consumers}x{row.tile_n}")
+def test_no_row_is_dead(row):
+    """Some problem gets this row: none before it takes them all."""
+    problems = [
+        dataclasses.replace(
+            PROBLEM, head_dim=row.head_dim, head_dim_v=row.head_dim, batch=batch, seqlen_q=n, seqlen_k=n, causal=causal
+        )
+        for batch in (1, 8)
+        for n in (64, 512, 1024, 2048, 4096, 16384)
+        for causal in (False, True)
+    ]
+    assert any(choose_forward(problem) == row.config("bfloat16", problem.causal) for problem in problems)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"tile_n": 120}, "tile_n 120"),
+        ({"head_dim": 120}, "head_dim 120"),
+        ({"head_dim": 272}, "head_dim 272"),
+        ({"stages": 8}, "shared memory"),
+        ({"stages": 2}, "2 stages"),
+        ({"stages": 3, "q_buffers": 1}, "3 stages"),
+        ({"consumers": 1, "stages": 4}, "turns"),
+        ({"dtype": "float32"}, "float32"),
+    ],
+)
+def test_infeasible_says_why(changes, reason):
+    config = ForwardConfig("bfloat16", 128, False, 128, 2, 5, 2, True)
+    assert config.infeasible() is None
+    assert reason in dataclasses.replace(config, **changes).infeasible()
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"arch": (8, 0)}, "(8, 0)"),
+        ({"dtype": "float32"}, "float32"),
+        ({"head_dim": 264, "head_dim_v": 264}, "264 > 256"),
+        ({"head_dim": 36, "head_dim_v": 36}, "multiple of 8"),
+        ({"head_dim_v": 64}, "head_dim_v 64"),
+        ({"scale": -1.0}, "scale -1.0"),
+        ({"scale": 0.0}, "scale 0.0"),
+        ({"batch": 2**20, "seqlen_q": 2**18}, "query tiles"),
+    ],
+)
+def test_rejects_names_the_one_feature(changes, reason):
+    assert hopper.rejects(PROBLEM) is None
+    assert reason in hopper.rejects(dataclasses.replace(PROBLEM, **changes))
+
+
+@given(
+    m_blocks=st.integers(1, 40), heads=st.integers(1, 60), sms=st.integers(1, 132), data=st.data()
+)  # fmt: skip
+def test_causal_tiles_are_dealt_out_once(m_blocks, heads, sms, data):
+    ctas = min(sms, m_blocks * heads)
+    paired = data.draw(st.integers(0, heads // 2)) * 2
+    dealt = [tile for cta in range(ctas) for tile in deal_tiles(m_blocks, heads, paired, ctas, cta)]
+    assert sorted(dealt) == [(head, block) for head in range(heads) for block in range(m_blocks)]
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("seqlen", [512, 1024, 2048, 4096, 8192, 16384])
+def test_causal_work_is_balanced(head_dim, seqlen):
+    """No CTA has much more than its share of blocks: the last one to end decides the time."""
+    problem = dataclasses.replace(
+        PROBLEM, head_dim=head_dim, head_dim_v=head_dim, batch=16384 // seqlen, heads_q=2048 // head_dim,
+        heads_k=2048 // head_dim, seqlen_q=seqlen, seqlen_k=seqlen,
+    )  # fmt: skip
+    config = choose_forward(problem)
+    m_blocks, heads = -(-seqlen // config.tile_m), problem.batch * problem.heads_q
+    paired = paired_heads(config, problem, 132)
+    costs = [-(-min(seqlen, (m + 1) * config.tile_m) // config.tile_n) for m in range(m_blocks)]
+    blocks = [sum(costs[m] for _, m in deal_tiles(m_blocks, heads, paired, 132, cta)) for cta in range(132)]
+    assert sum(blocks) / 132 >= 0.94 * max(blocks)
+
+
+@given(d=st.integers(1, 2**31 - 1), n=st.integers(0, 2**31 - 1), near=st.integers(-1, 1))
+def test_divisor(d, n, near):
+    """The multiplication that stands for a division on the device, here in unbounded integers."""
+    packed = int(divisor(d))
+    multiplier, shift = packed & 0xFFFFFFFF, packed >> 32
+    for value in (n, min(2**31 - 1, max(0, n // d * d + near))):
+        high = value * multiplier >> 32
+        assert high + value < 2**32  # no overflow in 32 bits
+        assert (high + value) >> shift == value // d
