@@ -16,7 +16,8 @@ TILE_K = 64  # elements of the reduction per ring slot: 128 bytes, the swizzle w
 CHUNK_BYTES = 64 * 128  # 64 rows of 128 bytes: what one store moves
 
 _ELEMENTS = {"bfloat16": "Bf16", "float16": "Fp16"}
-_REGISTERS = {1: (40, 232), 2: (40, 232)}  # consumer warpgroups: registers of (producer, consumer)
+# Consumer warpgroups: registers of (producer, consumer). With one there are enough for both.
+_REGISTERS = {1: (255, 255), 2: (40, 232)}
 
 
 @dataclass(frozen=True)

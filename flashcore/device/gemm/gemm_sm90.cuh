@@ -436,10 +436,10 @@ gemm_sm90(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap
     __syncthreads();
 
   if (warp < 4) {
-    setmaxnreg_dec<Config::producer_registers>();
+    if constexpr (Config::consumers > 1) setmaxnreg_dec<Config::producer_registers>();
     if (threadIdx.x == 0) kernel.producer(a, b);
   } else {
-    setmaxnreg_inc<Config::consumer_registers>();
+    if constexpr (Config::consumers > 1) setmaxnreg_inc<Config::consumer_registers>();
     typename Kernel::Consumer{kernel, smem, params, c, warp / 4 - 1, int(threadIdx.x % 128), {params}}.run();
   }
 }
