@@ -140,10 +140,6 @@ def _long(problem: AttentionProblem) -> bool:
     return problem.seqlen_q >= (4096 if problem.causal else 2048) and _tiles(problem, 192) >= 4 * problem.sm_count
 
 
-def _short_keys(problem: AttentionProblem) -> bool:
-    return problem.seqlen_k <= 2048
-
-
 def _always(problem: AttentionProblem) -> bool:
     return True
 
@@ -151,7 +147,6 @@ def _always(problem: AttentionProblem) -> bool:
 _ONE_WAVE = "64 query rows a CTA put more of the SMs to work when all tiles fit in one wave"
 _THREE = "192 query rows per pass over K and V; three warpgroups keep the exponential units busy"
 _EVEN = "128 x 128 divides the usual lengths and the diagonal evenly; a third Q buffer hides its load from short tiles"
-_SMALL = "small blocks start and end a tile faster and follow the diagonal"
 
 # The first row with the problem's head_dim (rounded up) that applies is taken. Measurements: docs/log.
 FORWARD_TABLE: tuple[ForwardRow, ...] = (
@@ -163,8 +158,7 @@ FORWARD_TABLE: tuple[ForwardRow, ...] = (
     ForwardRow(128, _always, 128, 2, 4, 3, True, _EVEN),
     ForwardRow(192, _always, 96, 2, 4, 1, True, "the widest block of which two K and two V fit beside Q"),
     ForwardRow(256, _one_wave, 64, 1, 4, 1, False, _ONE_WAVE),
-    ForwardRow(256, _short_keys, 64, 2, 4, 1, True, _SMALL),
-    ForwardRow(256, _always, 80, 2, 4, 1, True, "the widest block of which two K and two V fit beside Q"),
+    ForwardRow(256, _always, 64, 2, 5, 1, True, "small blocks follow the diagonal and leave room for a fifth slot"),
 )
 
 
