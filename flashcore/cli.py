@@ -446,11 +446,11 @@ def report(
     if not (documents.root / "README.md").exists():
         raise _fail("report works on a clone: there is no README.md beside this package")
     console = _console()
-    digest = record.kernel_digest()
     for gpu, suites in documents.results.items():
         for name, data in suites.items():
             meta = data["meta"]
-            state = "current" if meta["kernel_digest"] == digest else "the kernel sources have changed since"
+            current = meta["kernel_digest"] == record.kernel_digest(name)
+            state = "current" if current else "the kernel sources have changed since"
             failed = sum("failed" in row for row in data["rows"])
             console.print(
                 f"{gpu}/{name}: {meta['date']}, commit {(meta['commit'] or 'unknown')[:12]}, {len(data['rows'])} rows"

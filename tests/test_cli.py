@@ -264,7 +264,7 @@ def test_report_says_which_records_are_older_than_the_kernels(monkeypatch, tmp_p
         "gpu": "NVIDIA H200",
         "date": "2030-01-02",
         "commit": None,
-        "kernel_digest": record.kernel_digest(),
+        "kernel_digest": record.kernel_digest("forward"),
     }
     data = {"suite": "small", "meta": meta, "rows": [], "skipped": []}
     path = tmp_path / "benchmarks" / "results" / "h200" / "small.json"

@@ -19,11 +19,11 @@ BENCHMARKS = PACKAGE.parent / "benchmarks"  # of the clone that this package run
 RESULTS = BENCHMARKS / "results"
 
 
-def kernel_digest() -> str:
-    """Names the kernel sources that this package would compile; a record keeps it."""
+def kernel_digest(suite: str) -> str:
+    """Names the kernel sources that the suite measures, as this package would compile them; a record keeps it."""
     from flashcore.backends.hopper import jit
 
-    return jit.source_digest()
+    return jit.source_digest("gemm" if suite == "gemm" else "attention")
 
 
 def commit(root: Path = PACKAGE.parent) -> dict:
@@ -41,12 +41,12 @@ def _git(root: Path, *arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def meta(method: dict, commit_id: str | None = None) -> dict:
-    """The header of a record. ``commit_id`` names the sources where there is no clone to ask."""
+def meta(suite: str, method: dict, commit_id: str | None = None) -> dict:
+    """The header of a suite's record. ``commit_id`` names the sources where there is no clone to ask."""
     return {
         **machine.describe(),
         **({"commit": commit_id, "dirty": None} if commit_id else commit()),
-        "kernel_digest": kernel_digest(),
+        "kernel_digest": kernel_digest(suite),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "method": method,
     }

@@ -80,7 +80,7 @@ def run(
 
 
 def _record(suite: Suite, method: dict, rows: list, skipped: list, commit: str | None) -> dict:
-    return {"suite": suite.name, "meta": record.meta(method, commit), "rows": rows, "skipped": skipped}
+    return {"suite": suite.name, "meta": record.meta(suite.name, method, commit), "rows": rows, "skipped": skipped}
 
 
 def usable_peers(names: Sequence[str]) -> tuple[list[Peer], list[dict]]:

@@ -44,10 +44,10 @@ def test_records_of_a_cpu_are_not_published(forward_record, tmp_path):
 
 
 def test_the_header_has_what_every_published_number_needs():
-    meta = record.meta({"mode": "wall"})
+    meta = record.meta("forward", {"mode": "wall"})
     needed = {"gpu", "power_limit_w", "driver", "cuda", "torch", "flashcore", "commit", "kernel_digest", "date"}
     assert needed <= meta.keys()
-    assert record.meta({}, "abc")["commit"] == "abc"
+    assert record.meta("forward", {}, "abc")["commit"] == "abc"
 
 
 def test_commit_tells_whether_the_clone_was_changed(tmp_path):

@@ -113,12 +113,18 @@ struct Config {{
 """
 
 
-def source_digest() -> str:
-    """SHA-256 over all device sources and the tile table: names what was measured."""
-    digest = hashlib.sha256()
-    for file in [*sorted(DEVICE_SOURCES.rglob("*.cuh")), Path(__file__).with_name("configs.py")]:
-        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
-    return digest.hexdigest()
+# The kernel file and the tile table of each operation.
+_OPERATIONS = {
+    "attention": ("attention/forward_sm90.cuh", "configs.py"),
+    "gemm": ("gemm/gemm_sm90.cuh", "gemm_configs.py"),
+}
+
+
+def source_digest(operation: str = "attention") -> str:
+    """SHA-256 over all device code and the tile table that an operation's kernels are made of: names what was measured."""
+    kernel, table = _OPERATIONS[operation]
+    parts = (_flatten("ptx/types.cuh"), _flatten(kernel), Path(__file__).with_name(table).read_text())
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
 # ---- compilation ---------------------------------------------------------------------------------------------------

@@ -177,10 +177,16 @@ def test_an_error_names_config_source_and_log(sources, tmp_path):
     assert "undeclared" in kept[0].read_text()
 
 
-def test_source_digest_sees_every_file(sources):
-    before = jit.source_digest()
-    (sources / "ptx" / "new.cuh").write_text("")
-    assert jit.source_digest() != before
+def test_source_digest_sees_every_included_file(sources, monkeypatch):
+    monkeypatch.setattr(jit, "_OPERATIONS", {"tiny": ("tiny.cuh", "configs.py"), "other": ("tiny.cuh", "tma.py")})
+    (sources / "part.cuh").write_text("int part;\n")
+    (sources / "tiny.cuh").write_text('#include "part.cuh"\n' + TINY)
+    digests = {jit.source_digest("tiny"), jit.source_digest("other")}
+    for file in ("part.cuh", "tiny.cuh", "ptx/types.cuh"):
+        (sources / file).write_text((sources / file).read_text() + "// changed\n")
+        jit._flatten.cache_clear()
+        digests.add(jit.source_digest("tiny"))
+    assert len(digests) == 5
 
 
 def test_resource_report_counts_spills():
