@@ -20,7 +20,11 @@ from flashcore.problem import AttentionProblem
 
 _TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 _FUNCTIONS = {"forward": attention_fwd, "dq": attention_bwd_dq, "dkdv": attention_bwd_dkdv}
-_STREAMS = {"forward": ("k", "v"), "dq": ("k", "v"), "dkdv": ("q", "dout")}  # read by the copy engine, with tma
+_STREAMS = {
+    "forward": ("k", "v"),
+    "dq": ("k", "v"),
+    "dkdv": ("q", "dout"),
+}  # read by the copy engine, with tma
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,9 @@ def compile_kernel(
     for i, name in enumerate(function.arg_names):
         if name in constants:
             signature[name], values[(i,)] = "constexpr", constants[name]
-        elif name.startswith("strides"):  # the forward's out has a leading dimension for splits, and no last stride
+        elif name.startswith(
+            "strides"
+        ):  # the forward's out has a leading dimension for splits, and no last stride
             last = () if (kernel, name) == ("forward", "strides_out") else ("constexpr",)
             signature[name] = ("i32",) * (4 - len(last)) + last
             attributes |= {(i, j): aligned for j in range(4 - len(last))}

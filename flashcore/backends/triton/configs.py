@@ -346,7 +346,8 @@ def _tile(
 ) -> tuple[Tile, str]:
     """The first tile for a kernel that applies and fits, and why."""
     head_dim = padded_head_dim(problem.head_dim)
-    tuned = _read_user_table(user_table).get(user_key(kernel, problem)) if user_table and rows > 16 else None
+    small = rows <= 16 or _short_or_small(problem, rows)  # tiles are tuned on grids that fill the GPU
+    tuned = None if small or not user_table else _read_user_table(user_table).get(user_key(kernel, problem))
     if tuned:
         return tuned, f"tuned on this machine ({user_table})"
     for row in (*TABLES.get(problem.arch, ()), *_SAFE):

@@ -15,13 +15,14 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from concurrent.futures import Executor, ProcessPoolExecutor
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 import triton
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flashcore import env, gradients
 from flashcore.backends import reference
@@ -41,8 +42,11 @@ from flashcore.problem import AttentionProblem
 KERNELS = ("forward", "dq", "dkdv")
 MATMULS = {"forward": 2, "dq": 3, "dkdv": 4}  # that each kernel does, counted with 2 FLOP per multiply-add
 SEQLENS = (512, 2048, 16384)
+DEVICE = "cuda"
 TOKENS = 16384
 WIDTH = 2048  # heads x head_dim
+SMALL_SHAPES = ((1, 8, 512, 64), (8, 16, 512, 64), (1, 32, 1024, 128), (1, 16, 4096, 128))  # (B, H, S, D)
+DECODE_SHAPES = ((8, 8192, 32, 8, 128), (1, 131072, 32, 8, 128), (1, 8192, 32, 8, 64))  # (B, Sk, H, Hk, D)
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,15 @@ HOPPER = {
 }  # fmt: skip
 
 
+DECODE = [
+    Tile(16, n, warps, stages, tma=tma)
+    for n, warps, stages, tma in (
+        (64, 4, 3, True), (64, 4, 4, True), (64, 4, 2, True), (128, 4, 2, True), (128, 4, 3, True), (128, 8, 3, True),
+        (32, 4, 4, True), (64, 4, 3, False), (64, 2, 3, True), (32, 2, 4, True),
+    )
+]  # fmt: skip
+
+
 def candidates(kernel: str, head_dim: int, arch: tuple[int, int]) -> list[Tile]:
     """What to try: a list of its own for Hopper; elsewhere every tile that some table has, deeper and shallower too."""
     if arch == (9, 0):
@@ -152,7 +165,7 @@ class Tensors:
         dtype = getattr(torch, problem.dtype)
         self.problem = problem
         self.q, self.k, self.v, self.dout = (
-            torch.randn(shape, device="cuda").to(dtype)
+            torch.randn(shape, device=DEVICE).to(dtype)
             for shape in (problem.q_shape, problem.k_shape, problem.v_shape, problem.out_shape)
         )
         self.config = choose(problem)
@@ -208,7 +221,7 @@ def check(job: Job) -> str | None:
 def _by_reference(
     problem: AttentionProblem, dtype: torch.dtype | None, q, k, v, dout
 ) -> dict[str, torch.Tensor]:
-    """Output and gradients by the reference backend, computed in `dtype`; None: in bfloat16, one step after the other."""
+    """Output and gradients by the reference backend, computed in `dtype`; None: in bfloat16, unfused."""
     dtype = dtype or q.dtype
     q, k, v = (t.detach().to(dtype).requires_grad_() for t in (q, k, v))
     if dtype is torch.float64:
@@ -221,11 +234,9 @@ def _by_reference(
     return {"out": out.detach(), "dq": dq, "dk": dk, "dv": dv}
 
 
-def checked(jobs: list[Job], processes: int) -> tuple[list[Job], dict[Job, str]]:
+def checked(check: Callable, jobs: list, pool: Executor) -> tuple[list, dict]:
     """The jobs that are right, and what is wrong with the others."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        verdicts = dict(zip(jobs, pool.map(check, jobs), strict=True))
+    verdicts = dict(zip(jobs, pool.map(check, jobs), strict=True))
     return [job for job in jobs if verdicts[job] is None], {job: why for job, why in verdicts.items() if why}
 
 
@@ -243,7 +254,7 @@ def graph_microseconds(call: Callable[[], object]) -> float:
 
 
 def time_jobs(jobs: list[Job], seqlens: tuple[int, ...], deadline: float) -> Iterator[dict]:
-    """A record per job and length, as long as there is time. FlashAttention-2 as PyTorch has it is timed beside them."""
+    """A record per job and length, as long as there is time; and PyTorch's FlashAttention-2."""
     groups = defaultdict(list)
     for job in jobs:
         groups[job.group[1:]].append(job)
@@ -271,111 +282,122 @@ def time_jobs(jobs: list[Job], seqlens: tuple[int, ...], deadline: float) -> Ite
                 yield record | {"tflops": MATMULS[job.kernel] * flops / ms / 1e9}
 
 
-def _flash_attention_2(tensors: Tensors) -> dict[str, Callable[[], object]]:
-    q, k, v = (t.transpose(1, 2) for t in (tensors.q, tensors.k, tensors.v))
-
-    def forward():
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
-            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=tensors.problem.causal)
-
-    t = tensors
+def _flash_attention_2(t: Tensors) -> dict[str, Callable[[], object]]:
     return {
-        "forward": forward,
+        "forward": _fa2_forward(t.problem, t.q, t.k, t.v),
         "backward": partial(gradients.torch_flash, t.problem, t.q, t.k, t.v, t.out, t.lse, t.dout),
     }
 
 
-def time_small(deadline: float) -> Iterator[dict]:
-    """Small grids in a CUDA graph, decoding, and the choices around the tile: packing, sections, host time."""
-    for batch, heads, seqlen, head_dim in (
-        (1, 8, 512, 64),
-        (8, 16, 512, 64),
-        (1, 32, 1024, 128),
-        (1, 16, 4096, 128),
-    ):
+def _fa2_forward(problem: AttentionProblem, q, k, v) -> Callable[[], object]:
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+
+    def forward():
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=problem.causal)
+
+    return forward
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One way to compute one problem: the choices around the tile, on grids that do not fill the GPU."""
+
+    what: str
+    how: str
+    problem: AttentionProblem
+    config: TritonConfig
+    graph: bool = False  # time it inside a CUDA graph
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        p = self.problem
+        return tuple(torch.randn(s, device=DEVICE).bfloat16() for s in (p.q_shape, p.k_shape, p.v_shape))
+
+
+def trials() -> list[Trial]:
+    """Small grids, decoding, and the packing of grouped heads."""
+    found = []
+    for batch, heads, seqlen, head_dim in SMALL_SHAPES:
         for causal in (False, True):
-            problem = replace(problem_for(head_dim, causal, batch, seqlen, heads, heads), dtype="float16")
-            tensors = Tensors(problem)
-            name = f"small {(batch, heads, seqlen, head_dim)} {'causal' if causal else 'full'}"
-            yield {
-                "what": name,
-                "how": "fa2",
-                "us": graph_microseconds(_flash_attention_2(tensors)["forward"]),
-            }
-            tiles = [t for t in HOPPER["forward", head_dim] if t.warps <= 8 and t.tma][:8]
-            tiles += [
+            problem = problem_for(head_dim, causal, batch, seqlen, heads, heads)
+            what = f"small {(batch, heads, seqlen, head_dim)} {'causal' if causal else 'full'}"
+            tiles = [
                 Tile(64, 64, 4, 3, tma=True),
                 Tile(32, 64, 4, 3, tma=True),
                 Tile(64, 128, 4, 2, tma=True),
             ]
-            grid = batch * heads * seqlen
+            tiles += HOPPER["forward", head_dim][:10]
             for tile in dict.fromkeys(tiles):
-                for splits in (1, 2, 4) if grid / tile.tile_m < problem.sm_count else (1,):
-                    config = replace(tensors.config, forward=tile, splits=splits)
-                    call = partial(attention.forward, problem, config, tensors.q, tensors.k, tensors.v)
-                    yield _tried(
-                        name, f"{short(tile)} /{splits}", lambda call=call: {"us": graph_microseconds(call)}
-                    )
-            if time.monotonic() > deadline:
-                return
-    yield from _time_decoding(deadline)
-    yield from _time_choices(deadline)
-
-
-def _time_decoding(deadline: float) -> Iterator[dict]:
-    for batch, seqlen, heads, heads_k, head_dim in (
-        (8, 8192, 32, 8, 128),
-        (1, 131072, 32, 8, 128),
-        (1, 8192, 32, 8, 64),
-    ):
+                few = batch * heads * math.ceil(seqlen / tile.tile_m) < problem.sm_count
+                for splits in (1, 2, 4) if few and tile.tile_m >= 64 else (1,):
+                    config = replace(choose(problem), forward=tile, splits=splits)
+                    found.append(Trial(what, f"{short(tile)} /{splits}", problem, config, graph=True))
+    for batch, seqlen, heads, heads_k, head_dim in DECODE_SHAPES:
         problem = replace(
             problem_for(head_dim, True, batch, seqlen, heads, heads_k), seqlen_q=1, needs_grad=False
         )
-        q, k, v = (
-            torch.randn(s, device="cuda").bfloat16()
-            for s in (problem.q_shape, problem.k_shape, problem.v_shape)
-        )
-        gigabytes = 2 * k.numel() * 2 / 1e9
-        name = f"decode {(batch, seqlen, heads, heads_k, head_dim)}"
-        for n, warps, stages, tma in (
-            (64, 4, 3, True), (64, 4, 4, True), (64, 4, 2, True), (128, 4, 2, True), (128, 4, 3, True), (128, 8, 3, True),
-            (32, 4, 4, True), (64, 4, 3, False), (64, 2, 3, True), (32, 2, 4, True),
-        ):  # fmt: skip
-            tile = Tile(16, n, warps, stages, tma=tma)
-            chosen = choose_splits(batch * heads_k, math.ceil(seqlen / n), problem.sm_count, tile)
-            for splits in sorted(
-                {chosen, *(s * problem.sm_count // (batch * heads_k) for s in (1, 2, 3, 4))}
-            ):
-                config = replace(choose(problem), forward=tile, splits=min(128, splits), pack_gqa=True)
-                call = partial(attention.forward, problem, config, q, k, v)
-
-                def measure(call=call):
-                    ms = milliseconds(call)
-                    return {"us": 1e3 * ms, "tbps": gigabytes / ms}
-
-                yield _tried(name, f"{short(tile)} /{min(128, splits)}", measure)
-            if time.monotonic() > deadline:
-                return
-
-
-def _time_choices(deadline: float) -> Iterator[dict]:
-    """Packing of grouped heads and the order of heads, with everything else as chosen."""
-    by_table = attention.heads_per_section
+        what = f"decode {(batch, seqlen, heads, heads_k, head_dim)}"
+        for tile in DECODE:
+            chosen = choose_splits(batch * heads_k, math.ceil(seqlen / tile.tile_n), problem.sm_count, tile)
+            waves = {min(128, n * problem.sm_count // (batch * heads_k)) for n in (1, 2, 3, 4)}
+            for splits in sorted(waves | {chosen}):
+                config = replace(choose(problem), forward=tile, splits=splits, pack_gqa=True)
+                found.append(Trial(what, f"{short(tile)} /{splits}", problem, config))
     for head_dim in (64, 128):
         heads = WIDTH // head_dim
         for batch, seqlen in ((8, 2048), (1, 16384)):
             problem = problem_for(head_dim, True, batch, seqlen, heads, heads // 4)
-            tensors = Tensors(problem)
             for pack in (False, True):
-                config = replace(tensors.config, pack_gqa=pack)
-                call = partial(attention.forward, problem, config, tensors.q, tensors.k, tensors.v)
-                yield {
-                    "what": f"gqa 4:1 d{head_dim} s{seqlen}",
-                    "how": f"pack={pack}",
-                    "us": 1e3 * milliseconds(call),
-                }
-            problem = problem_for(head_dim, True, batch, seqlen, heads, heads)
-            tensors = Tensors(problem)
+                config = replace(choose(problem), pack_gqa=pack)
+                found.append(Trial(f"gqa 4:1 causal d{head_dim} s{seqlen}", f"pack={pack}", problem, config))
+    return found
+
+
+def check_trial(trial: Trial) -> str | None:
+    """Compile and run a trial once; None if its output is that of the table's own config."""
+    try:
+        torch.manual_seed(0)
+        inputs = trial.tensors()
+        out, lse = attention.forward(trial.problem, trial.config, *inputs)
+        plain = Tile(64, 64, 4, 2) if trial.problem.head_dim <= 64 else Tile(64, 32, 4, 2)
+        config = replace(choose(trial.problem), forward=plain, splits=1, pack_gqa=False)
+        expected, expected_lse = attention.forward(trial.problem, config, *inputs)
+        error = (out.double() - expected.double()).norm() / expected.double().norm()
+        lse_error = (lse - expected_lse).abs().max()
+        if not (error < 1e-2 and lse_error < 1e-3):
+            return f"relative error {error:.2e}, lse {lse_error:.2e}"
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:160]}"
+    return None
+
+
+def time_trials(trials: list[Trial], deadline: float) -> Iterator[dict]:
+    """A record per trial, as long as there is time; FlashAttention-2 beside those in a CUDA graph."""
+    seen = set()
+    for trial in trials:
+        if time.monotonic() > deadline:
+            return
+        problem = trial.problem
+        q, k, v = trial.tensors()
+        call = partial(attention.forward, problem, trial.config, q, k, v)
+        record = {"what": trial.what, "how": trial.how}
+        if trial.graph and trial.what not in seen:
+            seen.add(trial.what)
+            yield {"what": trial.what, "how": "fa2", "us": graph_microseconds(_fa2_forward(problem, q, k, v))}
+        us = graph_microseconds(call) if trial.graph else 1e3 * milliseconds(call)
+        yield record | {"us": us, "tbps": 2 * k.numel() * k.element_size() / us / 1e6}
+
+
+def time_order_and_host(deadline: float) -> Iterator[dict]:
+    """The order of heads, with the table's tiles, and the host's time per call."""
+    by_table = attention.heads_per_section
+    for head_dim in (64, 128):
+        for batch, seqlen in ((8, 2048), (1, 16384)):
+            if time.monotonic() > deadline:
+                return
+            tensors = Tensors(
+                problem_for(head_dim, True, batch, seqlen, WIDTH // head_dim, WIDTH // head_dim)
+            )
             for section in ("L2", 1):
                 attention.heads_per_section = by_table if section == "L2" else lambda problem, heads: 1
                 for kernel in KERNELS:
@@ -386,16 +408,10 @@ def _time_choices(deadline: float) -> Iterator[dict]:
                         "us": us,
                     }
             attention.heads_per_section = by_table
-            if time.monotonic() > deadline:
-                return
     tensors = Tensors(problem_for(64, False, 1, 64, 2, 2))
-    for name, call in {
-        "forward": partial(backend.forward, tensors.problem, tensors.config, tensors.q, tensors.k, tensors.v),
-        "forward, no TMA": partial(
-            backend.forward, tensors.problem, tensors.with_tile("forward", Tile(64, 64, 4, 2)), tensors.q, tensors.k,
-            tensors.v,
-        ),
-    }.items():  # fmt: skip
+    for name, tma in (("TMA", True), ("pointers", False)):
+        config = tensors.with_tile("forward", Tile(64, 64, 4, 2, tma=tma))
+        call = partial(backend.forward, tensors.problem, config, tensors.q, tensors.k, tensors.v)
         call()
         torch.cuda.synchronize()
         start = time.perf_counter()
@@ -403,14 +419,6 @@ def _time_choices(deadline: float) -> Iterator[dict]:
             call()
         yield {"what": "host time per call", "how": name, "us": (time.perf_counter() - start) / 300 * 1e6}
         torch.cuda.synchronize()
-
-
-def _tried(what: str, how: str, measure: Callable[[], dict]) -> dict:
-    """A record of the measurement, or of why there is none: tiles that do not fit are part of the search."""
-    try:
-        return {"what": what, "how": how, **measure()}
-    except Exception as error:
-        return {"what": what, "how": how, "us": math.inf, "error": str(error).strip()[:160]}
 
 
 # --- the report
@@ -523,21 +531,27 @@ def main() -> None:
         for tile in candidates(kernel, head_dim, arch)
     ]
     start = time.monotonic()
-    right, wrong = checked(jobs, arguments.processes)
-    print(
-        f"{len(right)} of {len(jobs)} candidates compiled and right, in {time.monotonic() - start:.0f} s",
-        flush=True,
-    )
-    for job, why in wrong.items():
-        print(f"  left out: {job.kernel} d{job.head_dim} causal={job.causal} {short(job.tile)}: {why}")
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(arguments.processes, mp_context=context) as pool:
+        right, wrong = checked(check, jobs, pool)
+        right_trials, wrong_trials = checked(check_trial, trials() if arguments.small else [], pool)
+    done = f"{len(right)} of {len(jobs)} candidates and {len(right_trials)} trials"
+    print(f"{done} compiled and right, in {time.monotonic() - start:.0f} s", flush=True)
+    left_out = [
+        f"{job.kernel} d{job.head_dim} causal={job.causal} {short(job.tile)}: {why}"
+        for job, why in wrong.items()
+    ]
+    left_out += [f"{trial.what} {trial.how}: {why}" for trial, why in wrong_trials.items()]
+    print("".join(f"  left out: {line}\n" for line in left_out), end="")
     records = list(time_jobs(right, SEQLENS, deadline))
-    small = list(time_small(deadline)) if arguments.small else []
+    small = list(time_trials(right_trials, deadline))
+    if arguments.small:
+        small += time_order_and_host(deadline)
     if arguments.json:
         meta = {
             "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
             "seconds": time.monotonic() - start,
         }  # fmt: skip
-        left_out = [asdict(job) | {"why": why} for job, why in wrong.items()]
         document = {"meta": meta, "left_out": left_out, "rows": records, "small": small}
         arguments.json.write_text(json.dumps(document, indent=1) + "\n")
     print(report(records, small))

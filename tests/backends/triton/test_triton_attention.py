@@ -114,30 +114,34 @@ def test_many_tiles(name, config, device):
     check_backward(case, config, device)
 
 
-@pytest.mark.parametrize(
-    "name", ["full_65x193", "causal_more_keys", "causal_empty_rows", "mqa", "causal_one_query"]
-)
-@pytest.mark.parametrize("splits", [2, 3, 17])
-def test_splits(name, splits, device):
+# Groups of 4, 3 and 7 query heads: with 3 or 7, tiles of packed rows end inside a group.
+GROUPED = [
+    Case("full", batch=2, seqlen_q=19, seqlen_k=90, heads_q=4, heads_k=1, head_dim=40),
+    Case("more_keys", batch=1, seqlen_q=19, seqlen_k=90, heads_q=6, heads_k=2, head_dim=16, causal=True),
+    Case("empty_rows", batch=1, seqlen_q=40, seqlen_k=20, heads_q=7, heads_k=1, head_dim=16, causal=True),
+    Case("one_query", seqlen_q=1, seqlen_k=90, heads_k=2, head_dim=64, causal=True, dtype="float16"),
+    Case("views", batch=1, seqlen_q=33, seqlen_k=33, heads_q=8, heads_k=2, head_dim=16, causal=True, layout="packed"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", GROUPED, ids=str)
+@pytest.mark.parametrize("splits", [2, 17])
+def test_splits(case, splits, device):
     """More splits than tiles included: the surplus sees no key and weighs nothing."""
-    case = replace(BY_NAME[name], batch=2, heads_q=2, heads_k=1, head_dim=40)
     check_forward(case, replace(SMALL, splits=splits), device)
+
+
+@pytest.mark.parametrize("case", GROUPED, ids=str)
+@pytest.mark.parametrize("splits", [1, 3])
+def test_packed_groups(case, splits, device):
+    """All query heads of a key head in one program."""
+    check_forward(case, replace(SMALL_AHEAD, pack_gqa=True, splits=splits), device)
 
 
 def test_one_split_and_many_agree(device):
     case = replace(BY_NAME["causal_more_keys"], batch=1, heads_q=1, heads_k=1)
     one, many = (check_forward(case, replace(SMALL, splits=splits), device) for splits in (1, 7))
     torch.testing.assert_close(one[1], many[1], atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("splits", [1, 4])
-@pytest.mark.parametrize(
-    "name", ["gqa_4_to_1", "gqa_3_to_1_more_keys", "mqa_7_causal_empty_rows", "packed_causal"]
-)
-def test_packed_groups(name, splits, device):
-    """All query heads of a key head in one program; with 3 or 7 of them a tile ends inside a group."""
-    case = replace(BY_NAME[name], batch=2, head_dim=16)
-    check_forward(case, replace(SMALL_AHEAD, pack_gqa=True, splits=splits), device)
 
 
 @pytest.mark.parametrize("seqlen_q", [1, 2, 5])
@@ -181,7 +185,7 @@ def test_nan_in_hidden_keys_stays_hidden(device):
     "config", [SMALL, SMALL_AHEAD, replace(SMALL, splits=3)], ids=["plain", "ahead", "splits"]
 )
 def test_same_bits_every_time(config, device):
-    case = replace(BY_NAME["gqa_3_to_1_more_keys"], batch=1, head_dim=16)
+    case = GROUPED[1]
     q, k, v = case.inputs(device)
     problem = case.problem(device, needs_grad=True)
     dout = torch.randn(problem.out_shape, device=device).to(q)

@@ -1,0 +1,175 @@
+"""The tables of tiles, and what is chosen from them. The kernels of every row are compiled, for whatever GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from flashcore.backends import triton as backend
+from flashcore.backends.triton import configs
+from flashcore.backends.triton.configs import LEAST_SHARED_MEMORY, SHARED_MEMORY, TABLES, Tile, choose
+from flashcore.problem import AttentionProblem
+
+H200 = AttentionProblem(
+    "bfloat16", "cuda", (9, 0), 132, 8, 2048, 2048, 16, 16, 128, 128, True, 128**-0.5, needs_grad=True
+)
+UNKNOWN = (13, 7)
+
+
+def test_every_problem_has_a_tile():
+    """On every known GPU and on an unknown one, for every head_dim, type and number of rows."""
+    for arch in (*TABLES, UNKNOWN, None):
+        for head_dim in (1, 8, 16, 40, 64, 72, 128, 136, 192, 256):
+            for dtype in ("bfloat16", "float16", "float32"):
+                for seqlen_q in (1, 7, 500, 5000):
+                    problem = replace(
+                        H200,
+                        arch=arch,
+                        head_dim=head_dim,
+                        head_dim_v=head_dim,
+                        dtype=dtype,
+                        seqlen_q=seqlen_q,
+                    )
+                    config = choose(problem)
+                    assert config.why
+                    assert config.backward_why
+                    assert config.forward.tile_m >= 16
+
+
+def test_tables_fit_their_gpus():
+    """Rows of a GPU's own table are never passed over, and the safe ones fit everywhere."""
+    for arch, table in TABLES.items():
+        for row in table:
+            assert row.smem_kib * 1024 <= SHARED_MEMORY[arch], (arch, row)
+    for row in configs._SAFE:
+        assert row.smem_kib * 1024 <= LEAST_SHARED_MEMORY, row
+
+
+def test_a_device_with_less_shared_memory_gets_a_smaller_tile():
+    assert choose(H200).dq == next(r.tile for r in TABLES[9, 0] if (r.kernel, r.head_dim) == ("dq", 128))
+    small = choose(H200, shared_memory=LEAST_SHARED_MEMORY)
+    assert small.dq in {row.tile for row in configs._SAFE}
+
+
+def test_an_unknown_gpu_gets_safe_rows_and_no_tma():
+    config = choose(replace(H200, arch=UNKNOWN))
+    assert not any(tile.tma for tile in (config.forward, config.dq, config.dkdv))
+
+
+def test_splits_when_the_grid_is_small():
+    assert choose(H200).splits == 1
+    decode = replace(H200, batch=8, seqlen_q=1, seqlen_k=8192, heads_q=32, heads_k=8)
+    config = choose(decode)
+    assert config.pack_gqa
+    assert config.splits > 1
+    assert "idle" in config.why
+    assert choose(replace(decode, batch=64)).splits == 1  # 512 tiles fill the GPU
+
+
+@pytest.mark.parametrize("tiles", [1, 7, 32, 64, 105])
+@pytest.mark.parametrize("blocks", [1, 2, 3, 8, 100, 2048])
+def test_splits_are_worth_it(tiles, blocks):
+    """Every split has two blocks or more, and splitting never makes the busiest SM do more."""
+    tile = Tile(64, 64, 4, 2)
+    splits = configs.choose_splits(tiles, blocks, 132, tile)
+    assert 1 <= splits <= configs.MAX_SPLITS
+    assert splits == 1 or blocks // splits >= 2
+    per_split = -(-blocks // splits)
+    assert -(-tiles * splits // 132) * per_split <= -(-tiles // 132) * blocks
+
+
+def test_user_table(tmp_path):
+    path = tmp_path / "table.json"
+    assert choose(H200, user_table=path) == choose(H200)
+    mine = Tile(64, 32, 4, 2)
+    configs.write_user_table(path, {configs.user_key("dq", H200): mine})
+    config = choose(H200, user_table=path)
+    assert config.dq == mine
+    assert str(path) in config.backward_why
+    assert config.dkdv == choose(H200).dkdv
+    other_gpu = replace(H200, sm_count=78)
+    assert choose(other_gpu, user_table=path) == choose(other_gpu)
+
+
+def test_sections_fit_in_l2():
+    assert configs.heads_per_section(replace(H200, causal=False), 128) == 1
+    heads = configs.heads_per_section(H200, 128)
+    assert heads * 2 * 2048 * 128 * 2 <= configs.L2_SHARE
+    assert configs.heads_per_section(replace(H200, seqlen_k=10**6), 128) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dtype": "float64"}, "float64"),
+        ({"head_dim": 264, "head_dim_v": 264}, "264 > 256"),
+        ({"head_dim_v": 64}, "head_dim_v 64"),
+        ({"arch": (7, 5)}, "7.5 < 8.0"),
+    ],
+)
+def test_rejects(change, reason):
+    assert reason in backend.rejects(replace(H200, **change))
+
+
+def test_rejects_the_cpu_outside_the_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert "cpu" in backend.rejects(replace(H200, device="cpu", arch=None))
+
+
+COMPILE = """
+import json, re, sys
+from dataclasses import asdict
+from flashcore.backends.triton.compile import compile_kernel, resources
+from flashcore.backends.triton.configs import TABLES, _SAFE, _float32
+from flashcore.problem import AttentionProblem
+
+arch = tuple(json.loads(sys.argv[1]))
+for row in TABLES[arch] if sys.argv[2] == "table" else _SAFE:
+    decode = row.kernel == "forward" and row.tile.tile_m == 16
+    problem = AttentionProblem(
+        "float32" if row.applies is _float32 else "bfloat16", "cuda", arch, 132, 2, 2048, 2048, 16 if decode else 4, 4,
+        row.head_dim, row.head_dim, True, 0.1,
+    )
+    compiled = compile_kernel(row.kernel, problem, row.tile, arch, pack_gqa=decode)
+    ttgir = compiled.asm["ttgir"]
+    loop = ttgir[ttgir.rindex("scf.for"):ttgir.rindex("scf.yield %")]
+    order = re.findall(r"math.exp2|warp_group_dot_wait|warp_group_dot ", loop)
+    print(json.dumps({
+        "row": f"{row.kernel} {row.head_dim} {row.tile}", "kib": row.smem_kib, **asdict(resources(compiled)),
+        "lookahead": row.tile.lookahead, "order": order,
+    }))
+"""
+
+
+@pytest.mark.parametrize(
+    ("arch", "rows"),
+    [
+        ((8, 0), "table"),
+        ((8, 9), "table"),
+        ((9, 0), "table"),
+        ((10, 0), "table"),
+        ((12, 0), "table"),
+        ((8, 6), "safe"),
+    ],
+)
+def test_every_row_compiles(arch, rows):
+    """Within the shared memory its row states, almost without spills, and on Hopper with the overlap it asks for."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", COMPILE, json.dumps(arch), rows]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(kernels) == len(TABLES[arch] if rows == "table" else configs._SAFE)
+    for kernel in kernels:
+        assert kernel["shared"] <= kernel["kib"] * 1024, kernel
+        assert kernel["spilled"] <= 40, kernel
+        if kernel[
+            "lookahead"
+        ]:  # exponentials come first, and the loop's last product is waited for nowhere in it
+            assert kernel["order"][0] == "math.exp2", kernel
+            assert kernel["order"][-1] == "warp_group_dot ", kernel
