@@ -20,6 +20,7 @@ _PUBLIC = {
     "explain_matmul": "gemm",
     "linear": "gemm",
     "matmul": "gemm",
+    "scaled_dot_product_attention": "integrations.sdpa",
     "AttentionProblem": "problem",
     "GemmPlan": "gemm",
     "GemmProblem": "gemm_problem",
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     )
     from flashcore.gemm import GemmPlan, explain_matmul, linear, matmul
     from flashcore.gemm_problem import GemmProblem
+    from flashcore.integrations.sdpa import scaled_dot_product_attention
     from flashcore.plan import Plan
     from flashcore.problem import AttentionProblem
 

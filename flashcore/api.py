@@ -11,7 +11,7 @@ from flashcore import backends, gradients
 from flashcore import plan as planning
 from flashcore.backends import Run
 from flashcore.plan import Plan
-from flashcore.problem import AttentionProblem
+from flashcore.problem import DEVICES, AttentionProblem
 
 # How to run each kind of call seen so far. Strides are not part of the key: no check and no plan depends on them.
 _runs: dict[tuple, Run] = {}
@@ -19,6 +19,7 @@ _MAX_RUNS = 4096
 
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _active_override = planning.active_override.get
 
 
@@ -47,12 +48,17 @@ def attention(
     :param backend: ``"auto"``, or the name of one in ``flashcore.backends.BACKENDS``. See :func:`explain`.
     :returns: out, contiguous (batch, seqlen_q, heads_q, head_dim_v) in q's dtype, and with `return_lse` also lse,
         float32 (batch, heads_q, seqlen_q). A query that sees no key gives zeros and -inf.
+
+    Under ``torch.autocast`` q, k and v are first cast to its dtype, as PyTorch's SDPA does it.
+
     :raises InvalidInputError: arguments that no backend could accept.
     :raises UnsupportedError: no backend, or not the requested one, can do it.
     """
     if _is_compiling():  # torch.compile breaks its graph here: it cannot trace a kernel launch
         untraced = torch.compiler.disable(attention)
         return untraced(q, k, v, causal=causal, scale=scale, return_lse=return_lse, backend=backend)
+    if _is_any_autocast_enabled():
+        q, k, v = _autocast(q, k, v)
     try:
         grad = _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
         key = (
@@ -83,8 +89,27 @@ def explain(
     It names the backend and why, its tile config and why, the backward pass, and for each rejected backend the one
     feature that is missing. Raises what :func:`attention` would raise.
     """
+    q, k, v = _autocast(q, k, v)
     problem = AttentionProblem.from_tensors(q, k, v, causal=causal, scale=scale, return_lse=return_lse)
     return planning.plan(problem, backend)
+
+
+def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors as autocast wants them: where it is enabled, all but float64 ones in its dtype."""
+    return tuple(map(_autocast_one, tensors))
+
+
+def _autocast_one(tensor: torch.Tensor) -> torch.Tensor:
+    if not isinstance(tensor, torch.Tensor) or tensor.device.type not in DEVICES:
+        return tensor  # validation has a word on it
+    device = tensor.device.type
+    if (
+        not torch.is_autocast_enabled(device)
+        or tensor.dtype is torch.float64
+        or not tensor.is_floating_point()
+    ):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))
 
 
 def _prepare(key: tuple | None, q, k, v, causal, scale, return_lse, backend) -> Run:

@@ -60,10 +60,7 @@ class AttentionProblem:
 
         :raises InvalidInputError: naming the argument, the rule it breaks and what to do.
         """
-        named = {"q": q, "k": k, "v": v}
-        for name, tensor in named.items():
-            _check_tensor(name, tensor)
-        _check_agreement(q, k, v)
+        check_tensors(q, k, v)
         for name, flag in {"causal": causal, "return_lse": return_lse}.items():
             if not isinstance(flag, bool):
                 raise InvalidInputError(f"attention: {name} must be True or False (given {flag!r}).")
@@ -85,7 +82,7 @@ class AttentionProblem:
             head_dim_v=head_dim_v,
             causal=causal,
             scale=_checked_scale(scale, head_dim),
-            needs_grad=torch.is_grad_enabled() and any(t.requires_grad for t in named.values()),
+            needs_grad=torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)),
             return_lse=return_lse,
         )
 
@@ -133,6 +130,16 @@ class AttentionProblem:
         flags = "".join(f", {name}" for name in ("causal", "needs_grad", "return_lse") if getattr(self, name))
         shapes = f"q {self.q_shape}, k {self.k_shape}, v {self.v_shape}"
         return f"{self.dtype} on {where}, {shapes}, scale {self.scale:.6g}{flags}"
+
+
+def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Check what ``flashcore.attention`` demands of its tensors. Works while they are traced.
+
+    :raises InvalidInputError: naming the argument, the rule it breaks and what to do.
+    """
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        _check_tensor(name, tensor)
+    _check_agreement(q, k, v)
 
 
 def _check_tensor(name: str, tensor: torch.Tensor) -> None:

@@ -5,6 +5,7 @@ import timeit
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounter
 
 import flashcore
@@ -280,13 +281,29 @@ def test_torch_compile_breaks_its_graph_there(add_backend, requires_grad):
     assert counter.frame_count == 2, "one graph before the call, one after it"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
 @pytest.mark.parametrize("backend", ["fake", "sdpa", "reference"])
-def test_autocast_changes_nothing(add_backend, backend):
+def test_autocast_casts_what_sdpa_casts(add_backend, backend, dtype):
     add_backend("fake")
-    q, k, v = inputs()
+    q, k, v = inputs(dtype=dtype, requires_grad=True)
+    k, v = k.repeat_interleave(2, 2), v.repeat_interleave(2, 2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
+        by_torch = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)))
         out = flashcore.attention(q, k, v, backend=backend)
-    assert torch.equal(out, flashcore.attention(q, k, v, backend=backend))
+        assert flashcore.explain(q, k, v).problem.dtype == str(out.dtype).removeprefix("torch.")
+    assert out.dtype == by_torch.dtype
+    cast = [t.to(out.dtype) for t in (q, k, v)]
+    assert torch.equal(out, flashcore.attention(*cast, backend=backend))
+    out.sum().backward()
+    assert q.grad.dtype == dtype
+
+
+def test_autocast_of_another_device_changes_nothing():
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        assert flashcore.attention(*inputs()).dtype == torch.float32
+    finally:
+        torch.set_autocast_enabled("cuda", False)
 
 
 # ---- on a GPU ----------------------------------------------------------------------------------------------------

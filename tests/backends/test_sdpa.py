@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,15 +18,15 @@ GROUPED = replace(Case("", heads_q=8, heads_k=2).problem(), device="cuda", arch=
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What reaches F.scaled_dot_product_attention."""
+    """What reaches PyTorch's scaled_dot_product_attention."""
     seen = []
-    original = F.scaled_dot_product_attention
+    original = sdpa.scaled_dot_product_attention
 
     def record(q, k, v, **options):
         seen.append({"q": q, "k": k, "v": v, **options})
         return original(q, k, v, **options)
 
-    monkeypatch.setattr(F, "scaled_dot_product_attention", record)
+    monkeypatch.setattr(sdpa, "scaled_dot_product_attention", record)
     return seen
 
 
