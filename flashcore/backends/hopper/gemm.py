@@ -54,10 +54,7 @@ class GemmLauncher:
             )
         )  # fmt: skip
         self._out_strides = (numpy.uint64(problem.n), numpy.uint64(problem.m * problem.n))
-        self._box_rows = (
-            TILE_K if problem.a_mn_major else config.tile_m // config.cluster_n,
-            TILE_K if problem.b_mn_major else config.out_n // config.cluster_m,
-        )
+        self._box_rows = (config.a_box_rows, config.b_box_rows)
         self._maps: tuple[dict, ...] = ({}, {}, {})  # of a, b, out: (address, strides) -> tensor map
         self._loaded: dict[int, tuple] = {}  # device index -> (kernel, launch config)
 

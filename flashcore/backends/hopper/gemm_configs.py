@@ -75,6 +75,15 @@ class GemmConfig:
         return self.tile_n // 2 if self.activation == "swiglu" else self.tile_n
 
     @property
+    def a_box_rows(self) -> int:
+        """Rows of memory of one load of a (128 bytes each): along k, or all rows of the tile that this CTA loads."""
+        return TILE_K if self.a_mn_major else self.tile_m // self.cluster_n
+
+    @property
+    def b_box_rows(self) -> int:
+        return TILE_K if self.b_mn_major else self.out_n // self.cluster_m
+
+    @property
     def deferred(self) -> bool:
         """Whether a finished tile waits in registers, rounded, to be stored under the next tile's products."""
         return self.tma_store and not self.out_float and self.tile_m == 64 * self.consumers

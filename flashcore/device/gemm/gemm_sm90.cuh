@@ -154,24 +154,29 @@ template <class Config> struct GemmKernel {
     int row, col, batch;                  // of that tile's first element
     int buffer = 0;
 
-    __forceinline__ void issue(int stage, bool accumulate) {
+    // Low words of the matrix descriptors for step `step` of a slot's tiles. tests/.../test_gemm_layout.py evaluates them.
+    static constexpr u32 a_word(u32 a, int wg, int fragment, int step) {
       using AFragment = SmemTile<64, 64>;
-      const u32 a = smem_address(smem.a[stage]) + wg * fragments * AFragment::bytes;
+      const u32 base = without_rank(a) + (wg * fragments + fragment) * AFragment::bytes;
+      return Config::a_mn_major ? AFragment::mn_major_word(base, step) : AFragment::k_major_word(base, step);
+    }
+    static constexpr u32 b_word(u32 b, int step) {
+      const u32 base = without_rank(b);
+      return Config::b_mn_major ? SmemTile<64, tile_n>::mn_major_word(base, step)
+                                : SmemTile<tile_n, 64>::k_major_word(base, step);
+    }
+
+    __forceinline__ void issue(int stage, bool accumulate) {
+      const u32 a = smem_address(smem.a[stage]);
       const u32 b = smem_address(smem.b[stage]);
       wgmma_fence();
 #pragma unroll
-      for (int step = 0; step < tile_k / 16; ++step) {
-        const u64 b_descriptor = Config::b_mn_major ? SmemTile<64, tile_n>::mn_major(b, step)
-                                                    : SmemTile<tile_n, 64>::k_major(b, step);
+      for (int step = 0; step < tile_k / 16; ++step)
 #pragma unroll
-        for (int f = 0; f < fragments; ++f) {
-          const u32 a_fragment = a + f * AFragment::bytes;
-          const u64 a_descriptor = Config::a_mn_major ? AFragment::mn_major(a_fragment, step)
-                                                      : AFragment::k_major(a_fragment, step);
+        for (int f = 0; f < fragments; ++f)
           Wgmma<Element, tile_n>::template ss<Config::a_mn_major, Config::b_mn_major>(
-              acc[f], a_descriptor, b_descriptor, accumulate || step > 0);
-        }
-      }
+              acc[f], matrix_descriptor(a_word(a, wg, f, step)), matrix_descriptor(b_word(b, step)),
+              accumulate || step > 0);
       wgmma_commit();
     }
 
