@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import importlib.util
+import math
 import os
 from typing import TYPE_CHECKING
 
@@ -78,9 +79,12 @@ def rejects(problem: AttentionProblem) -> str | None:
         return f"head_dim_v {problem.head_dim_v} differs from head_dim {problem.head_dim}"
     if problem.head_dim > MAX_HEAD_DIM:
         return f"head_dim {problem.head_dim} > {MAX_HEAD_DIM}"
+    if problem.batch * problem.heads_q * math.ceil(max(problem.seqlen_q, problem.seqlen_k) / 16) >= 2**31:
+        return "more than 2^31 tiles of 16 rows"
     return None
 
 
+@functools.lru_cache(maxsize=1024)
 def configure(problem: AttentionProblem) -> TritonConfig:
     """The tiles for a problem that is not rejected; ``why`` holds the reasons of their table rows."""
     return choose(problem, _shared_memory(problem.arch), env.cache_dir() / USER_TABLE)
@@ -117,7 +121,12 @@ def backward(
     lse: torch.Tensor,
     dout: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients (dq, dk, dv), bit-identical over repeats; see :class:`flashcore.backends.Backend`."""
+    """Gradients (dq, dk, dv), bit-identical over repeats; see :class:`flashcore.backends.Backend`.
+
+    ``out`` and ``lse`` may come from any backend's forward; a config that is not this backend's own is not used.
+    """
     from flashcore.backends.triton import attention
 
+    if not isinstance(config, TritonConfig):
+        config = configure(problem)
     return attention.backward(problem, config, q, k, v, out, lse, dout)

@@ -58,8 +58,7 @@ class TritonConfig:
     dkdv: Tile
     pack_gqa: bool = False  # one program handles all query heads of a key head
     splits: int = 1  # programs that share the keys of one row tile
-    why: str = field(default="", compare=False)  # of the forward tile and the grid
-    backward_why: str = field(default="", compare=False)
+    why: str = field(default="", compare=False)
 
     def __str__(self) -> str:
         grid = (", pack_gqa" if self.pack_gqa else "") + (
@@ -99,7 +98,7 @@ def _few_rows(limit: int) -> Callable[[AttentionProblem, int], bool]:
     return lambda problem, rows: rows <= limit and problem.dtype != "float32"
 
 
-def _short_or_small(problem: AttentionProblem, rows: int) -> bool:
+def _small_grid(problem: AttentionProblem, rows: int) -> bool:
     """128-row tiles would leave SMs idle."""
     tiles = problem.batch * problem.heads_q * math.ceil(problem.seqlen_q / 128)
     return _16bit(problem, rows) and tiles < FULL_GRID * problem.sm_count
@@ -176,7 +175,7 @@ _HOPPER = (  # sm_90: 227 KiB of shared memory, asynchronous matrix products of 
     Row(
         "forward",
         64,
-        _short_or_small,
+        _small_grid,
         Tile(64, 64, 4, 3, lookahead=True, tma=True),
         65,
         _SMALL_GRID,
@@ -193,7 +192,7 @@ _HOPPER = (  # sm_90: 227 KiB of shared memory, asynchronous matrix products of 
     Row(
         "forward",
         128,
-        _short_or_small,
+        _small_grid,
         Tile(64, 64, 4, 2, lookahead=True, tma=True),
         97,
         _SMALL_GRID,
@@ -306,8 +305,10 @@ def choose(
     if pack_gqa:
         why += f"; packed: a key tile serves {members} query heads"
     if splits > 1:
-        why += f"; split: {tiles} tiles leave {problem.sm_count} SMs idle"
-    return TritonConfig(forward, dq, dkdv, pack_gqa, splits, why, f"dq: {dq_why}; dkdv: {dkdv_why}")
+        why += f"; split: {tiles} tiles leave some of {problem.sm_count} SMs idle"
+    if problem.needs_grad:
+        why += f"; dq: {dq_why}; dkdv: {dkdv_why}"
+    return TritonConfig(forward, dq, dkdv, pack_gqa, splits, why)
 
 
 def choose_splits(tiles: int, blocks: int, sm_count: int, tile: Tile) -> int:
@@ -346,7 +347,7 @@ def _tile(
 ) -> tuple[Tile, str]:
     """The first tile for a kernel that applies and fits, and why."""
     head_dim = padded_head_dim(problem.head_dim)
-    small = rows <= 16 or _short_or_small(problem, rows)  # tiles are tuned on grids that fill the GPU
+    small = rows <= 16 or _small_grid(problem, rows)  # tiles are tuned on grids that fill the GPU
     tuned = None if small or not user_table else _read_user_table(user_table).get(user_key(kernel, problem))
     if tuned:
         return tuned, f"tuned on this machine ({user_table})"

@@ -9,6 +9,7 @@ import torch
 
 import flashcore
 from flashcore import plan
+from flashcore.backends import reference
 from flashcore.backends import triton as backend
 from flashcore.backends.triton.configs import Tile, TritonConfig
 from tests.cases import BY_NAME, CASES, Case
@@ -16,6 +17,9 @@ from tests.poison import poisoned_outputs
 from tests.tolerance import assert_forward, assert_gradients
 
 INTERPRET = not torch.cuda.is_available()
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::RuntimeWarning"
+)  # NumPy's, of log(0) and of hidden infinities
 
 # Tiles of unequal sides, so that rows and keys cannot be mixed up, both ways through the loops.
 PLAIN = TritonConfig(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2))
@@ -205,6 +209,18 @@ def test_gradient_of_an_expanded_tensor(device):
     dout = torch.ones((), dtype=q.dtype, device=device).expand(problem.out_shape)
     out, lse = backend.forward(problem, AHEAD, q, k, v)
     grads = backend.backward(problem, AHEAD, q, k, v, out, lse, dout)
+    assert_gradients(grads, q, k, v, dout, causal=True)
+
+
+def test_backward_of_another_backends_forward(device):
+    """With that backend's config, as a plan passes it."""
+    case = GROUPED[2]
+    q, k, v = case.inputs(device)
+    problem = case.problem(device, needs_grad=True)
+    with torch.no_grad():
+        out, lse = reference.forward(problem, None, q, k, v)
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    grads = backend.backward(problem, None, q, k, v, out, lse, dout)
     assert_gradients(grads, q, k, v, dout, causal=True)
 
 
