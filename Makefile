@@ -13,7 +13,7 @@ INSTALLED := $(VENV)/.installed
 .PHONY: test bench lint clean
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -q -n auto $(ARGS)
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto $(ARGS)
 
 bench: $(INSTALLED)
 	$(BIN)/flashcore bench --plot $(ARGS)
