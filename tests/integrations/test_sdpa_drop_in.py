@@ -67,7 +67,9 @@ def test_what_flashcore_computes(kernel, name):
     assert kernel == ([] if name == "no_keys" else [choice.plan.problem])
     assert (out.shape, out.dtype) == (expected.shape, expected.dtype)
 
-    seen = query.shape[2] if options.get("is_causal") else key.shape[2]  # all others lie behind the top-left diagonal
+    seen = (
+        query.shape[2] if options.get("is_causal") else key.shape[2]
+    )  # all others lie behind the top-left diagonal
     q, k, v = (t.detach().transpose(1, 2) for t in (query, key[:, :, :seen], value[:, :, :seen]))
     rule = {"causal": options.get("is_causal", False), "scale": options.get("scale")}
     assert_forward(out.detach().transpose(1, 2), None, q, k, v, **rule)
@@ -107,7 +109,10 @@ OTHER_INPUTS = {
     "five_dimensions": ([torch.randn(1, 2, 4, 5, 16)] * 3, "5 dimensions"),
     "broadcast_batch": ([torch.randn(2, 4, 5, 16), *[torch.randn(1, 4, 5, 16)] * 2], "one batch size"),
     "subclass": ([torch.randn(1, 4, 5, 16).as_subclass(type("Mine", (torch.Tensor,), {}))] * 3, "Mine"),
-    "nested": ([torch.nested.nested_tensor([torch.randn(4, 5, 16)], layout=torch.jagged)] * 3, "NestedTensor"),
+    "nested": (
+        [torch.nested.nested_tensor([torch.randn(4, 5, 16)], layout=torch.jagged)] * 3,
+        "NestedTensor",
+    ),
 }
 
 
@@ -149,7 +154,10 @@ def test_signature_is_pytorchs():
     theirs = [(a.name, a.default_value, a.kwarg_only) for a in schema.arguments]
     for function in (flashcore.scaled_dot_product_attention, sdpa.explain):
         parameters = inspect.signature(function).parameters.values()
-        ours = [(p.name, p.default if p.default is not p.empty else None, p.kind is p.KEYWORD_ONLY) for p in parameters]
+        ours = [
+            (p.name, p.default if p.default is not p.empty else None, p.kind is p.KEYWORD_ONLY)
+            for p in parameters
+        ]
         assert ours == theirs
 
 
@@ -157,7 +165,9 @@ def test_without_a_kernel_the_call_is_pytorchs():
     """On this CPU the plan ends at PyTorch's own attention: the same bits."""
     tensors = inputs(seqlen_k=7, heads_k=2)
     options = {"is_causal": True, "enable_gqa": True}
-    assert torch.equal(flashcore.scaled_dot_product_attention(*tensors, **options), torch_sdpa(*tensors, **options))
+    assert torch.equal(
+        flashcore.scaled_dot_product_attention(*tensors, **options), torch_sdpa(*tensors, **options)
+    )
     assert "sdpa" in str(sdpa.explain(*tensors, **options))
 
 
@@ -181,7 +191,9 @@ class Model(torch.nn.Module):
     def forward(self, x):
         x = x + self.attention(x, x, x, need_weights=False)[0]
         heads = x.unflatten(2, (4, 8)).transpose(1, 2)
-        return x + F.scaled_dot_product_attention(heads, heads, heads, is_causal=True).transpose(1, 2).flatten(2)
+        return x + F.scaled_dot_product_attention(heads, heads, heads, is_causal=True).transpose(
+            1, 2
+        ).flatten(2)
 
 
 def test_unmodified_model(kernel):

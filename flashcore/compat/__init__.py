@@ -1,0 +1,1 @@
+"""FlashCore under other packages' function names, for programs that are written for them."""

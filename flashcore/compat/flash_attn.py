@@ -1,0 +1,213 @@
+"""flash-attn's functions, computed by FlashCore: ``from flashcore.compat.flash_attn import flash_attn_func``.
+
+Names, the order of positional arguments, defaults, layouts and return values are FlashAttention-2's (2.8). Arguments
+that flash-attn calls differently elsewhere may be given by either name (``s_aux``, ``learnable_sink``, ``sinks``;
+``block_table``, ``page_table``), and a window's -1 may be None.
+
+Dropout, sliding windows, softcap, ALiBi and sinks raise UnsupportedError, as do packed sequences (varlen) and the KV
+cache; nothing is ignored. Where flash-attn wants a GPU and half precision, these take all that
+:func:`flashcore.attention` takes.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from flashcore import api
+from flashcore.errors import UnsupportedError
+
+__all__ = [
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_with_kvcache",
+]
+
+
+def flash_attn_func(
+    q,
+    k,
+    v,
+    dropout_p=0.0,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    softcap=0.0,
+    alibi_slopes=None,
+    deterministic=False,
+    return_attn_probs=False,
+    *,
+    return_lse=False,
+    s_aux=None,
+    learnable_sink=None,
+    sinks=None,
+):
+    """Attention of q (batch, seqlen_q, heads_q, head_dim) over k and v (batch, seqlen_k, heads_k, head_dim).
+
+    :param softmax_scale: ``head_dim ** -0.5`` when None.
+    :param causal: aligned to the bottom right. ``window_size=(-1, 0)`` means the same.
+    :param deterministic: gradients with the same bits each time. They need
+        ``torch.use_deterministic_algorithms(True)``, without which it raises UnsupportedError.
+    :param return_attn_probs: return (out, softmax_lse, an empty tensor) like flash-attn, whose probabilities are only
+        there with dropout. softmax_lse is float32 (batch, heads_q, seqlen_q), and +inf for a query without a key.
+    :param return_lse: return (out, softmax_lse), as FlashAttention-4 does.
+    :returns: out (batch, seqlen_q, heads_q, head_dim), or a tuple as above.
+    :raises InvalidInputError: arguments that contradict each other.
+    :raises UnsupportedError: naming the argument that asks for what FlashCore does not do yet.
+    """
+    sink = next((s for s in (s_aux, learnable_sink, sinks) if s is not None), None)
+    causal = bool(causal) or _is_causal_window(window_size)
+    _refuse("flash_attn_func", dropout_p, window_size, softcap, alibi_slopes, sink)
+    if deterministic and torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
+        _refuse_nondeterminism()
+    if not (return_attn_probs or return_lse):
+        return api.attention(q, k, v, causal=causal, scale=softmax_scale)
+    out, lse = api.attention(q, k, v, causal=causal, scale=softmax_scale, return_lse=True)
+    if k.shape[1] == 0 or (causal and q.shape[1] > k.shape[1]):
+        lse = lse.masked_fill(lse.isneginf(), torch.inf)  # flash-attn's sign for a query without a key
+    return (out, lse, q.new_empty(0)) if return_attn_probs else (out, lse)
+
+
+def flash_attn_qkvpacked_func(
+    qkv,
+    dropout_p=0.0,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    softcap=0.0,
+    alibi_slopes=None,
+    deterministic=False,
+    return_attn_probs=False,
+):
+    """:func:`flash_attn_func` of qkv (batch, seqlen, 3, heads, head_dim), read where it is."""
+    q, k, v = qkv.unbind(2)
+    return flash_attn_func(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+    )  # fmt: skip
+
+
+def flash_attn_kvpacked_func(
+    q,
+    kv,
+    dropout_p=0.0,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    softcap=0.0,
+    alibi_slopes=None,
+    deterministic=False,
+    return_attn_probs=False,
+):
+    """:func:`flash_attn_func` of q and kv (batch, seqlen_k, 2, heads_k, head_dim), read where they are."""
+    k, v = kv.unbind(2)
+    return flash_attn_func(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+    )  # fmt: skip
+
+
+def flash_attn_varlen_func(
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    dropout_p=0.0,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    softcap=0.0,
+    alibi_slopes=None,
+    deterministic=False,
+    return_attn_probs=False,
+    block_table=None,
+    *,
+    page_table=None,
+    return_lse=False,
+    s_aux=None,
+    learnable_sink=None,
+    sinks=None,
+):
+    """Attention of packed sequences: not there yet.
+
+    :raises UnsupportedError: always.
+    """
+    raise UnsupportedError(
+        "flash_attn_varlen_func: packed sequences (cu_seqlens) are not supported yet. Pad them into a batch for "
+        "flash_attn_func, or call it once per sequence."
+    )
+
+
+def flash_attn_with_kvcache(
+    q,
+    k_cache,
+    v_cache,
+    k=None,
+    v=None,
+    rotary_cos=None,
+    rotary_sin=None,
+    cache_seqlens=None,
+    cache_batch_idx=None,
+    cache_leftpad=None,
+    block_table=None,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    softcap=0.0,
+    rotary_interleaved=True,
+    alibi_slopes=None,
+    num_splits=0,
+    return_softmax_lse=False,
+    *,
+    page_table=None,
+    return_lse=False,
+    s_aux=None,
+    learnable_sink=None,
+    sinks=None,
+):
+    """Attention over a KV cache: not there yet.
+
+    :raises UnsupportedError: always.
+    """
+    raise UnsupportedError(
+        "flash_attn_with_kvcache: decoding over a KV cache is not supported yet. Call flash_attn_func with the filled "
+        "part of the cache, k_cache[:, :length], or use flash-attn's own function."
+    )
+
+
+def _is_causal_window(window_size) -> bool:
+    """Whether the window hides the future and nothing else."""
+    left, right = window_size
+    return left in (-1, None) and right == 0
+
+
+def _refuse(function: str, dropout_p, window_size, softcap, alibi_slopes, sink) -> None:
+    """Raise if an argument asks for something that FlashCore does not do."""
+    window = tuple(window_size)
+    windowed = any(size not in (-1, None) for size in window) and not _is_causal_window(window)
+    for wanted, feature, given, neutral in (
+        (dropout_p != 0, "dropout", f"dropout_p={dropout_p}", "0.0"),
+        (windowed, "sliding windows", f"window_size={window}", "(-1, -1)"),
+        (softcap, "softcapped scores", f"softcap={softcap}", "0.0"),
+        (alibi_slopes is not None, "ALiBi", "alibi_slopes", "None"),
+        (sink is not None, "attention sinks", "s_aux (learnable_sink, sinks)", "None"),
+    ):
+        if wanted:
+            raise UnsupportedError(
+                f"{function}: {given} is not supported: FlashCore does not have {feature} yet. Pass {neutral}, or use "
+                "flash-attn's own function."
+            )
+
+
+def _refuse_nondeterminism() -> None:
+    """Raise unless PyTorch's backward passes, one of which may be ours, are deterministic."""
+    if (
+        not torch.are_deterministic_algorithms_enabled()
+        or torch.is_deterministic_algorithms_warn_only_enabled()
+    ):
+        raise UnsupportedError(
+            "flash_attn_func: deterministic=True with gradients needs PyTorch's switch as well, since the backward "
+            "pass may be PyTorch's. Call torch.use_deterministic_algorithms(True), or pass deterministic=False."
+        )
