@@ -133,7 +133,7 @@ def bench(
             path = record.path_for(data, out or _default_results())
             record.write(data, path)
             _console().print(f"recorded in {path}")
-            if plot and any("tflops" in row for row in data["rows"]):
+            if plot and any("tflops" in row and "head_dim" in row for row in data["rows"]):
                 report.plot(data, anchors, path.with_suffix(".png"))
                 _console().print(f"plotted in {path.with_suffix('.png')}")
         failed |= any("failed" in row and row["impl"] in OURS for row in data["rows"])
@@ -182,7 +182,7 @@ def _show_compiled() -> None:
 
 @app.command(name="compile")
 def compile_command(
-    head_dim: Annotated[list[int] | None, typer.Option(help="Only kernels that serve this head_dim.")] = None,
+    head_dim: Annotated[list[int] | None, typer.Option(help="Only attention kernels that serve this head_dim.")] = None,
     all_kernels: Annotated[bool, typer.Option("--all", help="Every declared kernel (the default).")] = False,
     arch: Annotated[str, typer.Option(help="Architecture to compile for.")] = "sm_90a",
     jobs: Annotated[int | None, typer.Option(min=1, help="Threads; as many as there are CPUs by default.")] = None,
@@ -217,11 +217,11 @@ def _nvrtc_missing() -> str | None:
 
 
 def _declared(head_dims: Sequence[int] | None) -> list[tuple[str, Any]]:
-    from flashcore.backends.hopper import configs
+    from flashcore.backends.hopper import configs, gemm_configs
 
     declared = configs.declared_configs()
     if not head_dims:
-        return declared
+        return declared + gemm_configs.declared_configs()
     wanted = {configs.padded_head_dim(head_dim) for head_dim in head_dims}
     found = [(name, config) for name, config in declared if config.head_dim in wanted]
     if missing := wanted - {config.head_dim for _, config in found}:

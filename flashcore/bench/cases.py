@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+
+# How far two correct implementations may lie apart, relative to 1 + |value|: about two units in the last place.
+APART = {"float16": 2e-3, "bfloat16": 1.6e-2, "float32": 1e-4, "float64": 1e-10}
+SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,16 @@ class Case:
         parts = [f"d{self.head_dim}", seqlen, f"b{self.batch}", heads, "causal" if self.causal else "full"]
         if self.inputs != "normal":
             parts.append(self.inputs)
-        return "-".join([*parts, {"bfloat16": "bf16", "float16": "fp16"}.get(self.dtype, self.dtype)])
+        return "-".join([*parts, SHORT[self.dtype]])
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        return self.batch, self.seqlen_q, self.heads, self.head_dim
+
+    @property
+    def apart(self) -> float:
+        """How far two right answers may lie apart."""
+        return APART[self.dtype]
 
     @property
     def flops(self) -> int:
@@ -57,6 +70,53 @@ class Case:
 
 
 @dataclass(frozen=True)
+class GemmCase:
+    """One matrix product to measure: (m, k) @ (k, n), or with SwiGLU (m, k) @ (k, 2 n) to (m, n)."""
+
+    group: str  # what the case is an example of
+    m: int
+    n: int
+    k: int
+    dtype: str = "bfloat16"
+    out_dtype: str = "bfloat16"
+    weight: bool = False  # b is the transpose of a linear layer's (n, k) weight, else dense (k, n)
+    activation: str | None = None
+    inputs: str = "normal"
+
+    @property
+    def name(self) -> str:
+        dtypes = list(dict.fromkeys((SHORT[self.dtype], SHORT[self.out_dtype])))
+        parts = [self.group, f"{self.m}x{self.n}x{self.k}", *dtypes, self.activation]
+        return "-".join(filter(None, parts))
+
+    @property
+    def columns(self) -> int:
+        """Of b."""
+        return 2 * self.n if self.activation == "swiglu" else self.n
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        return self.m, self.n
+
+    @property
+    def apart(self) -> float:
+        """How far two right answers may lie apart: long sums in fp32 by more than fp32's last place."""
+        return APART[self.dtype] if self.dtype == self.out_dtype else APART["float16"]
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.m * self.columns * self.k
+
+    def tflops(self, ms: float) -> float:
+        """TFLOP/s at ``ms`` milliseconds per call."""
+        return self.flops / ms * 1e-9
+
+    def fields(self) -> dict:
+        """The columns that identify this case in a recorded row."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
 class Suite:
     """Cases that are measured in one way and recorded in one file."""
 
@@ -64,7 +124,7 @@ class Suite:
     about: str
     op: str  # the recorded rows' op
     mode: str  # "events", "graph", "host", "accuracy" or "startup"; suites.py runs each, timing.py explains them
-    cases: tuple[Case, ...]
+    cases: tuple[Case, ...] | tuple[GemmCase, ...]
     peers: tuple[str, ...]  # what is measured when the caller names nothing
 
 
@@ -72,7 +132,7 @@ def square(batch: int, heads: int, seqlen: int, head_dim: int, causal: bool, dty
     return Case(batch, seqlen, seqlen, heads, more.pop("kv_heads", heads), head_dim, causal, dtype, **more)
 
 
-OURS = ("flashcore", "flashcore-triton", "reference")  # implementations that are not peers
+OURS = ("flashcore", "flashcore-triton", "flashcore-matmul", "reference")  # implementations that are not peers
 MASKS = (False, True)
 FAST_PEERS = ("flashcore", "flashcore-triton", "cudnn", "fa2", "fa3", "fa4", "xformers", "flashinfer", "te")
 
@@ -121,6 +181,29 @@ QUICK = (
     square(1, 8, 256, 64, True, "bfloat16", kv_heads=2),
 )
 
+_HALVES = ("bfloat16", "float16")
+_MLP = {"llama2-7b": (4096, 11008), "llama3-8b": (4096, 14336), "llama3-70b": (8192, 28672)}  # hidden, intermediate
+GEMM = (
+    *(
+        GemmCase("large", m, n, k, dtype, out_dtype)
+        for m, n, k in ((4096, 4096, 4096), (8192, 8192, 8192), (16384, 16384, 4096))
+        for dtype in _HALVES
+        for out_dtype in (dtype, "float32")
+    ),
+    GemmCase("long", 8192, 8192, 237568, "float16", "float32"),
+    *(
+        GemmCase(f"{model}-{layer}", tokens, n, k, weight=True)
+        for model, (hidden, inner) in _MLP.items()
+        for layer, n, k in (("up", inner, hidden), ("down", hidden, inner))
+        for tokens in (16, 128, 1024, 4096, 16384)
+    ),
+    *(
+        GemmCase(model, tokens, inner, hidden, weight=True, activation="swiglu")
+        for model, (hidden, inner) in _MLP.items()
+        for tokens in (1024, 4096, 16384)
+    ),
+)
+
 SUITES = {
     suite.name: suite
     for suite in (
@@ -158,6 +241,14 @@ SUITES = {
             "accuracy",
             ACCURACY,
             ("flashcore", "flashcore-triton", "cudnn", "fa2", "fa3", "math"),
+        ),
+        Suite(
+            "gemm",
+            "matrix products: large ones, the layers of an MLP, fused SwiGLU",
+            "gemm",
+            "events",
+            GEMM,
+            ("flashcore-matmul", "cublas"),
         ),
         Suite("startup", "cold compile, and start to first result of a warm process", "startup", "startup", (), ()),
     )

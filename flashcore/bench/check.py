@@ -7,10 +7,8 @@ from dataclasses import dataclass
 import torch
 
 import flashcore
-from flashcore.bench.cases import Case
+from flashcore.bench.cases import Case, GemmCase
 
-# How far two correct implementations may lie apart, relative to 1 + |value|: about two units in the last place.
-APART = {"float16": 2e-3, "bfloat16": 1.6e-2, "float32": 1e-4, "float64": 1e-10}
 FACTOR = 2.0  # FlashAttention's rule: at most twice the error that PyTorch makes in the same dtype
 FLOPS = 5e11  # what the float64 reference may cost; beyond it, blocks of rows stand for all of them
 BLOCKS = 16
@@ -69,15 +67,20 @@ def checked_rows(case: Case, flops: float) -> list[tuple[int, int]]:
     """Half-open ranges of query rows: everything if that costs no more than ``flops``, else ``BLOCKS`` spread blocks,
     the first and the last rows among them."""
     total = 4 * case.batch * case.heads * case.seqlen_q * case.seqlen_k * case.head_dim
+    return spread_blocks(case.seqlen_q, total, flops)
+
+
+def spread_blocks(rows: int, total: float, flops: float) -> list[tuple[int, int]]:
+    """All rows if their cost ``total`` is no more than ``flops``, else ``BLOCKS`` ranges spread over them."""
     if total <= flops:
-        return [(0, case.seqlen_q)]
-    size = max(1, int(case.seqlen_q * flops / total) // BLOCKS)
-    starts = [i * (case.seqlen_q - size) // (BLOCKS - 1) for i in range(BLOCKS)]
+        return [(0, rows)]
+    size = max(1, int(rows * flops / total) // BLOCKS)
+    starts = [i * (rows - size) // (BLOCKS - 1) for i in range(BLOCKS)]
     return [(start, start + size) for start in starts]
 
 
 def judge(
-    case: Case, truth: Truth, out: torch.Tensor, pytorch: torch.Tensor, pytorch_errors: Errors
+    case: Case | GemmCase, truth, out: torch.Tensor, pytorch: torch.Tensor, pytorch_errors: Errors
 ) -> tuple[Errors | None, str | None]:
     """The errors of ``out``, and why it is no acceptable answer (None if it is one).
 
@@ -95,6 +98,6 @@ def judge(
             return errors, f"{name} {error:.3g} against float64, allowed {limit:.3g} ({FACTOR:g} x PyTorch's + 1e-5)"
     if case.inputs == "normal":  # all rows, also those that Truth left out; outliers have no such common scale
         apart = ((out - pytorch).abs() / (1 + pytorch.abs())).max().item()
-        if apart > (limit := APART[case.dtype]):
+        if apart > (limit := case.apart):
             return errors, f"differs from PyTorch's answer by {apart:.3g} x (1 + |value|), allowed {limit:.3g}"
     return errors, None

@@ -15,7 +15,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from flashcore.bench.cases import Case
+from flashcore.bench import gemm
+from flashcore.bench.cases import Case, GemmCase
 
 LIBRARIES: dict[str, str] = {}  # shared objects to load by peer name: {"fa3-varlen": "/path/to/fa3.so"}
 
@@ -29,13 +30,14 @@ class Peer:
     rejects: Callable[[Case], str | None] = lambda case: None  # why it cannot run this case
     context: Callable[[], AbstractContextManager] = nullcontext  # active while it is called
     transposed: bool = False  # it returns (batch, heads, seqlen, head_dim)
+    operation: str = "attention"  # what it computes, or "gemm": then it gets (case, a, b)
 
-    def result(self, case: Case, returned: object) -> torch.Tensor:
-        """What it returned, as (batch, seqlen, heads, head_dim)."""
+    def result(self, case: Case | GemmCase, returned: object) -> torch.Tensor:
+        """What it returned, as (batch, seqlen, heads, head_dim) or (m, n)."""
         out = returned[0] if isinstance(returned, tuple | list) else returned
         if self.transposed:
             return out.transpose(1, 2)
-        return out.reshape(case.batch, case.seqlen_q, case.heads, case.head_dim)
+        return out.reshape(case.out_shape)
 
 
 # --- FlashCore
@@ -249,5 +251,7 @@ PEERS = {
         Peer("xformers", "xFormers", _xformers, _importable("xformers"), _xformers_rejects),
         Peer("flashinfer", "FlashInfer, ragged prefill", _flashinfer, _importable("flashinfer")),
         Peer("te", "Transformer Engine", _te, _importable("transformer_engine")),
+        Peer("flashcore-matmul", "flashcore.matmul", gemm.flashcore, operation="gemm"),
+        Peer("cublas", "torch.mm, and elementwise operations after it", gemm.cublas, operation="gemm"),
     )
 }

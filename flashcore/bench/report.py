@@ -11,11 +11,11 @@ import json
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from flashcore.bench import record
-from flashcore.bench.cases import OURS, SUITES, Case
+from flashcore.bench.cases import OURS, SHORT, SUITES, Case, GemmCase
 
 ROOT = record.PACKAGE.parent
 CASE_FIELDS = ("dtype", "batch", "heads", "kv_heads", "seqlen_q", "seqlen_k", "head_dim", "causal", "inputs")
@@ -135,6 +135,8 @@ def tables(data: dict, anchors: dict[tuple, dict]) -> list[Table]:
     title = f"{data['suite']}: {SUITES[data['suite']].about}"
     if data["suite"] == "startup":
         return startup_tables(data)
+    if data["suite"] == "gemm":
+        return [gemm_table(title, data)] if data["rows"] else []
     found = shapes(data, anchors)
     if not found:
         return []
@@ -219,6 +221,41 @@ def accuracy_table(title: str, found: list[Shape]) -> Table:
     headers = ("head_dim", "mask", "dtype", "inputs", *impls, "flashcore / fa2")
     failures = [line for line in summary(found) if line.startswith("FAILED")]
     return Table(f"{title}: relative error", headers, tuple(rows), tuple(failures))
+
+
+def gemm_table(title: str, data: dict) -> Table:
+    """One row per product: everybody's TFLOP/s, and FlashCore's speed over cuBLAS's."""
+    unit, field, digits = ("ms", "ms_p50", 2) if data["meta"]["method"]["mode"] == "wall" else ("TFLOP/s", "tflops", 0)
+    grouped: dict[GemmCase, dict[str, dict]] = {}
+    for row in data["rows"]:
+        case = GemmCase(**{f.name: row[f.name] for f in fields(GemmCase)})
+        grouped.setdefault(case, {})[row["impl"]] = row
+    impls = list(dict.fromkeys(row["impl"] for row in data["rows"]))
+    rows, ratios, failures = [], {}, []
+    for case, by_impl in grouped.items():
+        cells = [case.group, str(case.m), str(case.n), str(case.k), f"{SHORT[case.dtype]} -> {SHORT[case.out_dtype]}"]
+        cells.append(case.activation or "")
+        for impl in impls:
+            row = by_impl.get(impl, {})
+            cells.append(f"{row[field]:.{digits}f}" if field in row else "failed" if "failed" in row else "")
+            if "failed" in row:
+                failures.append(f"FAILED: {impl} on {case.name}: {row['failed']}")
+        ours, theirs = (by_impl.get(impl, {}) for impl in ("flashcore-matmul", "cublas"))
+        ratio = theirs["ms_p50"] / ours["ms_p50"] if "ms_p50" in ours and "ms_p50" in theirs else None
+        cells.append("" if ratio is None else f"{ratio:.3f}")
+        cells += [f"{ours['std_pct']:.1f}", f"{ours['rel_err']:.2e}"] if "ms_p50" in ours else ["", ""]
+        rows.append(tuple(cells))
+        if ratio is not None:
+            kind = "SwiGLU" if case.activation else "MLP" if case.weight else case.group
+            ratios.setdefault(kind, []).append((ratio, case.name))
+    notes = [
+        f"Speed over cuBLAS, {kind}: geometric mean {geomean(r for r, _ in known):.3f}, "
+        f"lowest {min(known)[0]:.3f} ({min(known)[1]})."
+        for kind, known in ratios.items()
+    ]
+    headers = ["case", "m", "n", "k", "dtypes", "activation", *(f"{impl}, {unit}" for impl in impls)]
+    headers += ["over cuBLAS", "std %", "rel. error"]
+    return Table(title, tuple(headers), tuple(rows), (*notes, *failures))
 
 
 def startup_tables(data: dict) -> list[Table]:

@@ -11,12 +11,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from flashcore.bench import check, record, timing
-from flashcore.bench.cases import Case, Suite
+from flashcore.bench import check, gemm, record, timing
+from flashcore.bench.cases import Case, GemmCase, Suite
 from flashcore.bench.machine import Sensors
 from flashcore.bench.peers import PEERS, Peer
 from flashcore.bench.timing import Effort
@@ -54,23 +55,26 @@ def run(
         method = {"mode": "startup", "about": METHODS["startup"].format(repeats=STARTUP_REPEATS)}
         return _record(suite, method, rows, skipped, commit)
 
+    operation = OPERATIONS["gemm" if suite.op == "gemm" else "attention"]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     mode = "wall" if device == "cpu" and suite.mode == "events" else suite.mode
     method = {
         "mode": mode,
         "about": METHODS[mode].format(rounds=effort.rounds, round_ms=effort.round_ms),
-        "inputs": "random N(0, 1), (batch, seqlen, heads, head_dim)",
+        "inputs": operation.inputs,
     }
     if device == "cpu" and mode in ("graph", "host"):
         return _record(suite, method, [], [{"reason": f"suite {suite.name} needs a CUDA GPU"}], commit)
 
-    usable, skipped = usable_peers(peers or suite.peers)
+    usable, skipped = usable_peers(peers or suite.peers, operation)
     sensors = Sensors()
     rows = []
     with torch.no_grad():
         for case in suite.cases if cases is None else cases:
             on_case(case.name)
-            measured, left_out = run_case(case, usable, mode, suite.op, effort, device, sensors)
+            measured, left_out = run_case(
+                case, usable, mode, suite.op, effort, device, sensors, operation
+            )
             rows += measured
             skipped += left_out
             _free_memory(device)
@@ -83,11 +87,12 @@ def _record(suite: Suite, method: dict, rows: list, skipped: list, commit: str |
     return {"suite": suite.name, "meta": record.meta(suite.name, method, commit), "rows": rows, "skipped": skipped}
 
 
-def usable_peers(names: Sequence[str]) -> tuple[list[Peer], list[dict]]:
+def usable_peers(names: Sequence[str], operation: Operation) -> tuple[list[Peer], list[dict]]:
     """The named peers that can run on this machine, and why the others cannot."""
     usable, skipped = [], []
     for name in names:
-        reason = PEERS[name].unavailable()
+        given = PEERS[name].operation
+        reason = PEERS[name].unavailable() if given == operation.name else f"it computes {given}"
         if reason is None:
             usable.append(PEERS[name])
         else:
@@ -96,12 +101,19 @@ def usable_peers(names: Sequence[str]) -> tuple[list[Peer], list[dict]]:
 
 
 def run_case(
-    case: Case, peers: Sequence[Peer], mode: str, op: str, effort: Effort, device: str, sensors: Sensors
+    case: Case | GemmCase,
+    peers: Sequence[Peer],
+    mode: str,
+    op: str,
+    effort: Effort,
+    device: str,
+    sensors: Sensors,
+    operation: Operation,
 ) -> tuple[list[dict], list[dict]]:
     """Check every peer on a case, then time in turns those that were right. Returns rows and who was left out."""
-    q, k, v = check.make_inputs(case, device)
-    truth = check.Truth(case, q, k, v)
-    pytorch = _pytorch_answer(case, device, q, k, v)
+    tensors = operation.make_inputs(case, device)
+    truth = operation.truth(case, *tensors)
+    pytorch = operation.pytorch_answer(case, device, *tensors)
     pytorch_errors = truth.errors(pytorch)
 
     rows: dict[str, dict] = {}
@@ -114,11 +126,11 @@ def run_case(
             continue
         row = rows[peer.name] = {"op": op, "impl": peer.name, **case.fields()}
         try:
-            call = peer.prepare(case, q, k, v)
+            call = peer.prepare(case, *tensors)
             with peer.context():
                 out = peer.result(case, call())
-            if peer.name == "flashcore":
-                row |= _plan(case, q, k, v)
+            if peer.name == operation.ours:
+                row |= operation.plan(case, *tensors)
             errors, wrong = check.judge(case, truth, out, pytorch, pytorch_errors)
             if errors:
                 row |= {"rel_err": errors.rel_err, "max_abs_err": errors.max_abs_err}
@@ -163,6 +175,44 @@ def _plan(case: Case, q, k, v) -> dict:
 
     plan = flashcore.explain(q, k, v, causal=case.causal)
     return {"backend": plan.backend} | ({"config": str(plan.config)} if plan.config is not None else {})
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What the harness must know of an operation besides how to time it. Functions get a case and its tensors."""
+
+    name: str
+    inputs: str  # in words
+    ours: str  # the implementation whose plan is recorded
+    make_inputs: Callable[..., tuple[torch.Tensor, ...]]
+    truth: Callable[..., check.Truth | gemm.Truth]
+    pytorch_answer: Callable[..., torch.Tensor]
+    plan: Callable[..., dict]
+
+
+OPERATIONS = {
+    operation.name: operation
+    for operation in (
+        Operation(
+            "attention",
+            "random N(0, 1), (batch, seqlen, heads, head_dim)",
+            "flashcore",
+            check.make_inputs,
+            check.Truth,
+            _pytorch_answer,
+            _plan,
+        ),
+        Operation(
+            "gemm",
+            "random a N(0, 1), b N(0, 1 / k)",
+            "flashcore-matmul",
+            gemm.make_inputs,
+            gemm.Truth,
+            gemm.pytorch_answer,
+            gemm.plan,
+        ),
+    )
+}
 
 
 def _burst(mode: str, call: Callable[[], object], peer: Peer, watch: Callable[[], None]) -> timing.Burst:

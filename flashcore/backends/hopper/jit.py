@@ -121,7 +121,7 @@ _OPERATIONS = {
 
 
 def source_digest(operation: str = "attention") -> str:
-    """SHA-256 over all device code and the tile table that an operation's kernels are made of: names what was measured."""
+    """SHA-256 over the device code and the tile table of an operation's kernels: names what was measured."""
     kernel, table = _OPERATIONS[operation]
     parts = (_flatten("ptx/types.cuh"), _flatten(kernel), Path(__file__).with_name(table).read_text())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
