@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -14,7 +15,7 @@ from flashcore.plan import Plan
 from flashcore.problem import DEVICES, AttentionProblem
 
 # How to run each kind of call seen so far. Strides are not part of the key: no check and no plan depends on them.
-_runs: dict[tuple, Run] = {}
+runs: dict[tuple, Any] = {}
 _MAX_RUNS = 4096
 
 _is_compiling = torch.compiler.is_compiling
@@ -54,9 +55,8 @@ def attention(
     :raises InvalidInputError: arguments that no backend could accept.
     :raises UnsupportedError: no backend, or not the requested one, can do it.
     """
-    if _is_compiling():  # torch.compile breaks its graph here: it cannot trace a kernel launch
-        untraced = torch.compiler.disable(attention)
-        return untraced(q, k, v, causal=causal, scale=scale, return_lse=return_lse, backend=backend)
+    if _is_compiling():
+        return _traced(q, k, v, causal, scale, return_lse, backend)
     if _is_any_autocast_enabled():
         q, k, v = _autocast(q, k, v)
     try:
@@ -65,7 +65,7 @@ def attention(
             q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,
             q.layout, k.layout, v.layout, causal, scale, grad, return_lse, backend, _active_override(),
         )  # fmt: skip
-        run = _runs.get(key)
+        run = runs.get(key)
     except (AttributeError, TypeError, RuntimeError):  # not tensors, nested ones, unhashable values:
         key = run = None  # validation says which
     if run is None:
@@ -112,16 +112,26 @@ def _autocast_one(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.get_autocast_dtype(device))
 
 
+def _traced(q, k, v, causal, scale, return_lse, backend):
+    """The call as an operator in the graph of torch.compile or torch.export."""
+    from flashcore import ops
+
+    out, lse = ops.attention(*_autocast(q, k, v), causal, scale, return_lse, backend)
+    return (out, lse) if return_lse else out
+
+
 def _prepare(key: tuple | None, q, k, v, causal, scale, return_lse, backend) -> Run:
     """Validate, plan, and remember how to run this kind of call."""
     plan = explain(q, k, v, causal=causal, scale=scale, return_lse=return_lse, backend=backend)
-    run = _runner(plan)
-    if q.is_cuda and torch.cuda.device_count() > 1:
-        run = partial(_on_device, run)
-    if len(_runs) >= _MAX_RUNS:
-        _runs.clear()
-    if key is not None:
-        _runs[key] = run
+    run = on_its_device(q, _runner(plan))
+    return run if key is None else remember(key, run)
+
+
+def remember(key: tuple, run: Any) -> Any:
+    """Keep `run` in :data:`runs`, which stays bounded."""
+    if len(runs) >= _MAX_RUNS:
+        runs.clear()
+    runs[key] = run
     return run
 
 
@@ -138,6 +148,11 @@ def _runner(plan: Plan) -> Run:
 def _detach_lse(forward: Run, q, k, v):
     out, lse = forward(q, k, v)
     return out, lse if lse is None else lse.detach()
+
+
+def on_its_device(q: torch.Tensor, run: Run) -> Run:
+    """`run`, on q's GPU where there are several."""
+    return partial(_on_device, run) if q.is_cuda and torch.cuda.device_count() > 1 else run
 
 
 def _on_device(run: Run, q, k, v):
@@ -165,12 +180,16 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout, _):
-        plan = ctx.plan
-        tensors = (*ctx.saved_tensors, dout)
-        if plan.backward == planning.TORCH_FLASH:
-            grads = gradients.torch_flash(plan.problem, *tensors)
-        elif plan.backward == planning.SDPA_RECOMPUTE:
-            grads = gradients.sdpa_recompute(plan.problem, *tensors)
-        else:
-            grads = backends.load(plan.backward).backward(plan.problem, plan.config, *tensors)
-        return None, None, *grads
+        return None, None, *differentiate(ctx.plan, *ctx.saved_tensors, dout)
+
+
+def differentiate(plan: Plan, q, k, v, out, lse, dout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dq, dk, dv) by the backward pass that the plan chose."""
+    tensors = q, k, v, out, lse, dout
+    if plan.backward == planning.TORCH_FLASH:
+        return gradients.torch_flash(plan.problem, *tensors)
+    if plan.backward == planning.SDPA_RECOMPUTE:
+        return gradients.recompute("sdpa", plan.problem, *tensors)
+    if plan.backward == planning.AUTOGRAD:  # not from an eager call: autograd saw through that
+        return gradients.recompute(plan.backend, plan.problem, *tensors)
+    return backends.load(plan.backward).backward(plan.problem, plan.config, *tensors)

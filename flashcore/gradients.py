@@ -5,10 +5,12 @@ Each takes what a backend's ``backward`` takes, without the config, and returns 
 
 from __future__ import annotations
 
-from dataclasses import replace
+import contextlib
+from collections.abc import Iterator
 
 import torch
 
+from flashcore import backends
 from flashcore.backends import sdpa
 from flashcore.problem import AttentionProblem
 
@@ -57,13 +59,24 @@ def torch_flash(
     return dq, dk, dv
 
 
-def sdpa_recompute(
-    problem: AttentionProblem, q, k, v, out, lse, dout
+def recompute(
+    backend: str, problem: AttentionProblem, q, k, v, out, lse, dout
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Run the sdpa backend again, on record this time, and let autograd differentiate it. Always applies."""
-    problem = replace(problem, return_lse=False)
-    inputs = [t.detach().requires_grad_() for t in (q, k, v)]
-    with torch.enable_grad():
-        out, _ = sdpa.forward(problem, sdpa.configure(problem), *inputs)
-    dq, dk, dv = torch.autograd.grad(out, inputs, dout)
+    """Run a backend made of torch operations, on record this time, and let autograd differentiate it."""
+    module = backends.load(backend)
+    with _on_record():
+        inputs = [t.detach().requires_grad_() for t in (q, k, v)]
+        out, _ = module.forward(problem, module.configure(problem), *inputs)
+        dq, dk, dv = torch.autograd.grad(out, inputs, dout)
     return dq, dk, dv
+
+
+@contextlib.contextmanager
+def _on_record() -> Iterator[None]:
+    """Autograd on, whoever calls: a dispatch mode (a FLOP counter, opcheck) runs operators with its keys excluded."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
+        excluded = excluded.remove(key)
+    included = torch._C._dispatch_tls_local_include_set()
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+        yield

@@ -43,7 +43,7 @@ def _no_memory_between_tests():
 
 def forget_plans() -> None:
     flashcore.plan._plan.cache_clear()
-    flashcore.api._runs.clear()
+    flashcore.api.runs.clear()
 
 
 @pytest.fixture

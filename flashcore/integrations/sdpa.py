@@ -130,11 +130,11 @@ def _declines(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa) ->
         return f"{query.shape[1]} query heads and {key.shape[1]} key heads without enable_gqa=True"
     if is_causal and query.shape[2] > key.shape[2]:
         return f"is_causal=True with more queries than keys ({query.shape[2]} > {key.shape[2]})"
-    if torch.compiler.is_compiling():  # a traced operator's error cannot be caught
+    if torch.compiler.is_compiling():  # an operator's error cannot be caught while it is traced
         try:
             check_tensors(query, key, value)
-        except InvalidInputError as error:
-            return str(error)
+        except InvalidInputError:
+            return "inputs that FlashCore does not know"
     return None
 
 

@@ -1,0 +1,107 @@
+"""``torch.ops.flashcore``: attention as operators that torch.compile and torch.export can carry in a graph.
+
+:func:`flashcore.attention` uses them while it is being traced, and only then: an eager call through them would take
+longer on the host. The plan decides which backend runs when the graph runs, so lengths may be symbols before. A program
+that loads an exported graph imports this module first.
+
+``attention_forward`` returns ``(out, lse)``, contiguous; the LSE is empty where nobody asked for it.
+``attention_backward`` returns ``(dq, dk, dv)``, contiguous, by the plan's backward pass; where that is autograd
+(PyTorch's own attention and the reference), it computes the forward again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from flashcore import api, backends
+from flashcore import plan as planning
+from flashcore.backends import Run
+from flashcore.plan import Plan
+from flashcore.problem import AttentionProblem, check_tensors
+
+_FORWARD = "flashcore::attention_forward"
+_BACKWARD = "flashcore::attention_backward"
+_OPTIONS = "bool causal, float? scale, bool needs_grad, bool return_lse, str backend"
+
+# Backends read any strides, but not all equally fast: the compiler keeps those that an eager call would see.
+_TAGS = torch.Tag.needs_fixed_stride_order
+
+torch.library.define(_FORWARD, f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)", tags=_TAGS)
+torch.library.define(
+    _BACKWARD,
+    f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+
+
+def attention(q, k, v, causal, scale, return_lse, backend) -> tuple[torch.Tensor, torch.Tensor]:
+    """``flashcore.attention`` by operators. No gradient flows through the LSE."""
+    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    out, lse = torch.ops.flashcore.attention_forward(q, k, v, causal, scale, needs_grad, return_lse, backend)
+    return out, lse.detach()
+
+
+@torch.library.impl(_FORWARD, "default")
+def _forward(q, k, v, causal, scale, needs_grad, return_lse, backend):
+    plan, run = _prepared(q, k, v, causal, scale, needs_grad, return_lse, backend)
+    out, lse = run(q, k, v)
+    if not plan.problem.needs_lse:
+        lse = q.new_empty(0, dtype=torch.float32)
+    elif lse is None:  # nobody reads it: autograd differentiates this backend without
+        lse = q.new_zeros(plan.problem.lse_shape, dtype=torch.float32)
+    return out, lse
+
+
+@torch.library.register_fake(_FORWARD)
+def _(q, k, v, causal, scale, needs_grad, return_lse, backend):
+    check_tensors(q, k, v)
+    batch, seqlen_q, heads_q, _ = q.shape
+    lse_shape = (batch, heads_q, seqlen_q) if needs_grad or return_lse else (0,)
+    return q.new_empty(batch, seqlen_q, heads_q, v.shape[3]), q.new_empty(lse_shape, dtype=torch.float32)
+
+
+@torch.library.impl(_BACKWARD, "default")
+def _backward(dout, q, k, v, out, lse, causal, scale, needs_grad, return_lse, backend):
+    plan, _ = _prepared(q, k, v, causal, scale, needs_grad, return_lse, backend)
+    return tuple(grad.contiguous() for grad in api.differentiate(plan, q, k, v, out, lse, dout))
+
+
+@torch.library.register_fake(_BACKWARD)
+def _(dout, q, k, v, out, lse, causal, scale, needs_grad, return_lse, backend):
+    return tuple(t.new_empty(t.shape) for t in (q, k, v))
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, *output)
+
+
+def _differentiate(ctx, dout, _):
+    q, k, v, out, lse = ctx.saved_tensors
+    grads = torch.ops.flashcore.attention_backward(dout, q, k, v, out, lse, *ctx.options)
+    return *grads, *(None for _ in ctx.options)
+
+
+def _refuse_second_derivative(ctx, *_):
+    raise RuntimeError("flashcore.attention has no second derivative")
+
+
+torch.library.register_autograd(_FORWARD, _differentiate, setup_context=_setup_context)
+torch.library.register_autograd(_BACKWARD, _refuse_second_derivative)
+
+
+def _prepared(q, k, v, causal, scale, needs_grad, return_lse, backend) -> tuple[Plan, Run]:
+    """The plan for these arguments and how to run it, as an eager call would find them."""
+    key = (
+        q.shape, k.shape, v.shape, q.dtype, q.device, causal, scale, needs_grad, return_lse, backend,
+        planning.active_override.get(), "op",
+    )  # fmt: skip
+    found = api.runs.get(key)
+    if found is None:
+        problem = AttentionProblem.from_tensors(q, k, v, causal=causal, scale=scale, return_lse=return_lse)
+        plan = planning.plan(replace(problem, needs_grad=needs_grad), backend)
+        run = api.on_its_device(q, backends.prepare(plan.backend, plan.problem, plan.config))
+        found = api.remember(key, (plan, run))
+    return found

@@ -1,0 +1,354 @@
+"""Attention inside torch.compile and torch.export: one graph, any length, the results of an eager call."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import flashcore
+from flashcore import gradients, ops
+from flashcore.backends import reference
+from flashcore.compat.flash_attn import flash_attn_qkvpacked_func
+from flashcore.integrations import sdpa
+from flashcore.plan import override
+from tests.cases import BY_NAME
+from tests.tolerance import assert_forward, assert_gradients
+
+
+@pytest.fixture(autouse=True)
+def _forget_graphs():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def inputs(seqlen_q=5, seqlen_k=7, requires_grad=False, dtype=torch.float32, device="cpu"):
+    shapes = (2, seqlen_q, 4, 16), (2, seqlen_k, 2, 16), (2, seqlen_k, 2, 16)
+    return [torch.randn(shape, dtype=dtype, device=device).requires_grad_(requires_grad) for shape in shapes]
+
+
+def compiled(function, backend="aot_eager", **options):
+    """`function` compiled into one graph, and the counter of its graphs. aot_eager does all but generate code."""
+    counter = CompileCounterWithBackend(backend)
+    return torch.compile(function, backend=counter, fullgraph=True, **options), counter
+
+
+def layer(q, k, v, **options):
+    return flashcore.attention(q * 2, k, v, causal=True, **options) + 1
+
+
+def exact_backward(problem, config, q, k, v, out, lse, dout):
+    """A backward of a backend's own; it fails if it is not fed with the forward's output and LSE."""
+    expected = reference.forward(problem, None, q, k, v)
+    torch.testing.assert_close((out, lse), expected)
+    return gradients.recompute("reference", problem, q, k, v, out, lse, dout)
+
+
+@pytest.fixture(params=["recomputed", "own_backward", "sdpa", "reference"])
+def backend(request, add_backend):
+    """One backend of each kind: autograd sees through the last two; only the second has a backward of its own."""
+    if request.param == "own_backward":
+        add_backend(request.param, HAS_BACKWARD=True, backward=exact_backward)
+    elif request.param == "recomputed":
+        add_backend(request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_one_graph_with_the_results_of_an_eager_call(backend, requires_grad):
+    function, counter = compiled(layer)
+    tensors = inputs(requires_grad=requires_grad)
+    out, expected = function(*tensors, backend=backend), layer(*tensors, backend=backend)
+    torch.testing.assert_close(out, expected)
+    assert out.requires_grad == requires_grad
+    if requires_grad:
+        dout = torch.randn_like(out)
+        grads = torch.autograd.grad(out, tensors, dout)
+        torch.testing.assert_close(grads, torch.autograd.grad(expected, tensors, dout))
+    assert counter.frame_count == 1
+
+
+def test_by_inductor():
+    function, counter = compiled(layer, "inductor")
+    for seqlen in (6, 9, 12):
+        tensors = inputs(seqlen, seqlen, requires_grad=True)
+        out, expected = function(*tensors), layer(*tensors)
+        torch.testing.assert_close(out, expected)
+        dout = torch.randn_like(out)
+        torch.testing.assert_close(
+            torch.autograd.grad(out, tensors, dout), torch.autograd.grad(expected, tensors, dout)
+        )
+    assert counter.frame_count == 2, "the second length makes the graph dynamic, the third changes nothing"
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_one_graph_for_all_lengths(add_backend, requires_grad):
+    seen = []
+
+    def forward(problem, config, q, k, v):
+        seen.append((problem.seqlen_q, problem.seqlen_k))
+        return reference.forward(problem, config, q, k, v)
+
+    add_backend("fake", forward=forward)
+    function, counter = compiled(layer)
+    lengths = [(5, 7), (8, 8), (64, 200), (300, 9)]
+    for seqlen_q, seqlen_k in lengths:
+        tensors = inputs(seqlen_q, seqlen_k, requires_grad)
+        for tensor in tensors:
+            torch._dynamo.mark_dynamic(tensor, 1)
+        out = function(*tensors)
+        if requires_grad:
+            out.sum().backward()
+    assert counter.frame_count == 1
+    assert seen == lengths
+
+
+def test_lse(backend):
+    if backend == "sdpa":
+        pytest.skip("it gives none")
+
+    def both(q, k, v):
+        return flashcore.attention(q, k, v, return_lse=True, backend=backend)
+
+    q, k, v = inputs(requires_grad=True)
+    out, lse = compiled(both)[0](q, k, v)
+    assert_forward(out.detach(), lse, q, k, v)
+    assert out.requires_grad
+    assert not lse.requires_grad
+    with torch.no_grad():
+        assert_forward(*compiled(both)[0](q, k, v), q, k, v)
+
+
+@pytest.mark.parametrize(
+    "name", ["no_keys", "no_queries", "causal_empty_rows", "packed_causal", "expanded_causal"]
+)
+def test_cases(name):
+    case = BY_NAME[name]
+    q, k, v = (t.requires_grad_() for t in case.inputs())
+    out = compiled(lambda q, k, v: flashcore.attention(q, k, v, causal=case.causal))[0](q, k, v)
+    assert_forward(out.detach(), None, q, k, v, causal=case.causal)
+    dout = torch.randn_like(out)
+    grads = torch.autograd.grad(out, (q, k, v), dout)
+    if case.problem().is_empty:
+        assert not any(grad.any() for grad in grads)
+    else:
+        assert_gradients(grads, q, k, v, dout, causal=case.causal)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_autocast(inside):
+    """In the graph or around it: as the same program does it without a compiler."""
+
+    def program(q, k, v):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=inside):
+            return flashcore.attention(q, k, v), F.scaled_dot_product_attention(q, q, q)
+
+    q, k, v = inputs(requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not inside):
+        out, by_torch = compiled(program)[0](q, k, v)
+        expected, _ = program(q, k, v)
+    assert out.dtype == by_torch.dtype == expected.dtype == (torch.bfloat16 if inside else torch.float32)
+    torch.testing.assert_close(out, expected)
+    out.sum().backward()
+    assert q.grad.dtype == torch.float32
+
+
+def test_override_decides_when_the_graph_runs(add_backend):
+    add_backend("fake", forward=None)
+    function, counter = compiled(layer)
+    tensors = inputs()
+    for backend in ("sdpa", "reference"):
+        with override(backend=backend):
+            torch.testing.assert_close(function(*tensors), layer(*tensors))
+    assert counter.frame_count == 1
+
+
+def test_invalid_arguments_are_named_while_tracing():
+    q, k, v = inputs()
+    with pytest.raises(RuntimeError, match="k and v must have one seqlen"):
+        compiled(flashcore.attention)[0](q, k, v[:, 1:])
+
+
+def test_export():
+    class Layer(torch.nn.Module):
+        def forward(self, q, k, v):
+            return layer(q, k, v)
+
+    seqlen_q, seqlen_k = torch.export.Dim("seqlen_q"), torch.export.Dim("seqlen_k")
+    dynamic = ({1: seqlen_q}, {1: seqlen_k}, {1: seqlen_k})
+    program = torch.export.export(Layer(), tuple(inputs()), dynamic_shapes=dynamic)
+    tensors = inputs(33, 21)
+    torch.testing.assert_close(program.module()(*tensors), layer(*tensors))
+
+
+def test_eager_calls_do_not_use_operators():
+    code = """
+import sys, torch, flashcore
+q = torch.randn(1, 4, 2, 8, requires_grad=True)
+flashcore.attention(q, q, q).sum().backward()
+print([name for name in ("flashcore.ops", "torch._dynamo") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"
+
+
+# ---- the operators -----------------------------------------------------------------------------------------------
+
+OPCHECK = {
+    "full": ({}, {}),
+    "grad": ({"requires_grad": True}, {}),
+    "causal_grad": ({"requires_grad": True}, {"causal": True, "scale": 0.3}),
+    "lse": ({}, {"return_lse": True}),
+    "lse_grad": ({"requires_grad": True}, {"return_lse": True, "causal": True}),
+    "half": ({"dtype": torch.bfloat16, "requires_grad": True}, {}),
+    "empty": ({"seqlen_k": 0, "requires_grad": True}, {}),
+}
+
+
+def arguments(shape: dict, options: dict, backend: str) -> tuple:
+    return (
+        *inputs(**shape), options.get("causal", False), options.get("scale"), shape.get("requires_grad", False),
+        options.get("return_lse", False), backend,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPCHECK)
+def test_forward_operator(add_backend, name):
+    add_backend("fake")
+    shape, options = OPCHECK[name]
+    torch.library.opcheck(torch.ops.flashcore.attention_forward, arguments(shape, options, "auto"))
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+def test_forward_operator_of_differentiable_backends(backend):
+    shape, options = OPCHECK["causal_grad"]
+    torch.library.opcheck(torch.ops.flashcore.attention_forward, arguments(shape, options, backend))
+
+
+@pytest.mark.parametrize("name", ["grad", "causal_grad", "half", "empty"])
+def test_backward_operator(backend, name):
+    shape, options = OPCHECK[name]
+    q, k, v, *rest = arguments(shape, options, backend)
+    q, k, v = (t.detach() for t in (q, k, v))
+    out, lse = torch.ops.flashcore.attention_forward(q, k, v, *rest)
+    expanded = out.new_ones(()).expand_as(out)
+    for dout in (torch.randn_like(out), expanded):
+        torch.library.opcheck(torch.ops.flashcore.attention_backward, (dout, q, k, v, out, lse, *rest))
+
+
+def test_second_derivative_is_refused():
+    tensors = inputs(requires_grad=True)
+    out, _ = ops.attention(*tensors, False, None, False, "auto")
+    (dq,) = torch.autograd.grad(out.square().sum(), tensors[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        dq.sum().backward()
+
+
+# ---- the same through other names ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"is_causal": True}, {"attn_mask": torch.zeros(5, 5)}, {"scale": 0.5}],
+    ids=["full", "causal", "mask", "scale"],
+)
+def test_sdpa(options):
+    function, counter = compiled(flashcore.scaled_dot_product_attention)
+    tensors = [torch.randn(2, 4, 5, 16, requires_grad=True) for _ in range(3)]
+    out, expected = function(*tensors, **options), F.scaled_dot_product_attention(*tensors, **options)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(out.sum(), tensors), torch.autograd.grad(expected.sum(), tensors)
+    )
+    assert counter.frame_count == 1
+
+
+def test_sdpa_with_what_only_pytorch_knows():
+    function, _ = compiled(flashcore.scaled_dot_product_attention)
+    for tensors in ([torch.randn(4, 5, 16)] * 3, [torch.randn(2, 4, 5, 16), *[torch.randn(1, 4, 5, 16)] * 2]):
+        torch.testing.assert_close(function(*tensors), F.scaled_dot_product_attention(*tensors))
+
+
+def test_unmodified_program_that_is_compiled(add_backend):
+    """Replacing PyTorch's function is seen by a program that was compiled before, and so is its return."""
+    used = []
+
+    def forward(problem, config, q, k, v):
+        used.append(problem)
+        return reference.forward(problem, config, q, k, v)
+
+    add_backend("fake", forward=forward)
+
+    def program(x):
+        return F.scaled_dot_product_attention(x, x, x, is_causal=True) + 1
+
+    function, _ = compiled(program)
+    x = torch.randn(2, 4, 5, 16)
+    expected = function(x)
+    with sdpa.replace_torch():
+        torch.testing.assert_close(function(x), expected)
+    assert len(used) == 1
+    function(x)
+    assert len(used) == 1
+
+
+def test_flash_attn():
+    def program(qkv):
+        return flash_attn_qkvpacked_func(qkv, causal=True, return_attn_probs=True)[:2]
+
+    qkv = torch.randn(2, 5, 3, 4, 16)
+    out, lse = compiled(program)[0](qkv)
+    assert_forward(out, lse, *qkv.unbind(2), causal=True)
+
+
+# ---- on a GPU ----------------------------------------------------------------------------------------------------
+
+GPU_CASES = ("causal_129", "full_191x127", "gqa_4_to_1_causal", "causal_d40", "packed_causal", "bhsd_causal")
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore::flashcore.errors.FlashCoreWarning")
+@pytest.mark.parametrize("name", GPU_CASES)
+def test_compiled_on_a_gpu(name):
+    case = BY_NAME[name]
+    q, k, v = (t.requires_grad_() for t in case.inputs("cuda"))
+    function, counter = compiled(lambda q, k, v: flashcore.attention(q, k, v, causal=case.causal), "inductor")
+    out = function(q, k, v)
+    assert_forward(out.detach(), None, q, k, v, causal=case.causal)
+    dout = torch.randn_like(out)
+    assert_gradients(torch.autograd.grad(out, (q, k, v), dout), q, k, v, dout, causal=case.causal)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore::flashcore.errors.FlashCoreWarning")
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_operators_on_a_gpu(requires_grad):
+    tensors = inputs(dtype=torch.bfloat16, device="cuda", requires_grad=requires_grad)
+    options = (True, None, requires_grad, False, "auto")
+    torch.library.opcheck(torch.ops.flashcore.attention_forward, (*tensors, *options))
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore::flashcore.errors.FlashCoreWarning")
+def test_compiled_into_cuda_graphs():
+    """mode="reduce-overhead" captures the launches; replays must read the inputs of their own call."""
+    function = torch.compile(layer, mode="reduce-overhead", fullgraph=True)
+    case = replace(BY_NAME["causal_129"], layout="bshd")
+    for seed in range(4):
+        q, k, v = case.inputs("cuda", seed)
+        torch.compiler.cudagraph_mark_step_begin()
+        torch.testing.assert_close(function(q, k, v), layer(q, k, v))
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore::flashcore.errors.FlashCoreWarning")
+def test_autocast_on_a_gpu():
+    q, k, v = (t.float() for t in BY_NAME["causal_129"].inputs("cuda"))
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        out = flashcore.attention(q, k, v, causal=True)
+    assert_forward(out, None, *(t.bfloat16() for t in (q, k, v)), causal=True)
