@@ -36,11 +36,12 @@ def wrapper(kind: str, n: int, type_name: str) -> str:
         a_operands = ", ".join(f'"r"(a{i})' for i in range(4))
         template, transposes = "template <int transpose_b>", '"n"(transpose_b)'
     b, flag = regs + a_count, regs + a_count + 1
+    types = f"m64n{n}k16.f32.{type_name}.{type_name}"
     immediates = ", ".join(f"%{flag + 1 + i}" for i in range(transposes.count('"n"')))
     return f"""\
   {template} static __forceinline__ void {kind}(float (&d)[{regs}], {parameters}, u64 b, bool accumulate) {{
     asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{flag}, 0;\\n"
-        "wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{type_name}.{type_name} {{{d}}}, {a}, %{b}, p, 1, 1, {immediates};\\n}}"
+        "wgmma.mma_async.sync.aligned.{types} {{{d}}}, {a}, %{b}, p, 1, 1, {immediates};\\n}}"
         : {outputs}
         : {a_operands}, "l"(b), "r"(int(accumulate)), {transposes});
   }}

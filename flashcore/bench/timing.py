@@ -32,6 +32,7 @@ class Effort:
     rounds: int = 5
     round_ms: float = 40.0
     warmup_ms: float = 40.0
+    settle_ms: float = 300.0  # untimed turns before the first round, until a GPU at its power cap has found its clock
 
     def samples(self, ms: float) -> int:
         """How many samples fill a round when one takes ``ms`` of wall time. At least 3, for a round has a median."""
@@ -47,6 +48,10 @@ def interleave(
     """
     names = list(bursts)
     samples = {name: effort.samples(_warm_up(bursts[name], effort, clock)) for name in names}
+    begin = clock()
+    while 1e3 * (clock() - begin) < effort.settle_ms:
+        for name in names:
+            bursts[name](samples[name])
     rounds = {name: [] for name in names}
     for turn in range(effort.rounds):
         shift = turn % max(1, len(names))

@@ -1,9 +1,11 @@
 // Online softmax of one warpgroup's 64 rows, on accumulator fragments (core/fragment.cuh), base 2.
 //
-// row_max is the maximum that the exponentials of a row refer to. It is set from the first block of a tile and
-// then kept stale until some score of the warp exceeds it by more than `headroom` (in units of log2): only then
-// are the running sum and the output rescaled. Probabilities reach at most 2^headroom = 256, which fp16, bf16
-// and the fp32 sums hold without loss, and a skipped rescale costs neither shuffles nor multiplications.
+// row_max is the maximum that the exponentials of a row refer to. It is set from the first block of a tile and may then
+// lag behind the true maximum: the running sum and the output are rescaled only when some score of the warp passes its
+// row's threshold. A skipped rescale costs neither shuffles nor multiplications. What lagging costs is the exactness of
+// the largest probability: 2^0 = 1 needs no rounding to 16 bits, 2^x does. So a threshold lets a probability grow to a
+// quarter of the row's sum, as it was when the threshold was set, and no further: a row that one key dominates refers to
+// that key. It also stays below 2^headroom, which fp16, bf16 and the fp32 sums hold. docs/log/0007.
 //
 // Floats of equal sign order like their bit patterns: as integers, positive floats compare right with each other,
 // and above all negative ones. So while the threshold is not negative, the scores above it are found by integer
@@ -15,14 +17,14 @@ struct Softmax {
   static constexpr float headroom = 8.0f;
 
   const float scale_log2;
-  const float margin;  // headroom in units of the raw scores
+  const float unit;    // a factor of two in units of the raw scores
   float row_max[2];    // in units of the raw scores; -inf while a row has seen no key
   float row_sum[2];    // this thread's share
-  float threshold[2];  // row_max + margin
+  float threshold[2];  // in units of the raw scores
   float rescale[2];    // factors for the output when update() returned true
   bool fast;           // no threshold in this warp is negative
 
-  Softmax(float scale_log2) : scale_log2(scale_log2), margin(headroom / scale_log2) {}
+  Softmax(float scale_log2) : scale_log2(scale_log2), unit(1 / scale_log2) {}
 
   template <int n> static __forceinline__ float row_maximum(const float (&s)[n], int slot, float start) {
     float m = start;
@@ -44,7 +46,10 @@ struct Softmax {
 
   __forceinline__ void set_thresholds() {
 #pragma unroll
-    for (int slot = 0; slot < 2; ++slot) threshold[slot] = row_max[slot] + margin;
+    for (int slot = 0; slot < 2; ++slot) {
+      const float quarter = log2_approx(quad_sum(row_sum[slot])) - 2;
+      threshold[slot] = row_max[slot] + fminf(fmaxf(quarter, 0), headroom) * unit;
+    }
     fast = __all_sync(full_warp, threshold[0] >= 0 && threshold[1] >= 0);
   }
 
@@ -71,8 +76,8 @@ struct Softmax {
 #pragma unroll
       for (int slot = 0; slot < 2; ++slot) row_max[slot] = quad_max(row_maximum(s, slot, negative_infinity()));
     }
-    set_thresholds();
     exponentiate(s);
+    set_thresholds();
   }
 
   // Later blocks. Returns, uniformly per warp, whether the output of earlier blocks must be rescaled.
