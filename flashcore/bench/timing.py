@@ -32,7 +32,7 @@ class Effort:
     rounds: int = 5
     round_ms: float = 40.0
     warmup_ms: float = 40.0
-    settle_ms: float = 300.0  # untimed turns before the first round, until a GPU at its power cap has found its clock
+    lead_in_ms: float = 60.0  # untimed start of each turn: at its power cap a GPU must find the clock for a kernel
 
     def samples(self, ms: float) -> int:
         """How many samples fill a round when one takes ``ms`` of wall time. At least 3, for a round has a median."""
@@ -48,14 +48,13 @@ def interleave(
     """
     names = list(bursts)
     samples = {name: effort.samples(_warm_up(bursts[name], effort, clock)) for name in names}
-    begin = clock()
-    while 1e3 * (clock() - begin) < effort.settle_ms:
-        for name in names:
-            bursts[name](samples[name])
+    lead_ins = {name: int(samples[name] * effort.lead_in_ms / effort.round_ms) for name in names}
     rounds = {name: [] for name in names}
     for turn in range(effort.rounds):
         shift = turn % max(1, len(names))
         for name in names[shift:] + names[:shift]:
+            if lead_ins[name]:
+                bursts[name](lead_ins[name])
             rounds[name].append(bursts[name](samples[name]))
     return rounds
 

@@ -10,7 +10,7 @@ from flashcore.bench.cases import SUITES, GemmCase
 from flashcore.bench.peers import PEERS, Peer
 from flashcore.bench.timing import Effort
 
-FAST = Effort(rounds=2, round_ms=1, warmup_ms=0, settle_ms=0)
+FAST = Effort(rounds=2, round_ms=1, warmup_ms=0, lead_in_ms=0)
 CASES = (
     GemmCase("large", 64, 48, 32, "bfloat16", "float32"),
     GemmCase("up", 32, 24, 64, weight=True),

@@ -12,7 +12,7 @@ from flashcore.bench.cases import SUITES, Case
 from flashcore.bench.peers import PEERS, Peer
 from flashcore.bench.timing import Effort
 
-FAST = Effort(rounds=2, round_ms=1, warmup_ms=0, settle_ms=0)
+FAST = Effort(rounds=2, round_ms=1, warmup_ms=0, lead_in_ms=0)
 CASE = Case(1, 64, 64, 2, 2, 32, True, "float32")
 
 

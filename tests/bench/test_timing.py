@@ -39,23 +39,24 @@ def bursts(clock: Clock, times: dict[str, float], order: list[str]):
 
 def test_rounds_take_turns_and_the_first_in_line_changes():
     clock, order = Clock(), []
-    effort = Effort(rounds=3, round_ms=10, warmup_ms=0.5, settle_ms=0)
+    effort = Effort(rounds=3, round_ms=10, warmup_ms=0.5, lead_in_ms=0)
     timing.interleave(bursts(clock, {"a": 1.0, "b": 1.0, "c": 1.0}, order), effort, clock)
     assert order[:3] == ["a", "b", "c"]  # warm-up
     assert order[3:] == ["a", "b", "c", "b", "c", "a", "c", "a", "b"]
 
 
-def test_untimed_turns_come_before_the_first_round():
+def test_each_turn_begins_untimed():
     clock, order = Clock(), []
-    effort = Effort(rounds=1, round_ms=10, warmup_ms=0.5, settle_ms=25)
+    effort = Effort(rounds=2, round_ms=10, warmup_ms=0.5, lead_in_ms=30)
     rounds = timing.interleave(bursts(clock, {"a": 1.0, "b": 1.0}, order), effort, clock)
-    assert order == ["a", "b"] * 4  # warm-up, two turns of 20 ms, the round
-    assert [len(one) for one in rounds["a"]] == [10]
+    assert order == ["a", "b", "a", "a", "b", "b", "b", "b", "a", "a"]
+    assert [len(one) for one in rounds["a"]] == [10, 10]
+    assert clock.seconds * 1e3 == pytest.approx(2 + 4 * (30 + 10))
 
 
 def test_samples_fill_the_round_but_are_never_fewer_than_three():
     clock = Clock()
-    effort = Effort(rounds=2, round_ms=40, warmup_ms=1, settle_ms=0)
+    effort = Effort(rounds=2, round_ms=40, warmup_ms=1, lead_in_ms=0)
     rounds = timing.interleave(bursts(clock, {"quick": 2.0, "slow": 100.0}, []), effort, clock)
     assert [len(one) for one in rounds["quick"]] == [20, 20]
     assert [len(one) for one in rounds["slow"]] == [3, 3]
@@ -76,7 +77,7 @@ def test_a_slow_first_call_does_not_count():
         clock.spend(500 if first and first.pop() else n * 1.0)
         return [1.0] * n
 
-    rounds = timing.interleave({"a": burst}, Effort(rounds=1, round_ms=30, warmup_ms=501, settle_ms=0), clock)
+    rounds = timing.interleave({"a": burst}, Effort(rounds=1, round_ms=30, warmup_ms=501, lead_in_ms=0), clock)
     assert len(rounds["a"][0]) in (29, 30)  # rounding
 
 

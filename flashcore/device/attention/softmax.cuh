@@ -3,9 +3,9 @@
 // row_max is the maximum that the exponentials of a row refer to. It is set from the first block of a tile and may then
 // lag behind the true maximum: the running sum and the output are rescaled only when some score of the warp passes its
 // row's threshold. A skipped rescale costs neither shuffles nor multiplications. What lagging costs is the exactness of
-// the largest probability: 2^0 = 1 needs no rounding to 16 bits, 2^x does. So a threshold lets a probability grow to a
-// quarter of the row's sum, as it was when the threshold was set, and no further: a row that one key dominates refers to
-// that key. It also stays below 2^headroom, which fp16, bf16 and the fp32 sums hold. docs/log/0007.
+// the largest probability: 2^0 = 1 needs no rounding to 16 bits, 2^x does. So a threshold lets a probability grow to
+// about half of the row's sum, as it was when the threshold was set, and no further: a row that one key dominates refers
+// to that key. It also stays below 2^headroom, which fp16, bf16 and the fp32 sums hold. docs/log/0007.
 //
 // Floats of equal sign order like their bit patterns: as integers, positive floats compare right with each other,
 // and above all negative ones. So while the threshold is not negative, the scores above it are found by integer
@@ -47,8 +47,8 @@ struct Softmax {
   __forceinline__ void set_thresholds() {
 #pragma unroll
     for (int slot = 0; slot < 2; ++slot) {
-      const float quarter = log2_approx(quad_sum(row_sum[slot])) - 2;
-      threshold[slot] = row_max[slot] + fminf(fmaxf(quarter, 0), headroom) * unit;
+      const float half = log2_approx(row_sum[slot]) + 1;  // of four times this thread's share: no shuffles
+      threshold[slot] = row_max[slot] + fminf(fmaxf(half, 0), headroom) * unit;
     }
     fast = __all_sync(full_warp, threshold[0] >= 0 && threshold[1] >= 0);
   }
