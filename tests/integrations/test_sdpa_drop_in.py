@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 
 import flashcore
-from flashcore.backends import reference
 from flashcore.backends.sdpa import scaled_dot_product_attention as torch_sdpa
 from flashcore.integrations import sdpa
 from tests.tolerance import assert_forward, assert_gradients
@@ -18,19 +17,6 @@ def inputs(seqlen_q=5, seqlen_k=5, heads_q=4, heads_k=4, head_dim_v=16, **option
     """(batch, heads, seqlen, head_dim) tensors."""
     shapes = (heads_q, seqlen_q, 16), (heads_k, seqlen_k, 16), (heads_k, seqlen_k, head_dim_v)
     return [torch.randn(2, *shape, **options) for shape in shapes]
-
-
-@pytest.fixture
-def kernel(add_backend):
-    """The problems that reach FlashCore's kernel: a first backend that can do everything."""
-    seen = []
-
-    def forward(problem, config, q, k, v):
-        seen.append(problem)
-        return reference.forward(problem, config, q, k, v)
-
-    add_backend("fake", forward=forward)
-    return seen
 
 
 TAKEN = {

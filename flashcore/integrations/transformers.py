@@ -1,0 +1,137 @@
+"""FlashCore as an attention implementation of Hugging Face Transformers.
+
+>>> import flashcore.integrations.transformers
+>>> model = AutoModelForCausalLM.from_pretrained("...", attn_implementation="fcore")  # or model.set_attn_implementation
+
+FlashCore computes what reaches it without a mask: prefill, also on top of a dynamic cache, decoding with a dynamic
+cache, training. Batches with padding, packed sequences, the steps of a static cache, and dropout go to PyTorch's SDPA
+with the mask that Transformers makes for it; a FlashCoreWarning says so once. Sliding windows that hide keys, softcap,
+sinks, position biases, ``cu_seq_lens`` and ``output_attentions`` raise UnsupportedError.
+
+Of a model that torch.compile traces as a whole, Transformers makes a mask for every call: compile its layers instead,
+``for layer in model.model.layers: layer.compile()``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+from flashcore import api
+from flashcore.errors import FlashCoreWarning, UnsupportedError
+from flashcore.integrations.sdpa import scaled_dot_product_attention
+
+# Transformers takes every name with "flash" in it for one of the flash-attn packages, and tries to import that.
+NAME = "fcore"
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """What a model's attention layer calls, with query (batch, heads, seqlen, head_dim), key and value ungrouped.
+
+    :param attention_mask: what :func:`mask` returned, or the model's own.
+    :returns: out (batch, seqlen, heads, head_dim), contiguous, and None for the weights.
+    :raises UnsupportedError: for what FlashCore does not have yet, rather than a wrong result.
+    """
+    _refuse("softcap", softcap, "softcapped scores")
+    _refuse("s_aux", s_aux, "attention sinks")
+    _refuse("position_bias", position_bias, "position biases")
+    _refuse(
+        "cu_seq_lens_q", kwargs.get("cu_seq_lens_q"), "packed sequences by cu_seq_lens; position_ids will do"
+    )
+    _refuse("output_attentions", kwargs.get("output_attentions") or None, "attention weights")
+    if sliding_window is not None and key.shape[2] > sliding_window:
+        _refuse("sliding_window", f"{sliding_window} < {key.shape[2]} keys", "sliding windows")
+
+    if _is_bottom_right_causal(attention_mask) and not dropout:
+        q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+        return api.attention(q, k, v, causal=True, scale=scaling), None
+    if attention_mask is not None:
+        _warn_that_pytorch_computes("an attention mask: padding, packed sequences or a static cache")
+        groups = query.shape[1] // key.shape[1]
+        if groups > 1:  # with a mask and grouped heads SDPA would take its unfused path
+            key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+    elif dropout:
+        _warn_that_pytorch_computes("dropout")
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    is_causal = query.shape[2] > 1 and attention_mask is None and is_causal  # as Transformers' "sdpa" has it
+    out = scaled_dot_product_attention(
+        query, key, value, attention_mask, dropout, is_causal, scale=scaling, enable_gqa=True
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def mask(*args, **kwargs) -> torch.Tensor | None:
+    """The mask that Transformers makes for SDPA, marked where it is ``flashcore.attention``'s own causal mask."""
+    made = sdpa_mask(*args, **kwargs)
+    if made is not None and not torch.compiler.is_compiling() and _sees_all_keys(**kwargs):
+        made.flashcore_causal = True  # whoever derives another mask from this one gets one without the mark
+    return made
+
+
+def _sees_all_keys(
+    q_length=None,
+    kv_length=None,
+    q_offset=None,
+    kv_offset=0,
+    attention_mask=None,
+    local_size=None,
+    allow_is_causal_skip=False,
+    **_,
+) -> bool:
+    """Whether the mask is causal and nothing else, and its last query sees every key.
+
+    So it is for a prompt on top of a dynamic cache. The offset of a static cache is a tensor, and keys follow the last.
+    """
+    return (
+        allow_is_causal_skip  # "rely on is_causal": no packed sequences, no mask function of the model's own
+        and isinstance(q_offset, int)
+        and q_offset + q_length == kv_offset + kv_length
+        and (local_size is None or kv_offset + kv_length <= local_size)
+        and (attention_mask is None or bool(attention_mask.all()))
+    )
+
+
+def _is_bottom_right_causal(attention_mask: torch.Tensor | None) -> bool:
+    return not torch.compiler.is_compiling() and getattr(attention_mask, "flashcore_causal", False)
+
+
+def _refuse(argument: str, given: object, feature: str) -> None:
+    if given is not None:
+        what = f"{argument} ({given})" if isinstance(given, (int, float, str)) else argument
+        raise UnsupportedError(
+            f'attn_implementation="{NAME}": {what} is not supported: FlashCore does not have {feature} yet. '
+            'Use attn_implementation="sdpa" or "eager" for this model.'
+        )
+
+
+def _warn_that_pytorch_computes(what: str) -> None:
+    if not torch.compiler.is_compiling():
+        _warn_once(what)
+
+
+@cache
+def _warn_once(what: str) -> None:
+    message = f'attn_implementation="{NAME}": PyTorch\'s SDPA computes calls with {what}, which FlashCore does not have'
+    warnings.warn(message, FlashCoreWarning, stacklevel=2)
+
+
+AttentionInterface.register(NAME, attention_forward)
+AttentionMaskInterface.register(NAME, mask)

@@ -1,0 +1,454 @@
+"""Tiny random models of Transformers with ``attn_implementation="fcore"``, held to ``"sdpa"``."""
+
+import copy
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")  # the extra "test" brings it
+
+import flashcore.integrations.transformers as integration  # noqa: E402
+from flashcore.errors import FlashCoreWarning, UnsupportedError  # noqa: E402
+from flashcore.integrations import sdpa  # noqa: E402
+
+LAYERS = 2
+VOCABULARY = 61
+SIZES = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0,
+    "bos_token_id": 1, "eos_token_id": None,
+}  # fmt: skip
+MODELS = {
+    "llama": transformers.LlamaConfig(**SIZES),
+    "mistral": transformers.MistralConfig(**SIZES, sliding_window=48),
+    "qwen2": transformers.Qwen2Config(**SIZES),
+    "qwen3": transformers.Qwen3Config(**SIZES, head_dim=8),
+    "gpt2": transformers.GPT2Config(
+        vocab_size=VOCABULARY, n_embd=32, n_layer=LAYERS, n_head=4, n_positions=64, attn_pdrop=0.0, embd_pdrop=0.0,
+        resid_pdrop=0.0, pad_token_id=0, bos_token_id=1, eos_token_id=None,
+    ),
+}  # fmt: skip
+WARNS = pytest.mark.filterwarnings("ignore::flashcore.errors.FlashCoreWarning")
+
+
+def build(config, implementation=integration.NAME, seed=0):
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(
+        copy.deepcopy(config), attn_implementation=implementation
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4)  # attention that is not all but uniform, so that a wrong mask shows
+    return model.eval()
+
+
+@pytest.fixture(params=MODELS)
+def pair(request):
+    """The same model with FlashCore's and with PyTorch's attention."""
+    return build(MODELS[request.param]), build(MODELS[request.param], "sdpa")
+
+
+@pytest.fixture
+def llama():
+    return build(MODELS["llama"]), build(MODELS["llama"], "sdpa")
+
+
+@pytest.fixture(autouse=True)
+def _warn_again():
+    integration._warn_once.cache_clear()
+
+
+def tokens(*shape, seed=0):
+    return torch.randint(2, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def close(ours, theirs):
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+def test_prefill(pair, kernel):
+    prompt = tokens(2, 17)
+    ours, theirs = (model(prompt).logits for model in pair)
+    close(ours, theirs)
+    assert [(p.seqlen_q, p.seqlen_k, p.causal) for p in kernel] == [(17, 17, True)] * LAYERS
+
+
+def test_attention_matters(llama):
+    """The models' logits depend on their attention: elsewhere, equal ones mean something."""
+    model, _ = llama
+    prompt = tokens(1, 9)
+    other = prompt.clone()
+    other[0, 0] += 1
+    assert (model(prompt).logits[0, -1] - model(other).logits[0, -1]).abs().max() > 0.1
+
+
+GENERATE = {"max_new_tokens": 6, "do_sample": False}
+
+
+def test_generation(pair, kernel):
+    prompt = tokens(2, 11)
+    ours, theirs = (model.generate(prompt, **GENERATE) for model in pair)
+    assert ours.shape == (2, 17)
+    assert torch.equal(ours, theirs)
+    calls = [(p.seqlen_q, p.seqlen_k, p.causal) for p in kernel]
+    assert calls[::LAYERS] == [(11, 11, True), *((1, 11 + step, False) for step in range(1, 6))]
+    assert len(calls) == 6 * LAYERS
+
+
+@WARNS
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_generation_with_a_static_cache(kernel, name):
+    """Only the prompt is FlashCore's: after it, the cache has keys that a mask must hide."""
+    prompt, models = tokens(2, 11), (build(MODELS[name]), build(MODELS[name], "sdpa"))
+    ours, theirs = (model.generate(prompt, **GENERATE, cache_implementation="static") for model in models)
+    assert torch.equal(ours, theirs)
+    assert [(p.seqlen_q, p.seqlen_k, p.causal) for p in kernel] == [(11, 11, True)] * LAYERS
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
+def test_generation_that_compiles_its_steps(llama):
+    """What ``generate`` does by itself with a static cache on a GPU: the steps are one graph."""
+    options = {**GENERATE, "cache_implementation": "static"}
+    compiling = transformers.CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
+    compiling._compile_all_devices = True
+    model, theirs = llama
+    prompt = tokens(2, 11)
+    assert torch.equal(
+        model.generate(prompt, **options, compile_config=compiling), theirs.generate(prompt, **options)
+    )
+    torch._dynamo.reset()
+
+
+@WARNS
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_batch(pair, kernel, side):
+    prompt, mask = tokens(3, 12), torch.ones(3, 12, dtype=torch.long)
+    for row, padding in enumerate((0, 5, 2)):
+        hidden = slice(0, padding) if side == "left" else slice(12 - padding, 12)
+        mask[row, hidden] = 0
+    prompt = prompt * mask
+    ours, theirs = (model(prompt, attention_mask=mask).logits for model in pair)
+    close(ours[mask.bool()], theirs[mask.bool()])
+    assert kernel == []
+    if side == "left":
+        assert torch.equal(*(model.generate(prompt, attention_mask=mask, **GENERATE) for model in pair))
+
+
+@WARNS
+def test_grouped_heads_reach_pytorch_repeated(monkeypatch):
+    """With a mask and grouped heads PyTorch's fused kernels on a GPU decline."""
+    heads = []
+
+    def record(query, key, value, *args, **kwargs):
+        heads.append((query.shape[1], key.shape[1], value.shape[1]))
+        return query
+
+    monkeypatch.setattr(sdpa, "torch_sdpa", record)
+    q, k = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8)
+    integration.attention_forward(torch.nn.Module(), q, k, k, torch.ones(1, 1, 5, 5, dtype=torch.bool))
+    assert heads == [(4, 4, 4)]
+
+
+def test_padding_is_hidden(llama):
+    """What stands in the padding must not matter: without a mask function of its own, Transformers hands none out."""
+    model, _ = llama
+    prompt, mask = tokens(1, 12), torch.ones(1, 12, dtype=torch.long)
+    mask[0, :4] = 0
+    with pytest.warns(FlashCoreWarning, match="PyTorch's SDPA computes calls with an attention mask"):
+        one = model(prompt, attention_mask=mask).logits
+    prompt[0, :4] = tokens(1, 4, seed=1)
+    close(model(prompt, attention_mask=mask).logits[:, 4:], one[:, 4:])
+
+
+@WARNS
+def test_packed_sequences(llama, kernel):
+    """Transformers finds them in the positions and makes a mask."""
+    parts = tokens(1, 5), tokens(1, 8, seed=1)
+    positions = torch.cat([torch.arange(part.shape[1]) for part in parts])[None]
+    model, theirs = llama
+    packed = model(torch.cat(parts, 1), position_ids=positions, use_cache=False).logits
+    assert kernel == []
+    close(packed, torch.cat([theirs(part).logits for part in parts], 1))
+
+
+MASKS = {
+    "all_keys": ({}, True),
+    "all_keys_said": ({"attention_mask": torch.ones(1, 9, dtype=torch.bool)}, True),
+    "window_of_all_keys": ({"local_size": 9}, True),
+    "window": ({"local_size": 8}, False),
+    "padding": ({"attention_mask": torch.arange(9)[None] > 0}, False),
+    "keys_behind_the_last_query": ({"q_offset": 4}, False),
+    "offset_on_the_device": ({"q_offset": torch.tensor(5)}, False),
+    "more_than_causal": ({"allow_is_causal_skip": False}, False),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_which_masks_are_flashcores_own(name):
+    change, own = MASKS[name]
+    arguments = {
+        "batch_size": 1,
+        "q_length": 4,
+        "kv_length": 9,
+        "q_offset": 5,
+        "allow_is_causal_skip": True,
+        **change,
+    }
+    mask = integration.mask(**arguments)
+    assert mask.shape == (1, 1, 4, 9)
+    assert integration._is_bottom_right_causal(mask) == own
+    assert not integration._is_bottom_right_causal(mask[:, :, 1:])
+    if own:
+        assert torch.equal(mask[0, 0], torch.ones(4, 9, dtype=torch.bool).tril(5))
+
+
+@WARNS
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_dropout_on_top_of_a_cache(kernel, dropout):
+    mask = integration.mask(batch_size=1, q_length=4, kv_length=9, q_offset=5)
+    mask.flashcore_causal = True
+    q, k = torch.randn(1, 4, 4, 8), torch.randn(1, 4, 9, 8)
+    integration.attention_forward(torch.nn.Module(), q, k, k, mask, dropout)
+    assert len(kernel) == (dropout == 0)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@WARNS
+def test_more_tokens_on_top_of_a_dynamic_cache(pair, kernel, padded):
+    """The next turn of a chat: the mask is aligned to the bottom right, which FlashCore has and SDPA has not."""
+    mask = torch.ones(2, 16, dtype=torch.long)
+    mask[1, :3] = not padded
+    results = []
+    for model in pair:
+        cache = model(tokens(2, 9), attention_mask=mask[:, :9], use_cache=True).past_key_values
+        kernel.clear()
+        results.append(model(tokens(2, 7, seed=1), attention_mask=mask, past_key_values=cache).logits)
+        if model is pair[0]:
+            expected = [] if padded else [(7, 16, True)] * LAYERS
+            assert [(p.seqlen_q, p.seqlen_k, p.causal) for p in kernel] == expected
+    close(*results)
+
+
+@WARNS
+def test_more_tokens_on_top_of_a_static_cache(llama, kernel):
+    """Behind its last token a static cache has keys that nobody may see."""
+    results = []
+    for model in llama:
+        cache = transformers.StaticCache(config=model.config, max_cache_len=16)
+        model(tokens(1, 9), past_key_values=cache)
+        results.append(model(tokens(1, 7, seed=1), past_key_values=cache).logits)
+    close(*results)
+    assert {(p.seqlen_q, p.seqlen_k) for p in kernel} == {(9, 9)}
+
+
+def test_training(pair, kernel):
+    gradients = []
+    for model in pair:
+        model.train()
+        prompt = tokens(2, 13)
+        model(prompt, labels=prompt).loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    assert len(kernel) == LAYERS
+    for name, gradient in gradients[0].items():
+        close(gradient, gradients[1][name])
+
+
+def test_gradient_checkpointing(llama, kernel):
+    gradients = []
+    for model in llama:
+        model.train()
+        model.gradient_checkpointing_enable()
+        prompt = tokens(2, 13)
+        model(prompt, labels=prompt, use_cache=False).loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    close(*gradients)
+    assert len(kernel) == 2 * LAYERS
+
+
+@WARNS
+def test_dropout(llama, kernel):
+    """The same random numbers as with "sdpa", as it is PyTorch that draws them."""
+    losses = []
+    for model in llama:
+        model.train()
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = 0.5
+        torch.manual_seed(1)
+        prompt = tokens(2, 13)
+        losses.append(model(prompt, labels=prompt).loss)
+        if len(losses) == 1:
+            assert kernel == []
+    close(*losses)
+
+
+def test_not_causal(kernel):
+    """An encoder: no mask at all, unless there is padding."""
+    config = transformers.BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        intermediate_size=48,
+    )
+    models = []
+    for implementation in (integration.NAME, "sdpa"):
+        torch.manual_seed(0)
+        models.append(
+            transformers.AutoModel.from_config(
+                copy.deepcopy(config), attn_implementation=implementation
+            ).eval()
+        )
+    close(*(model(tokens(2, 9)).last_hidden_state for model in models))
+    assert [p.causal for p in kernel] == [False] * LAYERS
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
+def test_compiled_layers(llama, kernel):
+    """Compile layers, not the model: of a model that is traced, Transformers makes a mask for every call."""
+    model, theirs = llama
+    for layer in model.model.layers:
+        layer.compile(backend="aot_eager", fullgraph=True)
+    for length in (9, 12, 17):
+        prompt = tokens(2, length)
+        close(model(prompt, use_cache=False).logits, theirs(prompt, use_cache=False).logits)
+    assert len(kernel) == 3 * LAYERS
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
+def test_compiled_model(llama):
+    model, theirs = llama
+    prompt = tokens(2, 9)
+    whole = torch.compile(model, backend="aot_eager", fullgraph=True)
+    close(whole(prompt, use_cache=False).logits, theirs(prompt, use_cache=False).logits)
+    torch._dynamo.reset()
+
+
+# ---- what is refused ---------------------------------------------------------------------------------------------
+
+
+def test_sliding_window_that_hides_keys():
+    config = transformers.MistralConfig(**SIZES, sliding_window=8)
+    model, theirs = build(config), build(config, "sdpa")
+    short = tokens(1, 7)
+    close(model(short).logits, theirs(short).logits)
+    with pytest.raises(
+        UnsupportedError, match=r"sliding_window \(8 < 9 keys\).*attn_implementation=\"sdpa\""
+    ):
+        model(tokens(1, 9))
+
+
+@WARNS
+def test_decoding_past_a_sliding_window():
+    """The cache keeps no more keys than the window shows."""
+    config = transformers.MistralConfig(**SIZES, sliding_window=8)
+    assert torch.equal(
+        *(build(config, name).generate(tokens(1, 5), **GENERATE) for name in (integration.NAME, "sdpa"))
+    )
+
+
+def test_softcap():
+    with pytest.raises(UnsupportedError, match=r"softcap \(50.0\) is not supported"):
+        build(transformers.Gemma2Config(**SIZES, head_dim=8))(tokens(1, 5))
+
+
+def test_attention_weights(llama):
+    model, _ = llama
+    with pytest.raises(UnsupportedError, match="output_attentions"):
+        model(tokens(1, 5), output_attentions=True)
+    model.config.output_attentions = None
+    with pytest.raises(ValueError, match=r"output_attentions.*not supported"):
+        model.config.output_attentions = True
+
+
+@pytest.mark.parametrize("argument", ["s_aux", "position_bias", "cu_seq_lens_q"])
+def test_arguments_of_other_models(argument):
+    q = torch.randn(1, 4, 5, 8)
+    with pytest.raises(UnsupportedError, match=f"{argument} is not supported"):
+        integration.attention_forward(torch.nn.Module(), q, q, q, None, **{argument: torch.ones(4)})
+
+
+def test_name():
+    """Transformers refuses "flashcore"; a mask function of the same name is what padded batches depend on."""
+    assert "flash" not in integration.NAME
+    assert transformers.AttentionInterface()[integration.NAME] is integration.attention_forward
+    assert transformers.AttentionMaskInterface()[integration.NAME] is integration.mask
+    model = build(MODELS["llama"], "sdpa")
+    model.set_attn_implementation(integration.NAME)
+    assert model.config._attn_implementation == integration.NAME
+
+
+# ---- on a GPU ----------------------------------------------------------------------------------------------------
+
+GPU_CONFIG = transformers.LlamaConfig(
+    vocab_size=1024, hidden_size=1024, intermediate_size=2048, num_hidden_layers=4, num_attention_heads=16,
+    num_key_value_heads=4, head_dim=64, pad_token_id=0, bos_token_id=1, eos_token_id=None,
+)  # fmt: skip
+
+
+@pytest.fixture
+def gpu_models():
+    """The model in bfloat16 with FlashCore's and with PyTorch's attention, and in float32 with PyTorch's."""
+    models = []
+    for implementation, dtype in (
+        (integration.NAME, torch.bfloat16),
+        ("sdpa", torch.bfloat16),
+        ("sdpa", torch.float32),
+    ):
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(GPU_CONFIG, attn_implementation=implementation)
+        models.append(model.bfloat16().to("cuda", dtype).eval())  # the same rounded weights
+    return models
+
+
+def within_noise(ours, theirs, exact):
+    """FlashCore's error is at most twice PyTorch's, in the same dtype."""
+    errors = [(result.double() - exact.double()).abs().max().item() for result in (ours, theirs)]
+    assert errors[0] <= 2 * errors[1], errors
+
+
+@pytest.mark.gpu
+@WARNS
+def test_logits_on_a_gpu(gpu_models):
+    prompt = torch.randint(2, 1024, (2, 777), device="cuda")
+    with torch.no_grad():
+        within_noise(*(model(prompt).logits for model in gpu_models))
+
+
+@pytest.mark.gpu
+@WARNS
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generation_on_a_gpu(gpu_models, cache):
+    """With the static cache `generate` compiles the steps into CUDA graphs."""
+    prompt = torch.randint(2, 1024, (2, 129), device="cuda")
+    options = {
+        **GENERATE, "cache_implementation": cache, "output_logits": True, "return_dict_in_generate": True,
+    }  # fmt: skip
+    results = [model.generate(prompt, **options) for model in gpu_models]
+    within_noise(*(result.logits[0] for result in results))
+    generated = results[0].sequences  # the logits of the steps, given the same tokens
+    for step in range(1, GENERATE["max_new_tokens"]):
+        with torch.no_grad():
+            expected = [model(generated[:, : 129 + step]).logits[:, -1] for model in gpu_models[1:]]
+        within_noise(results[0].logits[step], *expected)
+
+
+@pytest.mark.gpu
+@WARNS
+def test_training_on_a_gpu(gpu_models):
+    prompt = torch.randint(2, 1024, (2, 512), device="cuda")
+    for model in gpu_models:
+        model.train()
+        model(prompt, labels=prompt).loss.backward()
+    for ours, theirs, exact in zip(*(model.parameters() for model in gpu_models), strict=True):
+        within_noise(ours.grad, theirs.grad, exact.grad)
+
+
+@pytest.mark.gpu
+@WARNS
+def test_padded_batch_on_a_gpu(gpu_models):
+    prompt = torch.randint(2, 1024, (2, 300), device="cuda")
+    mask = torch.ones_like(prompt)
+    mask[1, :100] = 0
+    with torch.no_grad():
+        within_noise(*(model(prompt, attention_mask=mask).logits[mask.bool()] for model in gpu_models))
