@@ -47,7 +47,7 @@ struct Softmax {
   __forceinline__ void set_thresholds() {
 #pragma unroll
     for (int slot = 0; slot < 2; ++slot) {
-      const float half = log2_approx(row_sum[slot]) + 1;  // of four times this thread's share: no shuffles
+      const float half = log2_approx(quad_sum(row_sum[slot])) - 1;
       threshold[slot] = row_max[slot] + fminf(fmaxf(half, 0), headroom) * unit;
     }
     fast = __all_sync(full_warp, threshold[0] >= 0 && threshold[1] >= 0);
