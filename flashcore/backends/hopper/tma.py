@@ -110,10 +110,11 @@ def matrix_map(matrix: torch.Tensor, rows: int, columns: int = BOX_COLS):
 
 
 def _encode(tensor: torch.Tensor, box: tuple[int, ...]):
-    from cuda.core import TensorMapDescriptorOptions
+    from cuda.core import Device, TensorMapDescriptorOptions
     from cuda.core._tensor_map import TensorMapL2Promotion, TensorMapSwizzle
     from cuda.core.utils import StridedMemoryView
 
+    Device(tensor.device.index).set_current()  # autograd's threads may have no CUDA context yet
     itemsize = tensor.element_size()
     # A dimension of size 1 may have any stride, but the map wants a legal one.
     sizes_and_strides = zip(tensor.shape, tensor.stride(), strict=True)
