@@ -60,7 +60,8 @@ def test_real_backends_on_the_cpu():
     assert plan(PROBLEM).backend == "sdpa"
     with_lse = plan(replace(PROBLEM, return_lse=True))
     assert with_lse.backend == "reference"
-    assert [name for name, _ in with_lse.rejected] == [name for name in backends.BACKENDS if name != "reference"]
+    before = backends.BACKENDS[: backends.BACKENDS.index("reference")]
+    assert tuple(name for name, _ in with_lse.rejected) == before
     assert "return_lse" in dict(with_lse.rejected)["sdpa"]
 
 
