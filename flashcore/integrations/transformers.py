@@ -60,7 +60,7 @@ def attention_forward(
     if sliding_window is not None and key.shape[2] > sliding_window:
         _refuse("sliding_window", f"{sliding_window} < {key.shape[2]} keys", "sliding windows")
 
-    if _is_bottom_right_causal(attention_mask) and not dropout:
+    if _is_bottom_right_causal(attention_mask, query, key) and not dropout:
         q, k, v = (t.transpose(1, 2) for t in (query, key, value))
         return api.attention(q, k, v, causal=True, scale=scaling), None
     if attention_mask is not None:
@@ -109,8 +109,14 @@ def _sees_all_keys(
     )
 
 
-def _is_bottom_right_causal(attention_mask: torch.Tensor | None) -> bool:
-    return not torch.compiler.is_compiling() and getattr(attention_mask, "flashcore_causal", False)
+def _is_bottom_right_causal(
+    attention_mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor
+) -> bool:
+    return (
+        not torch.compiler.is_compiling()
+        and getattr(attention_mask, "flashcore_causal", False)
+        and attention_mask.shape[2:] == (query.shape[2], key.shape[2])
+    )
 
 
 def _refuse(argument: str, given: object, feature: str) -> None:

@@ -196,8 +196,10 @@ def test_which_masks_are_flashcores_own(name):
     }
     mask = integration.mask(**arguments)
     assert mask.shape == (1, 1, 4, 9)
-    assert integration._is_bottom_right_causal(mask) == own
-    assert not integration._is_bottom_right_causal(mask[:, :, 1:])
+    q, k = torch.empty(1, 4, 4, 8), torch.empty(1, 4, 9, 8)
+    assert integration._is_bottom_right_causal(mask, q, k) == own
+    assert not integration._is_bottom_right_causal(mask[:, :, 1:], q[:, :, 1:], k), "made from it, but not it"
+    assert not integration._is_bottom_right_causal(mask, q, k[:, :, 1:]), "made for other keys"
     if own:
         assert torch.equal(mask[0, 0], torch.ones(4, 9, dtype=torch.bool).tril(5))
 
