@@ -17,7 +17,7 @@ Data flow   dq:   q, dout -> shared memory once;  k, v -> buffers -> S, dP -> dS
             dkdv: k, v -> shared memory once;  q, dout -> buffers -> S^T, dP^T -> P^T, dS^T in registers -> dV, dK
             Keys are the rows of S^T, so P^T and dS^T are first operands straight from registers.
 Schedule    LOOKAHEAD overlaps exponentials with products that nothing waits for (see attention_fwd.py):
-            dq:   dS(i) while dS K (i-1) runs | S(i+1), dP(i+1) | dS K (i) is issued
+            dq:   dS(i) while dS K (i-1) runs | S(i+1), dP(i+1), waits for all | round dS | dS K (i) is issued
             dkdv: P(i) while dS^T Q (i-1) runs | dP(i) | P^T dout (i) is issued | dS(i) while it runs | S(i+1) |
                   dS^T Q (i) is issued
             K (dq) or Q (dkdv) of a tile is then read twice, one iteration apart; L2 has it.
@@ -29,7 +29,7 @@ Masking     Tiles that cross the diagonal or the end of the keys select, behind 
 import triton
 import triton.language as tl
 
-from flashcore.backends.triton.tiles import head_base, load_rows, store_rows, tile_and_head
+from flashcore.backends.triton.tiles import head_base, load_rows, round_here, store_rows, tile_and_head
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -95,12 +95,14 @@ def attention_bwd_dq(q, k, v, out, dout, lse, stats, dq, strides_q, strides_k, s
         ds = p * (dp - delta[:, None])
         if key >= edge:
             ds = tl.where(key + tl.arange(0, TILE_N)[None, :] < visible[:, None], ds, 0.0)
-        ds = ds.to(q.dtype.element_ty)
         if LOOKAHEAD:  # past the last tile: not used
             k_next = load_rows(k_head, batch, head_k, key + TILE_N, limit, strides_k, HEAD_DIM, TILE_N, BLOCK_D, TMA)
             s = tl.dot(q_tile, k_next.T, input_precision="ieee")
             v_next = load_rows(v_head, batch, head_k, key + TILE_N, limit, strides_v, HEAD_DIM, TILE_N, BLOCK_D, TMA)
             dp = tl.dot(dout_tile, v_next.T, input_precision="ieee")
+            ds = round_here(ds, q.dtype.element_ty)  # the last one is being read until S and dP have been waited for
+        else:
+            ds = ds.to(q.dtype.element_ty)
         acc = tl.dot(ds, k_tile, acc, input_precision="ieee")
     store_rows(dq, acc * scale, batch, head, first, seqlen_q, strides_out, HEAD_DIM, TILE_M, BLOCK_D)
 

@@ -12,10 +12,11 @@ Grid        (row tiles x heads, splits). A program owns TILE_M rows of one head 
 Data flow   q -> registers or shared memory, once;  k, v -> `stages` buffers in shared memory -> tensor cores -> acc in
             registers -> out. With more than one split out and lse are float32 partial results, which `combine` merges.
 Schedule    LOOKAHEAD computes the scores of the next tile before the product with V of this one:
-                softmax(i) while P V (i-1) runs | S(i+1), waits for both | rescale acc | P V (i) is issued | ...
+                softmax(i) while P V (i-1) runs | S(i+1), waits for both | round P, rescale acc | P V (i) is issued | ...
             On Hopper, where products are asynchronous, Triton keeps P V in flight over the loop's back edge this way
-            (checked in the SASS: no wait between its HGMMA and those of the next S). It costs one product of scores
-            per program that is thrown away, and one more buffer for K. Without it the softmax waits for S and the
+            (checked in the SASS: no wait between its HGMMA and those of the next S). P is rounded only after that
+            wait: until then the registers that hold the last one are being read. It costs one product of scores per
+            program that is thrown away, and one more buffer for K. Without it the softmax waits for S and the
             tensor cores wait for the softmax, unless another program on the SM fills in.
 Masking     Only tiles that hold a key some row does not see (from `edge` on) compare and select, behind a uniform
             branch; hidden scores are replaced by -inf, never added to. K and V past the end are zeros.
@@ -31,7 +32,7 @@ Numerics    Scores stay unscaled; scale * log2(e) is folded into the exponent: p
 import triton
 import triton.language as tl
 
-from flashcore.backends.triton.tiles import head_base, load_rows, tile_and_head
+from flashcore.backends.triton.tiles import head_base, load_rows, round_here, tile_and_head
 
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -106,10 +107,12 @@ def attention_fwd(q, k, v, out, lse, strides_q, strides_k, strides_v, strides_ou
         rescale = tl.exp2(row_max - shift)
         row_sum = row_sum * rescale + tl.sum(p, 1)
         row_max = new_max
-        p = p.to(q.dtype.element_ty)
         if LOOKAHEAD:  # past the last tile: not used
             k_tile = load_rows(k_head, batch, head_k, key + TILE_N, limit, strides_k, HEAD_DIM, TILE_N, BLOCK_D, TMA)
             s = tl.dot(q_tile, k_tile.T, input_precision="ieee")
+            p = round_here(p, q.dtype.element_ty)  # P of the last tile is still being read until S has been waited for
+        else:
+            p = p.to(q.dtype.element_ty)
         acc = acc * rescale[:, None]
         v_tile = load_rows(v_head, batch, head_k, key, limit, strides_v, HEAD_DIM, TILE_N, BLOCK_D, TMA)
         acc = tl.dot(p, v_tile, acc, input_precision="ieee")

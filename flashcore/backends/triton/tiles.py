@@ -16,6 +16,8 @@ are 32-bit.
 import triton
 import triton.language as tl
 
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # decided, like the kernels' own fate, at the first import
+
 
 @triton.jit
 def tile_and_head(tiles, heads, section):
@@ -67,3 +69,22 @@ def store_rows(target, tile, batch, head, start, stop, strides, HEAD_DIM: tl.con
     base = head_base(target, batch, head, strides, False) + tl.cast(start, tl.int64) * strides[1]
     inside = (rows < stop - start) & (cols < HEAD_DIM)
     tl.store(base + (rows * strides[1] + cols * strides[3]), tile.to(target.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def round_here(x, dtype: tl.constexpr):
+    """float32 to `dtype`, at this place among the waits of the program; `to` may be moved.
+
+    For the first operand of a product that stays in flight over a loop's back edge. Registers belong to the product
+    until it has been waited for: the next operand must not be written before, which neither Triton nor the assembler
+    sees to (docs/log/0009).
+    """
+    if INTERPRETED or dtype == tl.float32:
+        rounded = x.to(dtype)
+    elif dtype == tl.bfloat16:
+        rounded = tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], tl.bfloat16, is_pure=False,
+                                            pack=2)
+    else:
+        rounded = tl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [x], tl.float16, is_pure=False,
+                                            pack=2)
+    return rounded
