@@ -134,7 +134,7 @@ def descriptor(tensor: torch.Tensor, rows: int, block_d: int) -> TensorDescripto
 def _constants(tile: Tile) -> dict[str, int | bool]:
     return {
         "TILE_M": tile.tile_m, "TILE_N": tile.tile_n, "LOOKAHEAD": tile.lookahead,
-        "num_warps": tile.warps, "num_stages": tile.stages,
+        "num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers,
     }  # fmt: skip
 
 

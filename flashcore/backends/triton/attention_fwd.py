@@ -12,7 +12,7 @@ Grid        (row tiles x heads, splits). A program owns TILE_M rows of one head 
 Data flow   q -> registers or shared memory, once;  k, v -> `stages` buffers in shared memory -> tensor cores -> acc in
             registers -> out. With more than one split out and lse are float32 partial results, which `combine` merges.
 Schedule    LOOKAHEAD computes the scores of the next tile before the product with V of this one:
-                softmax(i) while P V (i-1) runs | S(i+1), waits for both | round P, rescale acc | P V (i) is issued | ...
+                softmax(i) while P V (i-1) runs | S(i+1), waits for both | round P, rescale acc | P V (i) is issued
             On Hopper, where products are asynchronous, Triton keeps P V in flight over the loop's back edge this way
             (checked in the SASS: no wait between its HGMMA and those of the next S). P is rounded only after that
             wait: until then the registers that hold the last one are being read. It costs one product of scores per

@@ -72,7 +72,8 @@ def compile_kernel(
             attributes[(i,)] = aligned
     source = ASTSource(function, signature, values, attributes)
     target = GPUTarget("cuda", arch[0] * 10 + arch[1], 32)
-    return triton.compile(source, target, {"num_warps": tile.warps, "num_stages": tile.stages})
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers}
+    return triton.compile(source, target, options)
 
 
 def resources(compiled: CompiledKernel) -> Resources:

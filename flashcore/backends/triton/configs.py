@@ -43,9 +43,11 @@ class Tile:
     lookahead: bool = False  # compute the next scores before this tile's last product; see attention_fwd.py
     tma: bool = False  # read the streams by the copy engine, where the tensors allow it
     q_registers: bool = False  # forward: keep Q in registers instead of shared memory
+    registers: int | None = None  # per thread at most, so that more programs fit on an SM; None: what it takes
 
     def __str__(self) -> str:
         flags = "".join(f", {name}" for name in ("lookahead", "tma", "q_registers") if getattr(self, name))
+        flags += f", {self.registers} registers" if self.registers else ""
         return f"{self.tile_m} x {self.tile_n}, {self.warps} warps, {self.stages} stages{flags}"
 
 
@@ -184,9 +186,9 @@ _HOPPER = (  # sm_90: 227 KiB of shared memory, asynchronous matrix products of 
         "forward",
         64,
         _16bit,
-        Tile(128, 64, 8, 3, lookahead=True, tma=True),
+        Tile(128, 64, 8, 3, lookahead=True, tma=True, registers=128),
         73,
-        "125 registers: two programs per SM",
+        "two programs per SM, for three spilled registers",
     ),
     Row("forward", 128, _few_rows(16), Tile(16, 64, 4, 3, tma=True), 71, _DECODE),
     Row(
@@ -212,7 +214,7 @@ _HOPPER = (  # sm_90: 227 KiB of shared memory, asynchronous matrix products of 
         _16bit,
         Tile(128, 64, 8, 2, lookahead=True, tma=True),
         225,
-        "the widest tile that fits twice",
+        "the widest tile of which two stages fit",
     ),
     Row(
         "dq",

@@ -75,9 +75,9 @@ def store_rows(target, tile, batch, head, start, stop, strides, HEAD_DIM: tl.con
 def round_here(x, dtype: tl.constexpr):
     """float32 to `dtype`, at this place among the waits of the program; `to` may be moved.
 
-    For the first operand of a product that stays in flight over a loop's back edge. Registers belong to the product
-    until it has been waited for: the next operand must not be written before, which neither Triton nor the assembler
-    sees to (docs/log/0009).
+    For the first operand of a product that stays in flight over a loop's back edge. Its registers belong to that
+    product until it has been waited for: the next operand must be written after the wait, which neither Triton nor its
+    assembler sees to (docs/log/0009; tests look for it in the SASS).
     """
     if INTERPRETED or dtype == tl.float32:
         rounded = x.to(dtype)
