@@ -43,7 +43,9 @@ class Tile:
     lookahead: bool = False  # compute the next scores before this tile's last product; see attention_fwd.py
     tma: bool = False  # read the streams by the copy engine, where the tensors allow it
     q_registers: bool = False  # forward: keep Q in registers instead of shared memory
-    registers: int | None = None  # per thread at most, so that more programs fit on an SM; None: what it takes
+    registers: int | None = (
+        None  # per thread at most, so that more programs fit on an SM; None: what it takes
+    )
 
     def __str__(self) -> str:
         flags = "".join(f", {name}" for name in ("lookahead", "tma", "q_registers") if getattr(self, name))
