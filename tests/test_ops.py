@@ -19,6 +19,9 @@ from tests.cases import BY_NAME
 from tests.tolerance import assert_forward, assert_gradients
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
+
+
 @pytest.fixture(autouse=True)
 def _forget_graphs():
     torch._dynamo.reset()
@@ -107,10 +110,8 @@ def test_one_graph_for_all_lengths(add_backend, requires_grad):
     assert seen == lengths
 
 
+@pytest.mark.parametrize("backend", ["recomputed", "own_backward", "reference"], indirect=True)
 def test_lse(backend):
-    if backend == "sdpa":
-        pytest.skip("it gives none")
-
     def both(q, k, v):
         return flashcore.attention(q, k, v, return_lse=True, backend=backend)
 
