@@ -18,7 +18,6 @@ from flashcore.plan import override
 from tests.cases import BY_NAME
 from tests.tolerance import assert_forward, assert_gradients
 
-
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 
 
