@@ -365,18 +365,23 @@ def explain(
     from flashcore.errors import FlashCoreError
     from flashcore.plan import plan
 
-    try:
-        sizes = [int(part) for part in shape.split(",")]
-    except ValueError:
-        sizes = []
-    if len(sizes) != 6 or min(sizes) < 0:
-        raise _fail(f"--shape {shape!r} is not batch,seqlen_q,seqlen_k,heads_q,heads_k,head_dim")
+    sizes = _sizes(shape)
     try:
         problem = _problem(sizes, dtype, causal, scale, grad, lse, arch)
         chosen = plan(problem, backend) if arch is None else _plan_elsewhere(problem, backend)
     except FlashCoreError as error:
         raise _fail(str(error)) from None
     print(chosen)
+
+
+def _sizes(shape: str) -> list[int]:
+    try:
+        sizes = [int(part) for part in shape.split(",")]
+    except ValueError:
+        sizes = []
+    if len(sizes) != 6 or min(sizes) < 0:
+        raise _fail(f"--shape {shape!r} is not batch,seqlen_q,seqlen_k,heads_q,heads_k,head_dim")
+    return sizes
 
 
 def _problem(sizes, dtype, causal, scale, grad, lse, arch):
@@ -426,6 +431,81 @@ def _plan_elsewhere(problem, backend: str):
             return planning.Plan(problem, name, config, backward, why, backward_why, tuple(rejected))
         rejected.append((name, reason))
     raise UnsupportedError("no backend can:" + "".join(f"\n  {name}: {reason}" for name, reason in rejected))
+
+
+# --- profile
+
+
+@app.command()
+def profile(
+    suite: Annotated[str, typer.Option(help="The suite that --case chooses from.")] = "forward",
+    case: Annotated[str | None, typer.Option(help="Cases whose name matches this regular expression.")] = None,
+    shape: Annotated[str | None, typer.Option(help="batch,seqlen_q,seqlen_k,heads_q,heads_k,head_dim")] = None,
+    causal: Annotated[bool, typer.Option(help="With --shape: hide the future.")] = False,
+    dtype: Annotated[str, typer.Option(help="With --shape: bfloat16 or float16")] = "bfloat16",
+    impl: Annotated[str, typer.Option(help="The implementation whose longest kernel is shown.")] = "flashcore",
+    ncu: Annotated[Path | None, typer.Option(help="Nsight Compute's command line, if it is not found.")] = None,
+    prepare: Annotated[bool, typer.Option("--prepare", help="Only print the commands, to be run elsewhere.")] = False,
+    read: Annotated[Path | None, typer.Option(help="Only show the log that such a command left.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where to write <gpu>/profile.json.")] = None,
+    commit: Annotated[str | None, typer.Option(envvar="FLASHCORE_COMMIT", help="What to record as commit.")] = None,
+) -> None:
+    """Profile kernels with Nsight Compute: busy units, memory, and why warps wait; or say what is missing for it.
+
+    Without --case and --shape a fixed choice of cases is profiled and recorded in benchmarks/results; others are only
+    recorded with --out.
+    """
+    from flashcore.bench import profile as profiling
+    from flashcore.bench import record
+    from flashcore.bench.peers import PEERS
+    from flashcore.errors import EnvironmentProblem
+
+    try:
+        if read is not None:
+            _show(profiling.table(profiling.read(read.read_text())))
+            return
+        if impl not in PEERS:
+            raise _fail(f"no such implementation: {impl} (there are: {', '.join(PEERS)})")
+        cases = _profiled_cases(suite, case, shape, causal, dtype)
+        found = profiling.find_ncu(ncu)
+        if prepare:
+            for one in cases:
+                print(profiling.prepared(found, one, impl))
+            return
+        if reason := profiling.missing(found):
+            raise _fail(
+                f"cannot profile: {reason}. For another machine, --prepare prints the command, --read shows its log."
+            )
+        with _progress() as progress:
+            task = progress.add_task("profile", total=len(cases), completed=-1)
+
+            def on_case(name: str) -> None:
+                progress.update(task, description=f"profile: {name}", advance=1)
+
+            data = profiling.run(cases, impl, found, commit, on_case)
+    except (EnvironmentProblem, OSError) as error:
+        raise _fail(f"cannot profile: {error}") from None
+    _show(profiling.table(data["rows"]))
+    if out is not None or (case is None and shape is None and impl == "flashcore"):
+        path = record.path_for(data, out or _default_results())
+        record.write(data, path)
+        _console().print(f"recorded in {path}")
+
+
+def _profiled_cases(suite: str, pattern: str | None, shape: str | None, causal: bool, dtype: str) -> list:
+    from flashcore.bench import profile as profiling
+    from flashcore.bench.cases import SUITES, Case
+
+    if shape is not None:
+        batch, seqlen_q, seqlen_k, heads, kv_heads, head_dim = _sizes(shape)
+        return [Case(batch, seqlen_q, seqlen_k, heads, kv_heads, head_dim, causal, dtype)]
+    if pattern is None:
+        return list(profiling.CASES)
+    if suite not in SUITES:
+        raise _fail(f"no such suite: {suite} (there are: {', '.join(SUITES)})")
+    if not (found := [one for one in SUITES[suite].cases if re.search(pattern, one.name)]):
+        raise _fail(f"no case of suite {suite} matches {pattern!r}; flashcore bench --list shows them")
+    return found
 
 
 # --- report

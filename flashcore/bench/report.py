@@ -386,9 +386,13 @@ class Documents:
 
     def blocks(self) -> dict[Path, dict[str, str]]:
         """What each block of each document should say."""
+        from flashcore.bench import profile
+
+        performance = self.root / "docs" / "performance.md"
         return {
             self.root / "README.md": {"forward": self._forward_block()},
             self.root / "docs" / "benchmarks.md": {"tables": self._tables_block()},
+            **({performance: profile.document_blocks(self)} if performance.exists() else {}),
         }
 
     def _forward_block(self) -> str:

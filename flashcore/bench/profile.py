@@ -1,0 +1,446 @@
+"""Where a kernel's cycles go: what the chip's rates say that they must, and what Nsight Compute counts.
+
+:func:`run` profiles implementations case by case, each in a process of its own under ``ncu``, and returns a record like
+those of ``flashcore bench``. :func:`roofline_table` needs no profiler: it holds recorded times of the forward kernel
+against the cycles that each unit of the chip must be busy.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from flashcore.bench import record
+from flashcore.bench.cases import SUITES, Case, GemmCase
+from flashcore.bench.machine import slug
+from flashcore.bench.report import NOTHING, Documents, Shape, Table, provenance, shapes
+from flashcore.errors import EnvironmentProblem
+
+SUITE = "profile"  # of the record
+WARM_UP_S = 0.3
+
+# What is profiled when nothing is named: long sequences, and the short ones that other things limit.
+CASES = tuple(
+    case
+    for case in SUITES["forward"].cases
+    if (case.head_dim, case.causal, case.seqlen_q)
+    in {
+        *((head_dim, False, 4096) for head_dim in (64, 128, 256)),
+        *((head_dim, True, 4096) for head_dim in (64, 128, 256)),
+        *((head_dim, True, 512) for head_dim in (64, 128, 256)),
+        *((head_dim, True, 1024) for head_dim in (64, 128)),
+    }
+)
+
+
+# --- Nsight Compute
+
+
+@dataclass(frozen=True)
+class Quantity:
+    key: str  # in a row of the record
+    header: str
+    metrics: tuple[str, ...]  # of ncu, by preference: names differ between chips and versions
+
+
+def _percent(key: str, header: str, *metrics: str) -> Quantity:
+    return Quantity(key, header, tuple(f"{metric}.avg.pct_of_peak_sustained_elapsed" for metric in metrics))
+
+
+QUANTITIES = (
+    Quantity("us", "us", ("gpu__time_duration.sum",)),
+    Quantity("sm_mhz", "MHz", ("sm__cycles_elapsed.avg.per_second",)),
+    _percent(
+        "tensor_pct", "tensor pipe", "sm__pipe_tensor_cycles_active", "sm__pipe_tensor_op_hmma_cycles_active"
+    ),
+    _percent("exp_pct", "exp pipe", "sm__inst_executed_pipe_xu"),
+    _percent("fma_pct", "FMA pipe", "sm__inst_executed_pipe_fma", "sm__pipe_fma_cycles_active"),
+    _percent("alu_pct", "ALU pipe", "sm__inst_executed_pipe_alu", "sm__pipe_alu_cycles_active"),
+    _percent("issue_pct", "issue slots", "smsp__issue_active", "sm__inst_issued"),
+    _percent("smem_pct", "shared memory", "l1tex__data_bank_reads"),
+    _percent("l2_pct", "L2", "lts__throughput", "lts__t_sectors"),
+    _percent("hbm_pct", "HBM", "dram__throughput", "gpu__dram_throughput"),
+)
+# Why warps could not issue, each in warps per issued instruction. "gmma" is Hopper's wait at a matrix product.
+STALLS = (
+    "barrier", "branch_resolving", "dispatch_stall", "drain", "gmma", "imc_miss", "lg_throttle", "long_scoreboard",
+    "math_pipe_throttle", "membar", "mio_throttle", "misc", "no_instruction", "not_selected", "short_scoreboard",
+    "sleeping", "tex_throttle", "wait",
+)  # fmt: skip
+# To microseconds and to megahertz; other units are taken as they are.
+_FACTORS = {
+    "nsecond": 1e-3, "ns": 1e-3, "usecond": 1, "us": 1, "msecond": 1e3, "ms": 1e3, "second": 1e6, "s": 1e6,
+    "hz": 1e-6, "khz": 1e-3, "mhz": 1, "ghz": 1e3,
+    "cycle/second": 1e-6, "cycle/s": 1e-6, "cycle/usecond": 1, "cycle/us": 1, "cycle/nsecond": 1e3, "cycle/ns": 1e3,
+    "": 1, "%": 1, "inst": 1, "warp": 1, "ratio": 1, "warp/inst": 1,
+}  # fmt: skip
+
+
+def _stall_metric(reason: str) -> str:
+    return f"smsp__average_warps_issue_stalled_{reason}_per_issue_active.ratio"
+
+
+def find_ncu(given: Path | None = None) -> str | None:
+    """The profiler: the one that is named, that of the PATH, or where NVIDIA's packages put it."""
+    if given is not None:
+        return shutil.which(str(given))
+    newest_first = sorted(Path("/opt/nvidia/nsight-compute").glob("*/ncu"), reverse=True)
+    usual = map(str, (Path("/usr/local/cuda/bin/ncu"), *newest_first))
+    return shutil.which("ncu") or next(filter(None, map(shutil.which, usual)), None)
+
+
+def missing(ncu: str | None) -> str | None:
+    """What this machine lacks for profiling; None if it seems to have everything."""
+    import torch
+
+    if ncu is None:
+        return "Nsight Compute's ncu is not installed, or not on the PATH (--ncu names it)"
+    if not torch.cuda.is_available():
+        return "no CUDA GPU is available: kernels are profiled while they run"
+    return None
+
+
+def listed_metrics(ncu: str) -> set[str]:
+    """Names (without their suffixes) that this ncu can collect on this machine's GPU."""
+    done = subprocess.run([ncu, "--query-metrics"], capture_output=True, text=True)
+    if done.returncode:
+        raise EnvironmentProblem(f"ncu --query-metrics failed: {_complaint(done.stdout + done.stderr)}")
+    return set(re.findall(r"^\s*(\w+__\w+)", done.stdout, re.M))
+
+
+def choose_metrics(listed: set[str]) -> list[str]:
+    """The metrics to ask for: of each quantity the first that is listed, and every listed stall.
+
+    ncu refuses to start over one unknown name. A list without any of ours is in a form that we cannot read: then all
+    are asked for, and ncu has the word.
+    """
+    wanted = [quantity.metrics for quantity in QUANTITIES] + [(_stall_metric(reason),) for reason in STALLS]
+    known = [next((m for m in names if m.partition(".")[0] in listed), None) for names in wanted]
+    return list(filter(None, known)) or [names[0] for names in wanted]
+
+
+def command(ncu: str, case: Case | GemmCase, impl: str, metrics: Sequence[str], log: Path) -> list[str]:
+    """The command line that profiles one call and leaves ncu's table in ``log``."""
+    return [
+        ncu, "--csv", "--page", "raw", "--print-units", "base", "--clock-control", "none", "--target-processes", "all",
+        "--profile-from-start", "off", "--metrics", ",".join(metrics), "--log-file", str(log),
+        sys.executable, "-m", "flashcore.bench.profile", impl, json.dumps(case.fields()),
+    ]  # fmt: skip
+
+
+def prepared(ncu: str | None, case: Case | GemmCase, impl: str) -> str:
+    """The same for a shell, to be run by somebody who may read the counters."""
+    everything = [quantity.metrics[0] for quantity in QUANTITIES] + [
+        _stall_metric(reason) for reason in STALLS
+    ]
+    return shlex.join(command(ncu or "ncu", case, impl, everything, Path(f"{case.name}.csv")))
+
+
+def profile(ncu: str, case: Case | GemmCase, impl: str, metrics: Sequence[str]) -> dict:
+    """What ncu counts during one call after a warm-up: the keys of :data:`QUANTITIES`, "kernel" and "stalls".
+
+    :raises EnvironmentProblem: ncu could not, and why.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log.csv"
+        done = subprocess.run(command(ncu, case, impl, metrics, log), capture_output=True, text=True)
+        text = log.read_text() if log.exists() else ""
+    if done.returncode or '"ID"' not in text:
+        raise EnvironmentProblem(f"{case.name}: {_complaint(text + done.stdout + done.stderr)}")
+    return max(read(text), key=lambda row: row["us"] or 0)
+
+
+def read(text: str) -> list[dict]:
+    """The kernels of an ncu log (``--csv --page raw``), one dict each; None where ncu has no value.
+
+    :raises EnvironmentProblem: there is no kernel in it.
+    """
+    lines = [line for line in text.splitlines() if line.startswith('"')]
+    table = list(csv.reader(lines))
+    header = next((i for i, line in enumerate(table) if line[0] == "ID"), None)
+    if header is None or len(table) < header + 3:
+        raise EnvironmentProblem(_complaint(text))
+    names, units, *kernels = table[header:]
+    return [_row(dict(zip(names, zip(values, units, strict=True), strict=True))) for values in kernels]
+
+
+def _row(cells: dict[str, tuple[str, str]]) -> dict:
+    row: dict = {"kernel": cells["Kernel Name"][0]}
+    for quantity in QUANTITIES:
+        row[quantity.key] = next((_number(*cells[m]) for m in quantity.metrics if m in cells), None)
+    stalls = {reason: _number(*cells[m]) for reason in STALLS if (m := _stall_metric(reason)) in cells}
+    known = {reason: value for reason, value in stalls.items() if value}
+    row["stalls"] = dict(sorted(known.items(), key=lambda pair: -pair[1]))
+    return row
+
+
+def _number(text: str, unit: str) -> float | None:
+    """Microseconds, megahertz, percent, or a ratio."""
+    try:
+        value = float(text.replace(",", ""))
+    except ValueError:  # "n/a"
+        return None
+    if unit.lower() not in _FACTORS:
+        raise EnvironmentProblem(f"ncu answers in a unit that is not understood: {text} {unit}")
+    value = float(f"{value * _FACTORS[unit.lower()]:.6g}")
+    return None if math.isnan(value) else value  # NaN where nothing was counted
+
+
+def _complaint(text: str) -> str:
+    """What ncu's output means for the user."""
+    if "ERR_NVGPUCTRPERM" in text:
+        return (
+            "this user may not read the GPU's performance counters. Run as root, load NVIDIA's kernel module with "
+            "NVreg_RestrictProfilingToAdminUsers=0, or give the container --cap-add SYS_ADMIN "
+            "(https://developer.nvidia.com/ERR_NVGPUCTRPERM)"
+        )
+    said = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("==PROF==")]
+    errors = [
+        line for line in said if "==ERROR==" in line or re.match(r"\w*(Error|Exception|Problem)\b", line)
+    ]
+    return "ncu found no kernel to profile: " + " / ".join((errors or said or ["it says nothing"])[-4:])
+
+
+def run(
+    cases: Sequence[Case | GemmCase],
+    impl: str,
+    ncu: str,
+    commit: str | None = None,
+    on_case=lambda name: None,
+):
+    """Profile every case and return the record.
+
+    :raises EnvironmentProblem: ncu cannot profile here, and why.
+    """
+    import torch
+
+    from flashcore.bench.peers import PEERS
+    from flashcore.bench.suites import OPERATIONS
+
+    operation = OPERATIONS[PEERS[impl].operation]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    metrics = choose_metrics(listed_metrics(ncu))
+    rows = []
+    for case in cases:
+        on_case(case.name)
+        row = {"op": SUITE, "impl": impl, **case.fields()}
+        if impl == operation.ours:
+            row |= operation.plan(case, *operation.make_inputs(case, device))
+        rows.append(row | profile(ncu, case, impl, metrics))
+    about = (
+        f"Nsight Compute {_version(ncu)}, one call after {WARM_UP_S} s of them, clocks as they are, caches flushed "
+        "before each of its passes; percent of peak over the kernel's time"
+    )
+    method = {"mode": SUITE, "about": about, "metrics": metrics}
+    return {"suite": SUITE, "meta": record.meta(SUITE, method, commit), "rows": rows, "skipped": []}
+
+
+def _version(ncu: str) -> str:
+    said = subprocess.run([ncu, "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"Version (\S+)", said)
+    return found[1] if found else "of unknown version"
+
+
+def _profiled(impl: str, fields: str) -> None:
+    """What runs under ncu: one call inside of the range that it profiles."""
+    import torch
+
+    from flashcore.bench.peers import PEERS
+    from flashcore.bench.suites import OPERATIONS
+
+    peer = PEERS[impl]
+    case = (GemmCase if peer.operation == "gemm" else Case)(**json.loads(fields))
+    with torch.no_grad(), peer.context():
+        call = peer.prepare(case, *OPERATIONS[peer.operation].make_inputs(case, "cuda"))
+        start = time.monotonic()
+        while time.monotonic() < start + WARM_UP_S:
+            call()
+            torch.cuda.synchronize()
+        torch.cuda.profiler.start()
+        call()
+        torch.cuda.synchronize()
+        torch.cuda.profiler.stop()
+
+
+def table(rows: Sequence[dict], title: str = "What Nsight Compute counts (percent of peak)") -> Table:
+    """One line per profiled kernel. Rows read from a log have no case: they show the kernel's name."""
+    headers = (
+        "kernel",
+        *(quantity.header for quantity in QUANTITIES),
+        "most common stalls (warps per instruction)",
+    )
+    lines = []
+    for row in rows:
+        cells = [_name(row)]
+        cells += ["-" if row[q.key] is None else f"{row[q.key]:.0f}" for q in QUANTITIES]
+        stalls = sorted(row["stalls"].items(), key=lambda pair: -pair[1])[:3]
+        cells.append(", ".join(f"{reason.replace('_', ' ')} {value:.2f}" for reason, value in stalls))
+        lines.append(tuple(cells))
+    return Table(title, headers, tuple(lines))
+
+
+def _name(row: dict) -> str:
+    if "head_dim" not in row:
+        return row["kernel"]
+    other = "" if row["impl"] == "flashcore" else f" ({row['impl']})"
+    return _short(row["head_dim"], row["causal"], row["seqlen_q"]) + other
+
+
+def _short(head_dim: int, causal: bool, seqlen: int) -> str:
+    return f"{head_dim} {'causal' if causal else 'full'} {seqlen}"
+
+
+# --- roofline: what each unit must do, from published rates
+
+# Per SM and clock. Matrix products: NVIDIA H100 white paper (989.4 TFLOP/s dense at 132 SMs and 1830 MHz). The others:
+# CUDA C++ Programming Guide, throughput of native arithmetic instructions at compute capability 9.0, its four warp
+# schedulers, and its 32 banks of 4 bytes.
+MMA_FLOPS = 4096
+EXP_RESULTS = 16
+FMA_RESULTS = 128
+ALU_RESULTS = 64
+ISSUED_LANES = 4 * 32
+SMEM_BYTES = 32 * 4
+# Bytes per second: NVIDIA's data sheets of the SXM modules.
+HBM_BYTES = {"h100": 3.35e12, "h200": 4.8e12}
+
+# Instructions per score of the softmax (device/attention/softmax.cuh): scale and offset, sum; half of a three-operand
+# maximum, half of a rounding of two; the exponential.
+FMA_PER_SCORE, ALU_PER_SCORE, EXP_PER_SCORE = 2, 0.5 + 0.5, 1
+ROOFLINE_LENGTHS = (512, 1024, 4096, 16384)
+UNITS = ("tensor pipe", "exp pipe", "FMA pipe", "ALU pipe", "issue slots", "shared memory")
+
+
+def block_cycles(rows: int, tile_n: int, head_dim: int) -> dict[str, float]:
+    """Cycles that each unit of an SM is busy with ``rows`` queries (64 per warpgroup) and a block of ``tile_n`` keys.
+
+    Q K^T reads both operands from shared memory, P V only V: P comes from registers. Every warpgroup reads K and V for
+    itself. Issue slots count the softmax's arithmetic; addresses, barriers and rescales come on top.
+    """
+    scores = rows * tile_n
+    smem = rows / 64 * (2 * 64 * head_dim + 2 * 2 * tile_n * head_dim)
+    return {
+        "tensor pipe": 4 * scores * head_dim / MMA_FLOPS,
+        "exp pipe": EXP_PER_SCORE * scores / EXP_RESULTS,
+        "FMA pipe": FMA_PER_SCORE * scores / FMA_RESULTS,
+        "ALU pipe": ALU_PER_SCORE * scores / ALU_RESULTS,
+        "issue slots": (FMA_PER_SCORE + ALU_PER_SCORE + EXP_PER_SCORE) * scores / ISSUED_LANES,
+        "shared memory": smem / SMEM_BYTES,
+    }
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the kernel does for a case with a tile, in all."""
+
+    blocks: int  # of 64 queries and tile_n keys that warpgroups multiply
+    l2_bytes: int  # of Q, K and V that tiles read
+    hbm_bytes: int  # of Q, K, V and O, each once
+
+
+def work(case: Case, tile_m: int, tile_n: int) -> Work:
+    """Counted as the kernel walks: each warpgroup's 64 rows up to the last block of keys that any of them sees."""
+    blocks = loaded = 0
+    for first in range(0, case.seqlen_q, tile_m):
+        each = [_blocks(case, row, tile_n) for row in range(first, first + tile_m, 64)]
+        blocks += sum(each)
+        loaded += max(each)
+    heads = case.batch * case.heads
+    row_bytes = 2 * case.head_dim
+    q = heads * case.seqlen_q * row_bytes
+    kv = 2 * case.batch * case.kv_heads * case.seqlen_k * row_bytes
+    return Work(heads * blocks, heads * loaded * 2 * tile_n * row_bytes + q, 2 * q + kv)
+
+
+def _blocks(case: Case, first_row: int, tile_n: int) -> int:
+    """Blocks of keys for 64 rows, at least 1; rows past the end take part in one."""
+    if first_row >= case.seqlen_q:
+        return 1
+    last = (
+        min(case.seqlen_k, first_row + 64 + case.seqlen_k - case.seqlen_q) if case.causal else case.seqlen_k
+    )
+    return max(1, -(-last // tile_n))
+
+
+def _tile(row: dict) -> tuple[int, int]:
+    tile_m, tile_n = re.search(r"tile (\d+) x (\d+)", row["config"]).groups()
+    return int(tile_m), int(tile_n)
+
+
+def _measured(found: Sequence[Shape]) -> list[Shape]:
+    """Those that the Hopper kernel computed, and whose clock is known."""
+    return [s for s in found if s.ours and s.ours.get("backend") == "hopper" and "sm_mhz" in s.ours]
+
+
+def block_table(found: Sequence[Shape]) -> Table:
+    """Cycles per block of the tiles that a record's kernels have."""
+    tiles = sorted({(shape.case.head_dim, *_tile(shape.ours)) for shape in _measured(found)})
+    rows = []
+    for head_dim, tile_m, tile_n in tiles:
+        cycles = block_cycles(tile_m, tile_n, head_dim)
+        rows.append((str(head_dim), f"{tile_m} x {tile_n}", *(f"{cycles[unit]:.0f}" for unit in UNITS)))
+    title = "Cycles that each unit of an SM needs for one block of keys"
+    return Table(title, ("head_dim", "tile", *UNITS), tuple(rows))
+
+
+def roofline_table(found: Sequence[Shape], sm_count: int, hbm: float | None) -> Table:
+    """Per recorded shape: the SM clock at which a unit with nothing else to wait for would take the measured time.
+
+    The unit with the highest such clock is the bound; how far it lies below the clock that the SMs had is what is lost.
+    (Not percent of the recorded clock: that is read beside the kernels, and a GPU at its power cap changes it.)
+    """
+    rows = []
+    for shape in _measured(found):
+        case, ours = shape.case, shape.ours
+        if case.seqlen_q not in ROOFLINE_LENGTHS:
+            continue
+        tile_m, tile_n = _tile(ours)
+        us = 1e3 * ours["ms_p50"]
+        done = work(case, tile_m, tile_n)
+        cycles = block_cycles(64, tile_n, case.head_dim)
+        useful = case.flops / (done.blocks * 4 * 64 * tile_n * case.head_dim)
+        cells = [_short(case.head_dim, case.causal, case.seqlen_q), f"{tile_m} x {tile_n}", f"{us:.0f}"]
+        cells += [f"{done.blocks * cycles[unit] / sm_count / us:.0f}" for unit in UNITS]
+        cells += [f"{ours['sm_mhz']:.0f}", f"{100 * useful:.0f}"]
+        cells += ["-" if hbm is None else f"{100 * done.hbm_bytes / hbm / us * 1e6:.0f}"]
+        cells += [f"{done.l2_bytes / us / 1e6:.1f}"]
+        rows.append(tuple(cells))
+    headers = ("head_dim, mask, S", "tile", "us", *(f"{unit}, MHz" for unit in UNITS))
+    headers += ("clock read, MHz", "useful products, %", "HBM, %", "L2 to SMs, TB/s")
+    return Table("The clock at which each unit alone would take the measured time", headers, tuple(rows))
+
+
+# --- docs/performance.md
+
+
+def document_blocks(documents: Documents) -> dict[str, str]:
+    """The generated blocks of docs/performance.md."""
+    roofline, profiled = [], []
+    for gpu, suites in documents.results.items():
+        if data := suites.get("forward"):
+            found = shapes(data, documents.anchors(gpu))
+            meta = data["meta"]
+            hbm = HBM_BYTES.get(slug(meta["gpu"]))
+            parts = (block_table(found), roofline_table(found, meta["sm_count"], hbm))
+            roofline += [part.markdown() for part in parts] + [provenance(data) + "\n"]
+        if data := suites.get(SUITE):
+            profiled.append(
+                table(data["rows"], f"{data['meta']['gpu']}: what Nsight Compute counts").markdown()
+            )
+            profiled += [provenance(data) + "\n", f"Method: {data['meta']['method']['about']}.\n"]
+    return {"roofline": "\n".join(roofline) or NOTHING, "profile": "\n".join(profiled) or NOTHING}
+
+
+if __name__ == "__main__":
+    _profiled(*sys.argv[1:])
