@@ -46,10 +46,13 @@ def matmul(
     :returns: (m, n), or (batch, m, n) if an operand has a batch; contiguous.
     :raises InvalidInputError: arguments that contradict each other or have no meaning.
 
-    Differentiable once in a, b and bias; an activation's backward pass computes the sums again.
+    Differentiable once in a, b and bias; an activation's backward pass computes the sums again. ``torch.compile`` and
+    ``torch.export`` carry it in their graph as the operator ``flashcore::matmul`` (``flashcore/ops.py``).
     """
-    if _is_compiling():  # torch.compile breaks its graph here: it cannot trace a kernel launch
-        return torch.compiler.disable(matmul)(a, b, out_dtype=out_dtype, bias=bias, activation=activation)
+    if _is_compiling():
+        from flashcore import ops
+
+        return ops.matmul(a, b, bias, out_dtype, activation)
     if _needs_grad(a, b, bias):
         return _Matmul.apply(a, b, bias, out_dtype, activation)
     return _matmul(a, b, bias, out_dtype, activation)
@@ -238,34 +241,36 @@ class _Matmul(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        a, b, bias = ctx.saved_tensors
-        if ctx.activation is not None:
-            dout = _activation_gradient(ctx.activation, _matmul(a, b, bias, ctx.out_dtype, None), dout)
-        needs_a, needs_b, needs_bias, *_ = ctx.needs_input_grad
-        da = db = dbias = None
-        if needs_bias:
-            wide = torch.promote_types(dout.dtype, torch.float32)
-            dbias = dout.sum(dim=tuple(range(dout.dim() - 1)), dtype=wide).to(bias.dtype)
-        dout = dout.to(a.dtype)
-        if needs_a:
-            da = _product(dout, b.mT)
-            if a.dim() < da.dim():
-                da = da.sum(0)
-        if (
-            needs_b and b.dim() < dout.dim()
-        ):  # a batch of products with one b: their sum is one long reduction
-            db = _product(a.expand(len(dout), -1, -1).flatten(0, 1).mT, dout.flatten(0, 1))
-        elif needs_b:
-            db = _product(a.mT, dout)
-        return da, db, dbias, None, None
+        needs = ctx.needs_input_grad[:3]
+        return *differentiate(_matmul, *ctx.saved_tensors, ctx.out_dtype, ctx.activation, needs, dout), None, None
 
 
-def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return _matmul(a, b, None, None, None)
+def differentiate(multiply, a, b, bias, out_dtype, activation, needs, dout) -> tuple[torch.Tensor | None, ...]:
+    """(da, db, dbias), None where `needs` says no; `multiply` computes products as :func:`_matmul` does."""
+    if activation is not None:
+        dout = _activation_gradient(activation, multiply(a, b, bias, out_dtype, None), dout)
+    needs_a, needs_b, needs_bias = needs
+    da = db = dbias = None
+    if needs_bias:
+        wide = torch.promote_types(dout.dtype, torch.float32)
+        dbias = dout.sum(dim=tuple(range(dout.dim() - 1)), dtype=wide).to(bias.dtype)
+    dout = dout.to(a.dtype)
+    if needs_a:
+        da = multiply(dout, b.mT, None, None, None)
+        if a.dim() < da.dim():
+            da = da.sum(0)
+    if needs_b and b.dim() < dout.dim():  # a batch of products with one b: their sum is one long reduction
+        rows = a.expand(dout.shape[0], -1, -1).flatten(0, 1)
+        db = multiply(rows.mT, dout.flatten(0, 1), None, None, None)
+    elif needs_b:
+        db = multiply(a.mT, dout, None, None, None)
+    return da, db, dbias
 
 
 def _activation_gradient(activation: str, sums: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
-    with torch.enable_grad():
-        sums = sums.detach().requires_grad_()
-        out = _activate(activation, sums)
-    return torch.autograd.grad(out, sums, dout)[0]
+    if activation == "gelu":
+        return torch.ops.aten.gelu_backward(dout, sums, approximate="tanh")
+    if activation == "silu":
+        return torch.ops.aten.silu_backward(dout, sums)
+    gate, factor = sums.chunk(2, dim=-1)
+    return torch.cat((torch.ops.aten.silu_backward(dout * factor, gate), dout * F.silu(gate)), dim=-1)

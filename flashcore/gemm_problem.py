@@ -50,30 +50,14 @@ class GemmProblem:
 
         :raises InvalidInputError: naming the argument, the rule it breaks and what to do.
         """
-        for name, tensor in {"a": a, "b": b, **({} if bias is None else {"bias": bias})}.items():
-            _check_tensor(name, tensor, a)
-        _check_shapes(a, b)
-        if activation is not None and activation not in ACTIVATIONS:
-            raise InvalidInputError(
-                f"matmul: activation={activation!r} does not exist (supported: None, {', '.join(ACTIVATIONS)})."
-            )
+        check_arguments(a, b, out_dtype=out_dtype, bias=bias, activation=activation)
         columns = b.shape[-1]
-        if activation == "swiglu" and columns % 2:
-            raise InvalidInputError(
-                f"matmul: swiglu needs an even number of columns in b, the gate's and as many factors' "
-                f"(given b {tuple(b.shape)})."
-            )
-        if bias is not None and bias.shape != (columns,):
-            raise InvalidInputError(
-                f"matmul: bias must have one element per column of b (given bias {tuple(bias.shape)}, "
-                f"b {tuple(b.shape)})."
-            )
         dtype = DTYPES[a.dtype]
         arch, sm_count = _gpu(a.device) if a.device.type == "cuda" else (None, 0)
         batch = next((t.shape[0] for t in (a, b) if t.dim() == 3), 1)
         return cls(
             dtype=dtype,
-            out_dtype=_checked_out_dtype(dtype, out_dtype),
+            out_dtype=DTYPES[out_dtype or a.dtype],
             device=a.device.type,
             arch=arch,
             sm_count=sm_count,
@@ -114,6 +98,36 @@ class GemmProblem:
         )
 
 
+def check_arguments(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    *,
+    out_dtype: torch.dtype | None,
+    bias: torch.Tensor | None,
+    activation: str | None,
+) -> None:
+    """Raise InvalidInputError unless these are arguments of ``flashcore.matmul``. Sizes may be symbols."""
+    for name, tensor in {"a": a, "b": b, **({} if bias is None else {"bias": bias})}.items():
+        _check_tensor(name, tensor, a)
+    _check_shapes(a, b)
+    if activation is not None and activation not in ACTIVATIONS:
+        raise InvalidInputError(
+            f"matmul: activation={activation!r} does not exist (supported: None, {', '.join(ACTIVATIONS)})."
+        )
+    columns = b.shape[-1]
+    if activation == "swiglu" and columns % 2:
+        raise InvalidInputError(
+            f"matmul: swiglu needs an even number of columns in b, the gate's and as many factors' "
+            f"(given b {tuple(b.shape)})."
+        )
+    if bias is not None and bias.shape != (columns,):
+        raise InvalidInputError(
+            f"matmul: bias must have one element per column of b (given bias {tuple(bias.shape)}, "
+            f"b {tuple(b.shape)})."
+        )
+    _check_out_dtype(DTYPES[a.dtype], out_dtype)
+
+
 def _check_tensor(name: str, tensor: torch.Tensor, a: torch.Tensor) -> None:
     """What each argument must be, and what it must share with a."""
     if not isinstance(tensor, torch.Tensor):
@@ -152,13 +166,10 @@ def _check_shapes(a: torch.Tensor, b: torch.Tensor) -> None:
         )
 
 
-def _checked_out_dtype(dtype: str, out_dtype: torch.dtype | None) -> str:
+def _check_out_dtype(dtype: str, out_dtype: torch.dtype | None) -> None:
     supported = (dtype, "float32") if dtype in HALF_TYPES else (dtype,)
-    if out_dtype is None:
-        return dtype
-    if DTYPES.get(out_dtype) not in supported:
+    if out_dtype is not None and DTYPES.get(out_dtype) not in supported:
         given = _short(out_dtype) if isinstance(out_dtype, torch.dtype) else repr(out_dtype)
         raise InvalidInputError(
             f"matmul: out_dtype={given} is not supported for {dtype} inputs (supported: {', '.join(supported)})."
         )
-    return DTYPES[out_dtype]

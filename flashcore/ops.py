@@ -1,12 +1,15 @@
-"""``torch.ops.flashcore``: attention as operators that torch.compile and torch.export can carry in a graph.
+"""``torch.ops.flashcore``: the calls as operators that torch.compile and torch.export can carry in a graph.
 
-:func:`flashcore.attention` uses them while it is being traced, and only then: an eager call through them would take
-longer on the host. The plan decides which backend runs when the graph runs, so lengths may be symbols before. A program
-that loads an exported graph imports this module first.
+:func:`flashcore.attention` and :func:`flashcore.matmul` use them while they are being traced, and only then: an eager
+call through them would take longer on the host. The plan decides which backend runs when the graph runs, so lengths may
+be symbols before. A program that loads an exported graph imports this module first.
 
 ``attention_forward`` returns ``(out, lse)``, contiguous; the LSE is empty where nobody asked for it.
 ``attention_backward`` returns ``(dq, dk, dv)``, contiguous, by the plan's backward pass; where that is autograd
 (PyTorch's own attention and the reference), it computes the forward again.
+
+``matmul`` returns what ``flashcore.matmul`` does. Its gradients are made of itself and of PyTorch's operations, which
+the compiler can fuse.
 """
 
 from __future__ import annotations
@@ -15,9 +18,10 @@ from dataclasses import replace
 
 import torch
 
-from flashcore import api, backends
+from flashcore import api, backends, gemm
 from flashcore import plan as planning
 from flashcore.backends import Run
+from flashcore.gemm_problem import check_arguments
 from flashcore.plan import Plan
 from flashcore.problem import AttentionProblem, check_tensors
 
@@ -105,3 +109,43 @@ def _prepared(q, k, v, causal, scale, needs_grad, return_lse, backend) -> tuple[
         run = api.on_its_device(q, backends.prepare(plan.backend, plan.problem, plan.config))
         found = api.remember(key, (plan, run))
     return found
+
+
+# ---- matrix products ----------------------------------------------------------------------------------------------
+
+_MATMUL = "flashcore::matmul"
+
+torch.library.define(
+    _MATMUL, "(Tensor a, Tensor b, Tensor? bias, ScalarType? out_dtype, str? activation) -> Tensor", tags=_TAGS
+)
+
+
+def matmul(a, b, bias, out_dtype, activation) -> torch.Tensor:
+    """``flashcore.matmul`` by its operator."""
+    return torch.ops.flashcore.matmul(a, b, bias, out_dtype, activation)
+
+
+@torch.library.impl(_MATMUL, "default")
+def _matmul(a, b, bias, out_dtype, activation):
+    return gemm._matmul(a, b, bias, out_dtype, activation)
+
+
+@torch.library.register_fake(_MATMUL)
+def _(a, b, bias, out_dtype, activation):
+    check_arguments(a, b, out_dtype=out_dtype, bias=bias, activation=activation)
+    batch = (a if a.dim() == 3 else b).shape[:-2]
+    columns = b.shape[-1] // 2 if activation == "swiglu" else b.shape[-1]
+    return a.new_empty((*batch, a.shape[-2], columns), dtype=out_dtype or a.dtype)
+
+
+def _setup_matmul_context(ctx, inputs, output):
+    a, b, bias, ctx.out_dtype, ctx.activation = inputs
+    ctx.save_for_backward(a, b, bias)
+
+
+def _differentiate_matmul(ctx, dout):
+    options = ctx.out_dtype, ctx.activation, ctx.needs_input_grad[:3]
+    return *gemm.differentiate(matmul, *ctx.saved_tensors, *options, dout), None, None
+
+
+torch.library.register_autograd(_MATMUL, _differentiate_matmul, setup_context=_setup_matmul_context)

@@ -1,4 +1,4 @@
-"""Attention inside torch.compile and torch.export: one graph, any length, the results of an eager call."""
+"""The calls inside torch.compile and torch.export: one graph, any length, the results of an eager call."""
 
 import subprocess
 import sys
@@ -190,6 +190,7 @@ def test_eager_calls_do_not_use_operators():
 import sys, torch, flashcore
 q = torch.randn(1, 4, 2, 8, requires_grad=True)
 flashcore.attention(q, q, q).sum().backward()
+flashcore.linear(q, q[0, 0]).sum().backward()
 print([name for name in ("flashcore.ops", "torch._dynamo") if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
@@ -305,6 +306,112 @@ def test_flash_attn():
     assert_forward(out, lse, *qkv.unbind(2), causal=True)
 
 
+# ---- matrix products ----------------------------------------------------------------------------------------------
+
+PRODUCTS = {
+    "matrices": ((5, 7), (7, 6)),
+    "batch_of_a": ((3, 5, 7), (7, 6)),
+    "batch_of_b": ((5, 7), (3, 7, 6)),
+    "batches": ((3, 5, 7), (3, 7, 6)),
+    "no_terms": ((5, 0), (0, 6)),
+    "no_rows": ((0, 7), (7, 6)),
+}
+
+
+def factors(a, b, *, bias=True, requires_grad=True, dtype=torch.float32, device="cpu"):
+    shapes = (a, b, b[-1:]) if bias else (a, b)
+    made = [torch.randn(shape, dtype=dtype, device=device).requires_grad_(requires_grad) for shape in shapes]
+    return made if bias else [*made, None]
+
+
+def with_gradients(function, tensors):
+    """The result, and its gradients for the tensors that require them."""
+    out = function(*tensors)
+    leaves = [t for t in tensors if t is not None and t.requires_grad]
+    torch.manual_seed(0)
+    return out, *(torch.autograd.grad(out, leaves, torch.randn_like(out)) if leaves else ())
+
+
+@pytest.mark.parametrize("activation", [None, "gelu", "silu", "swiglu"])
+@pytest.mark.parametrize("shapes", PRODUCTS)
+def test_product_in_one_graph(shapes, activation):
+    def program(a, b, bias):
+        return flashcore.matmul(2 * a, b, bias=bias, activation=activation) + 1
+
+    function, counter = compiled(program)
+    tensors = factors(*PRODUCTS[shapes])
+    torch.testing.assert_close(with_gradients(function, tensors), with_gradients(program, tensors))
+    assert counter.frame_count == 1
+
+
+def test_product_to_float32():
+    def program(a, b, bias):
+        return flashcore.matmul(a, b, out_dtype=torch.float32, activation="silu")
+
+    tensors = factors((5, 7), (7, 6), bias=False, dtype=torch.bfloat16)
+    found = with_gradients(compiled(program)[0], tensors)
+    assert found[0].dtype == torch.float32
+    torch.testing.assert_close(found, with_gradients(program, tensors))
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_linear_by_inductor_for_all_lengths(requires_grad):
+    def mlp(x, weight, bias):
+        return torch.relu(flashcore.linear(x, weight, bias)) * 2
+
+    function, counter = compiled(mlp, "inductor")
+    _, weight, bias = factors((1, 6), (8, 6), requires_grad=requires_grad)
+    bias = torch.randn(8, requires_grad=requires_grad)
+    for tokens in (6, 9, 12, 400):
+        x = torch.randn(2, tokens, 6, requires_grad=requires_grad)
+        torch._dynamo.mark_dynamic(x, 1)
+        torch.testing.assert_close(with_gradients(function, (x, weight, bias)), with_gradients(mlp, (x, weight, bias)))
+    assert counter.frame_count == 1
+
+
+def test_only_the_needed_gradients_in_a_graph(monkeypatch):
+    a, b = torch.randn(3, 4), torch.randn(4, 5, requires_grad=True)
+    out = compiled(flashcore.matmul)[0](a, b)
+    calls = []
+    multiply = flashcore.ops.gemm._matmul
+    monkeypatch.setattr(flashcore.ops.gemm, "_matmul", lambda *args: calls.append(args) or multiply(*args))
+    out.sum().backward()
+    assert len(calls) == 1
+    assert torch.allclose(b.grad, a.t() @ torch.ones(3, 5))
+
+
+def test_invalid_products_are_named_while_tracing():
+    with pytest.raises(RuntimeError, match="a has 6 columns, but b has 4 rows"):
+        compiled(flashcore.matmul)[0](torch.ones(4, 6), torch.ones(4, 6))
+
+
+def test_export_of_a_product():
+    class Layer(torch.nn.Module):
+        def forward(self, x, weight):
+            return flashcore.linear(x, weight)
+
+    dynamic = ({0: torch.export.Dim("tokens")}, None)
+    program = torch.export.export(Layer(), (torch.randn(5, 4), torch.randn(6, 4)), dynamic_shapes=dynamic)
+    x, weight = torch.randn(33, 4), torch.randn(6, 4)
+    torch.testing.assert_close(program.module()(x, weight), x @ weight.t())
+
+
+PRODUCT_OPCHECK = {
+    "plain": ({"bias": False, "requires_grad": False}, (None, None)),
+    "grad": ({}, (None, None)),
+    "gelu": ({}, (None, "gelu")),
+    "swiglu": ({}, (None, "swiglu")),
+    "float32": ({"dtype": torch.bfloat16, "bias": False}, (torch.float32, "silu")),
+}
+
+
+@pytest.mark.parametrize("shapes", ["matrices", "batch_of_a", "batch_of_b", "batches"])
+@pytest.mark.parametrize("name", PRODUCT_OPCHECK)
+def test_product_operator(name, shapes):
+    made, options = PRODUCT_OPCHECK[name]
+    torch.library.opcheck(torch.ops.flashcore.matmul, (*factors(*PRODUCTS[shapes], **made), *options))
+
+
 # ---- on a GPU ----------------------------------------------------------------------------------------------------
 
 GPU_CASES = ("causal_129", "full_191x127", "gqa_4_to_1_causal", "causal_d40", "packed_causal", "bhsd_causal")
@@ -352,3 +459,33 @@ def test_autocast_on_a_gpu():
     with torch.autocast("cuda", dtype=torch.bfloat16):
         out = flashcore.attention(q, k, v, causal=True)
     assert_forward(out, None, *(t.bfloat16() for t in (q, k, v)), causal=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activation", [None, "swiglu"])
+def test_products_on_a_gpu(activation):
+    """Inductor's graph, its gradients and the operator, with the Hopper kernel where there is one."""
+
+    def program(a, b, bias):
+        return flashcore.matmul(a, b, bias=bias, activation=activation)
+
+    tensors = factors((333, 256), (256, 512), dtype=torch.bfloat16, device="cuda")
+    with torch.no_grad():
+        tensors[1] /= 16  # sums near 1
+    function, counter = compiled(program, "inductor")
+    torch.testing.assert_close(
+        with_gradients(function, tensors), with_gradients(program, tensors), rtol=2e-2, atol=0.3
+    )
+    assert counter.frame_count == 1
+    torch.library.opcheck(torch.ops.flashcore.matmul, (*tensors, None, None))
+
+
+@pytest.mark.gpu
+def test_products_in_cuda_graphs():
+    """Replays read the operands of their own call; split products bring their own workspace."""
+    weight = torch.randn(4096, 1024, dtype=torch.bfloat16, device="cuda")
+    function = torch.compile(lambda x: flashcore.linear(x, weight), mode="reduce-overhead", fullgraph=True)
+    for _ in range(4):
+        x = torch.randn(16, 1024, dtype=torch.bfloat16, device="cuda")
+        torch.compiler.cudagraph_mark_step_begin()
+        torch.testing.assert_close(function(x), flashcore.linear(x, weight))
