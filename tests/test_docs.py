@@ -1,7 +1,9 @@
 """The documents' commands and examples run, and what they name exists.
 
-A fenced block is run by its language: ``python`` as a program, ``sh`` line by line as flashcore's commands. ``text``,
-``dockerfile`` and ``sh install`` (it would download) are only checked for commands and options that exist.
+A fenced block is run by its language: ``python`` as a program (on the CPU where there is no GPU), ``sh`` line by line.
+flashcore's commands run, with measurements and Nsight Compute replaced: tests/bench and test_cli.py are about those.
+Commands that would install something, and ``make``, are checked for what they name. Of ``text`` and ``dockerfile`` only
+flashcore's commands are checked.
 """
 
 import contextlib
@@ -18,12 +20,17 @@ from typer.testing import CliRunner
 
 import flashcore
 from flashcore import cli
+from flashcore.bench import profile, record, report, suites
 from tests.cases import BY_NAME
 
 ROOT = Path(flashcore.__file__).parents[1]
-DOCS = ("architecture.md", "deployment.md", "numerics.md")
+DOCS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    *(f"docs/{name}.md" for name in ("architecture", "benchmarks", "deployment", "numerics", "performance")),
+)
 RUN = {"python", "sh"}
-NOT_RUN = {"text", "dockerfile", "sh install"}
+NOT_RUN = {"text", "dockerfile"}
 
 pytestmark = pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="not a clone")
 
@@ -34,7 +41,7 @@ def blocks():
         (name, language, text)
         for name in DOCS
         for language, text in re.findall(
-            r"^```(.*?)\n(.*?)^```$", (ROOT / "docs" / name).read_text(), re.M | re.S
+            r"^```(.*?)\n(.*?)^```$", (ROOT / name).read_text(), re.M | re.S
         )
     ]
 
@@ -56,6 +63,8 @@ def test_every_block_says_what_it_is():
 def test_example(text):
     if "transformers" in text:
         pytest.importorskip("transformers")
+    if not torch.cuda.is_available():
+        text = text.replace('device="cuda"', 'device="cpu"')
     before = F.scaled_dot_product_attention
     torch.manual_seed(0)
     printed = io.StringIO()
@@ -70,26 +79,72 @@ def test_example(text):
 NO_NVRTC = cli._nvrtc_missing()
 
 
-@pytest.mark.parametrize("text", numbered("sh"))
-def test_commands(text, tmp_path, monkeypatch):
-    monkeypatch.setenv("FLASHCORE_CACHE_DIR", str(tmp_path))
+@pytest.fixture
+def replaced(tmp_path, monkeypatch):
+    """No command measures, profiles, or writes outside of tmp_path; one kernel stands for all."""
+    monkeypatch.setenv("FLASHCORE_CACHE_DIR", str(tmp_path / "kernels"))
     declared = cli._declared
-    monkeypatch.setattr(cli, "_declared", lambda head_dims: declared(head_dims)[:1])  # one kernel will do
-    for program, *arguments in commands(text):
-        assert program == "flashcore"
+    monkeypatch.setattr(cli, "_declared", lambda head_dims: declared(head_dims)[:1])
+
+    def measured(name):
+        return {"suite": name, "meta": {"gpu": None, "method": {"mode": "wall"}}, "rows": [], "skipped": []}
+
+    monkeypatch.setattr(suites, "run", lambda suite, *rest: measured(suite.name))
+    monkeypatch.setattr(profile, "missing", lambda ncu: None)
+    monkeypatch.setattr(profile, "run", lambda *rest: measured("profile"))
+    monkeypatch.setattr(report.Documents, "update", lambda self: [])
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    monkeypatch.setattr(cli, "_need_matplotlib", lambda: None)
+
+
+def run_command(words: list[str]) -> None:
+    program, *arguments = words
+    if program == "make":
+        targets = {word for word in arguments if "=" not in word}
+        assert targets <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
+    elif program == "pip":
+        check_installation(arguments)
+    else:
+        assert Path(program).name == "flashcore"
         if arguments[0] == "compile" and NO_NVRTC:
             pytest.skip(str(NO_NVRTC))
         result = CliRunner().invoke(cli.app, arguments)
         assert result.exit_code == 0, result.output
-        assert result.output.strip()
+        assert result.output
 
 
-def test_commands_that_are_not_run_exist():
-    """In Dockerfiles, in tables and in running text."""
+def check_installation(arguments: list[str]) -> None:
+    """It installs this package, with extras that it has."""
+    verb, what = arguments
+    assert verb == "install"
+    name, _, extras = what.partition("[")
+    assert name in ("flashcore", ".")
+    declared = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2]
+    assert all(f"\n{extra} = [" in declared for extra in extras.removesuffix("]").split(",") if extra)
+
+
+@pytest.mark.usefixtures("replaced")
+@pytest.mark.parametrize("text", numbered("sh"))
+def test_commands(text):
+    for words in commands(text):
+        run_command(words)
+
+
+INLINE = sorted({words for name in DOCS for words in re.findall(r"`(flashcore [^`]+)`", (ROOT / name).read_text())})
+
+
+@pytest.mark.usefixtures("replaced")
+@pytest.mark.parametrize("text", INLINE)
+def test_commands_in_running_text(text):
+    run_command(shlex.split(text))
+
+
+def test_commands_in_containers_exist():
     known = {command.name or command.callback.__name__ for command in cli.app.registered_commands}
-    for name in DOCS:
-        text = (ROOT / "docs" / name).read_text()
-        assert set(re.findall(r"(?:`|RUN )flashcore (\w+)", text)) <= known, name
+    images = [text for _, kind, text in blocks() if kind == "dockerfile"]
+    found = {name for text in images for name in re.findall(r"RUN flashcore (\w+)", text)}
+    assert found
+    assert found <= known
 
 
 def test_what_doctor_and_warnings_say_is_in_the_sources():
@@ -113,9 +168,9 @@ def test_cases_exist():
 
 def test_files_exist():
     """Whatever looks like a file of the repository."""
-    folders = ("", "docs", "flashcore", "flashcore/backends", "flashcore/backends/hopper", "flashcore/device")
+    folders = ("", "docs", "tests", "flashcore", "flashcore/backends", "flashcore/backends/hopper", "flashcore/device")
     for name in DOCS:
-        text = (ROOT / "docs" / name).read_text()
+        text = (ROOT / name).read_text()
         names = re.findall(r"`([\w/]+\.(?:py|cuh|md))`", text) + re.findall(r"\]\(([\w/.]+)\)", text)
         missing = [file for file in names if not any((ROOT / folder / file).exists() for folder in folders)]
         assert missing == [], name
@@ -124,5 +179,5 @@ def test_files_exist():
 def test_variables_exist():
     environment = (ROOT / "flashcore/env.py").read_text()
     for name in DOCS:
-        for variable in re.findall(r"FLASHCORE_\w+", (ROOT / "docs" / name).read_text()):
+        for variable in re.findall(r"FLASHCORE_\w+", (ROOT / name).read_text()):
             assert variable in environment
