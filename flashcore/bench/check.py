@@ -19,15 +19,19 @@ def make_inputs(case: Case, device: str, seed: int = 0) -> tuple[torch.Tensor, t
     """Random q, k, v of the case, contiguous (batch, seqlen, heads, head_dim)."""
     generator = torch.Generator(device).manual_seed(seed)
 
-    def draw(seqlen: int, heads: int) -> torch.Tensor:
+    def draw(seqlen: int, heads: int, factor: float = 1, channel: float | None = None) -> torch.Tensor:
         shape = (case.batch, seqlen, heads, case.head_dim)
-        x = torch.randn(shape, generator=generator, device=device)
+        x = factor * torch.randn(shape, generator=generator, device=device)
+        if channel is not None:
+            x[..., 0] = channel
         if case.inputs == "outliers":
             x = torch.where(torch.rand(shape, generator=generator, device=device) < 1e-3, 100 * x, x)
         return x.to(getattr(torch, case.dtype))
 
-    q = draw(case.seqlen_q, case.heads)
-    return q, draw(case.seqlen_k, case.kv_heads), draw(case.seqlen_k, case.kv_heads)
+    away = 64 if case.inputs == "negative" else None
+    q = draw(case.seqlen_q, case.heads, 64 if case.inputs == "large" else 1, away)
+    k = draw(case.seqlen_k, case.kv_heads, channel=None if away is None else -away)
+    return q, k, draw(case.seqlen_k, case.kv_heads)
 
 
 @dataclass(frozen=True)

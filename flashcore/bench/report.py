@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from flashcore.bench import record
-from flashcore.bench.cases import OURS, SHORT, SUITES, Case, GemmCase
+from flashcore.bench.cases import ADVERSARIAL, OURS, SHORT, SUITES, Case, GemmCase
 
 ROOT = record.PACKAGE.parent
 CASE_FIELDS = ("dtype", "batch", "heads", "kv_heads", "seqlen_q", "seqlen_k", "head_dim", "causal", "inputs")
@@ -153,6 +153,10 @@ def _mask(case: Case) -> str:
     return "causal" if case.causal else "full"
 
 
+def _length(case: Case) -> str:
+    return str(case.seqlen_q) if case.seqlen_q == case.seqlen_k else f"{case.seqlen_q} x {case.seqlen_k}"
+
+
 def _heads(case: Case) -> str:
     return str(case.heads) if case.heads == case.kv_heads else f"{case.heads}:{case.kv_heads}"
 
@@ -171,8 +175,7 @@ def timing_table(title: str, found: list[Shape], mode: str) -> Table:
     rows = []
     for shape in found:
         case = shape.case
-        seqlen = str(case.seqlen_q) if case.seqlen_q == case.seqlen_k else f"{case.seqlen_q} x {case.seqlen_k}"
-        cells = [str(case.head_dim), _mask(case), seqlen, str(case.batch), _heads(case)]
+        cells = [str(case.head_dim), _mask(case), _length(case), str(case.batch), _heads(case)]
         for impl in impls:
             row = shape.rows.get(impl)
             cells.append("" if row is None else show(row) if "ms_p50" in row else "failed")
@@ -210,7 +213,7 @@ def accuracy_table(title: str, found: list[Shape]) -> Table:
     rows = []
     for shape in found:
         case = shape.case
-        cells = [str(case.head_dim), _mask(case), case.dtype, case.inputs]
+        cells = [str(case.head_dim), _mask(case), _length(case), case.dtype, case.inputs]
         for impl in impls:
             row = shape.rows.get(impl, {})
             text = f"{row['rel_err']:.3e}" if "rel_err" in row else ""
@@ -218,7 +221,7 @@ def accuracy_table(title: str, found: list[Shape]) -> Table:
         ours, fa2 = (shape.rows.get(impl, {}).get("rel_err") for impl in ("flashcore", "fa2"))
         cells.append(f"{ours / fa2:.3f}" if ours and fa2 else "")
         rows.append(tuple(cells))
-    headers = ("head_dim", "mask", "dtype", "inputs", *impls, "flashcore / fa2")
+    headers = ("head_dim", "mask", "S", "dtype", "inputs", *impls, "flashcore / fa2")
     failures = [line for line in summary(found) if line.startswith("FAILED")]
     return Table(f"{title}: relative error", headers, tuple(rows), tuple(failures))
 
@@ -388,11 +391,12 @@ class Documents:
         """What each block of each document should say."""
         from flashcore.bench import profile
 
-        performance = self.root / "docs" / "performance.md"
+        performance, numerics = (self.root / "docs" / name for name in ("performance.md", "numerics.md"))
         return {
             self.root / "README.md": {"forward": self._forward_block()},
             self.root / "docs" / "benchmarks.md": {"tables": self._tables_block()},
             **({performance: profile.document_blocks(self)} if performance.exists() else {}),
+            **({numerics: {"adversarial": self._adversarial_block()}} if numerics.exists() else {}),
         }
 
     def _forward_block(self) -> str:
@@ -403,6 +407,16 @@ class Documents:
                 parts.append(f"![TFLOP/s over sequence length on {data['meta']['gpu']}]({image})\n")
                 parts.append(compact_table(shapes(data, self.anchors(gpu))).markdown())
                 parts.append(provenance(data) + "\n")
+        return "\n".join(parts) or NOTHING
+
+    def _adversarial_block(self) -> str:
+        parts = []
+        for gpu, suites in self.results.items():
+            if data := suites.get("accuracy"):
+                found = [shape for shape in shapes(data, self.anchors(gpu)) if shape.case in ADVERSARIAL]
+                if found:
+                    title = f"{data['meta']['gpu']}: adversarial cases"
+                    parts += [accuracy_table(title, found).markdown(), provenance(data) + "\n"]
         return "\n".join(parts) or NOTHING
 
     def _tables_block(self) -> str:

@@ -91,3 +91,20 @@ def test_inputs_are_drawn_by_seed():
     first, again, other = (check.make_inputs(CASE, "cpu", seed)[0] for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_negative_inputs_have_a_very_negative_lse(head_dim):
+    case = Case(1, 65, 65, 2, 2, head_dim, True, "bfloat16", "negative")
+    q, k, v = check.make_inputs(case, "cpu")
+    out, lse = flashcore.attention(q.double(), k.double(), v.double(), causal=True, return_lse=True)
+    assert lse.max() < -4096 * head_dim**-0.5 + 10
+    assert lse.max() < -88  # below which exp is 0 in float32
+    assert 0.05 < out.std() < 1  # and yet an ordinary softmax: several keys share a row
+    assert torch.isfinite(out).all()
+
+
+def test_large_inputs_have_scores_of_hundreds():
+    q, k, _ = check.make_inputs(Case(1, 65, 65, 2, 2, 64, True, "float16", "large"), "cpu")
+    scores = torch.einsum("bihd,bjhd->bhij", q.double(), k.double()) / 8
+    assert 200 < scores.abs().max() < 1000

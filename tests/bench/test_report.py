@@ -84,7 +84,7 @@ def test_accuracy_is_compared_with_fa2():
         for impl, error in (("flashcore", 2.1e-3), ("fa2", 2e-3))
     ]
     (table,) = report.tables({"suite": "accuracy", "rows": rows, "meta": {}}, {})
-    assert table.rows == (("64", "causal", "bfloat16", "outliers", "2.100e-03", "2.000e-03", "1.050"),)
+    assert table.rows == (("64", "causal", "64", "bfloat16", "outliers", "2.100e-03", "2.000e-03", "1.050"),)
 
 
 def test_startup_says_what_comes_on_top_of_torch():
