@@ -118,7 +118,7 @@ def check_installation(arguments: list[str]) -> None:
     verb, what = arguments
     assert verb == "install"
     name, _, extras = what.partition("[")
-    assert name in ("flashcore", ".")
+    assert name == "."
     declared = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2]
     assert all(f"\n{extra} = [" in declared for extra in extras.removesuffix("]").split(",") if extra)
 
@@ -130,7 +130,9 @@ def test_commands(text):
         run_command(words)
 
 
-INLINE = sorted({words for name in DOCS for words in re.findall(r"`(flashcore [^`]+)`", (ROOT / name).read_text())})
+INLINE = sorted(
+    {text for name in DOCS for text in re.findall(r"`((?:flashcore|pip|make) [^`]+)`", (ROOT / name).read_text())}
+)
 
 
 @pytest.mark.usefixtures("replaced")
@@ -141,10 +143,9 @@ def test_commands_in_running_text(text):
 
 def test_commands_in_containers_exist():
     known = {command.name or command.callback.__name__ for command in cli.app.registered_commands}
-    images = [text for _, kind, text in blocks() if kind == "dockerfile"]
-    found = {name for text in images for name in re.findall(r"RUN flashcore (\w+)", text)}
-    assert found
-    assert found <= known
+    texts = [text for _, kind, text in blocks() if kind in NOT_RUN]
+    found = {name for text in texts for name in re.findall(r"(?:RUN|flashcore) flashcore (\w+)", text)}
+    assert {"compile", "doctor"} <= found <= known
 
 
 def test_what_doctor_and_warnings_say_is_in_the_sources():
@@ -153,6 +154,14 @@ def test_what_doctor_and_warnings_say_is_in_the_sources():
     sources = "".join(path.read_text() for path in (ROOT / "flashcore").rglob("*.py")).replace("\\'", "'")
     assert len(messages) > 5
     assert [message for message in messages if message not in sources] == []
+
+
+def test_lines_of_doctor_exist():
+    table = (ROOT / "docs/deployment.md").read_text().partition("| line of `doctor` |")[2].partition("\n\n")[0]
+    lines = re.findall(r"^\| `(\w+)` \|", table, re.M)
+    printed = {name for values in cli.diagnose().values() for name in values}
+    assert len(lines) > 5
+    assert set(lines) <= printed
 
 
 def test_cases_exist():
