@@ -252,7 +252,7 @@ def _version(ncu: str) -> str:
     return found[1] if found else "of unknown version"
 
 
-def _profiled(impl: str, fields: str) -> None:
+def _profiled(impl: str, fields: str, device: str = "cuda") -> None:
     """What runs under ncu: one call inside of the range that it profiles."""
     import torch
 
@@ -262,7 +262,7 @@ def _profiled(impl: str, fields: str) -> None:
     peer = PEERS[impl]
     case = (GemmCase if peer.operation == "gemm" else Case)(**json.loads(fields))
     with torch.no_grad(), peer.context():
-        call = peer.prepare(case, *OPERATIONS[peer.operation].make_inputs(case, "cuda"))
+        call = peer.prepare(case, *OPERATIONS[peer.operation].make_inputs(case, device))
         start = time.monotonic()
         while time.monotonic() < start + WARM_UP_S:
             call()

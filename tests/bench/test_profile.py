@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 from flashcore import cli
 from flashcore.bench import profile, record, report
-from flashcore.bench.cases import SUITES, Case
+from flashcore.bench.cases import SUITES, Case, GemmCase
+from flashcore.bench.peers import PEERS
 from flashcore.errors import EnvironmentProblem
 
 CASE = Case(1, 256, 256, 2, 2, 64, True)
@@ -191,6 +192,29 @@ def test_a_prepared_command_and_its_log(tmp_path):
     assert "attention_forward_sm90" in flashcore("--read", str(path))
     path.write_text("nothing")
     assert "no kernel to profile" in flashcore("--read", str(path), code=2)
+
+
+@pytest.mark.parametrize(
+    ("impl", "case"),
+    [("flashcore", CASE), ("math", CASE), ("flashcore-matmul", GemmCase("small", 8, 16, 32, "float32", "float32"))],
+)
+def test_one_call_is_profiled_after_a_warm_up(impl, case, monkeypatch):
+    events = []
+    peer = PEERS[impl]
+
+    def prepare(*arguments):
+        call = peer.prepare(*arguments)
+        return lambda: (events.append("call"), call())
+
+    monkeypatch.setitem(PEERS, impl, replace(peer, prepare=prepare))
+    monkeypatch.setattr(profile, "WARM_UP_S", 0.01)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.append("synchronize"))
+    for name in ("start", "stop"):
+        monkeypatch.setattr(torch.cuda.profiler, name, lambda name=name: events.append(name))
+    profile._profiled(impl, json.dumps(case.fields()), "cpu")
+    assert events[:2] == ["call", "synchronize"]
+    assert events[-4:] == ["start", "call", "synchronize", "stop"]
+    assert events.count("start") == 1
 
 
 @pytest.mark.gpu
