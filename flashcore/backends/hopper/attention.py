@@ -26,6 +26,8 @@ class ForwardLauncher:
         self._lse_shape = (problem.batch, problem.heads_q, problem.seqlen_q) if problem.needs_lse else None
         m_blocks = -(-problem.seqlen_q // config.tile_m)
         self._grid = min(m_blocks * problem.heads_q * problem.batch, problem.sm_count)
+        if config.one_tile and m_blocks * problem.heads_q * problem.batch > self._grid:
+            raise ValueError(f"{config}: more tiles than the {self._grid} CTAs of the launch")
         heads = problem.batch * problem.heads_q
         paired = paired_heads(config, problem, self._grid)
         paired_rounds = -(-(paired // 2 * m_blocks) // self._grid)

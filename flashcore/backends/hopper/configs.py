@@ -7,7 +7,6 @@ Pure arithmetic: needs neither torch nor CUDA. A config becomes `struct Config` 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
@@ -17,8 +16,9 @@ SMEM_LIMIT = 227 * 1024  # bytes of shared memory one CTA may have on sm_90
 REGISTER_FILE = 64 * 1024  # 32-bit registers of one SM
 
 _ELEMENTS = {"bfloat16": "Bf16", "float16": "Fp16"}
-# Consumer warpgroups: registers per thread of (producer, consumer). One of each needs no redistribution.
-_REGISTERS = {1: (255, 255), 2: (40, 232), 3: (32, 160)}
+# Consumer warpgroups: registers per thread of (producer, consumer). One of each needs no redistribution; the others
+# redistribute what they were launched with, which is a multiple of 8 for each thread.
+_REGISTERS = {1: (255, 255), 2: (40, 232), 3: (32, 160), 4: (32, 112)}
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class ForwardConfig:
     stages: int  # ring slots, each one block of K or of V
     q_buffers: int  # 2: the next tile starts under the end of this one
     turns: bool  # warpgroups take turns at issuing matrix products
+    one_tile: bool = False  # for launches with a CTA for every tile: half the code, and none of it for a second tile
     wait_limit: int = 0  # > 0: a barrier wait traps after so many tries (development)
     why: str = field(default="", compare=False)  # the reason of the table row it came from
 
@@ -101,65 +102,44 @@ class ForwardConfig:
             f"{self.dtype} head_dim {self.head_dim} {mask}: tile {self.tile_m} x {self.tile_n}, "
             f"{self.consumers} consumer warpgroups, {self.stages} stages, {self.q_buffers} Q buffers"
             + (", turns" if self.turns else "")
+            + (", one tile a CTA" if self.one_tile else "")
         )
 
 
 @dataclass(frozen=True)
 class ForwardRow:
-    """A row of the table: the tile for problems it applies to, and the reason."""
+    """A row of the table: a tile, what it costs, and when it is the one to take."""
 
     head_dim: int
-    applies: Callable[[AttentionProblem], bool]
     tile_n: int
     consumers: int
     stages: int
     q_buffers: int
     turns: bool
+    weight: float  # time per query row and key, relative to the head_dim's other rows, where each does its best
     why: str
 
-    def config(self, dtype: str, causal: bool) -> ForwardConfig:
+    def config(self, dtype: str, causal: bool, one_tile: bool = False) -> ForwardConfig:
         return ForwardConfig(
             dtype, self.head_dim, causal, self.tile_n, self.consumers, self.stages, self.q_buffers, self.turns,
-            why=self.why,
+            one_tile, why=self.why,
         )  # fmt: skip
 
 
-def _tiles(problem: AttentionProblem, tile_m: int) -> int:
-    return problem.batch * problem.heads_q * -(-problem.seqlen_q // tile_m)
-
-
-def _one_wave(problem: AttentionProblem) -> bool:
-    return _tiles(problem, 64) <= problem.sm_count
-
-
-def _short_causal(problem: AttentionProblem) -> bool:
-    return problem.causal and problem.seqlen_q < 2048
-
-
-def _long(problem: AttentionProblem) -> bool:
-    return problem.seqlen_q >= (4096 if problem.causal else 2048) and _tiles(problem, 192) >= 4 * problem.sm_count
-
-
-def _always(problem: AttentionProblem) -> bool:
-    return True
-
-
-_ONE_WAVE = "64 query rows a CTA put more of the SMs to work when all tiles fit in one wave"
-_THREE = "192 query rows per pass over K and V; three warpgroups keep the exponential units busy"
-_EVEN = "128 x 128 divides the usual lengths and the diagonal evenly; a third Q buffer hides its load from short tiles"
-
-# The first row with the problem's head_dim (rounded up) that applies is taken. Measurements: docs/log.
+# The row whose busiest CTA has the least to do is taken (:func:`choose_forward`). Measurements: docs/log/0003, 0012.
 FORWARD_TABLE: tuple[ForwardRow, ...] = (
-    ForwardRow(64, _one_wave, 128, 1, 6, 2, False, _ONE_WAVE),
-    ForwardRow(64, _short_causal, 128, 2, 7, 3, True, _EVEN),
-    ForwardRow(64, _always, 128, 3, 6, 2, True, _THREE),
-    ForwardRow(128, _one_wave, 128, 1, 5, 2, False, _ONE_WAVE),
-    ForwardRow(128, _long, 80, 3, 5, 2, True, _THREE),
-    ForwardRow(128, _always, 128, 2, 4, 3, True, _EVEN),
-    ForwardRow(192, _always, 96, 2, 4, 1, True, "the widest block of which two K and two V fit beside Q"),
-    ForwardRow(256, _one_wave, 64, 1, 4, 1, False, _ONE_WAVE),
-    ForwardRow(256, _always, 64, 2, 5, 1, True, "small blocks follow the diagonal and leave room for a fifth slot"),
-)
+    ForwardRow(64, 128, 3, 6, 2, True, 1.0, "three warpgroups keep the exponential units busy"),
+    ForwardRow(64, 64, 4, 12, 2, False, 1.04, "256 rows divide short sequences; 64 keys follow the diagonal"),
+    ForwardRow(64, 128, 2, 7, 3, True, 1.3, "128 rows where larger tiles would leave SMs idle"),
+    ForwardRow(64, 128, 1, 6, 2, False, 1.6, "64 rows put the most SMs to work"),
+    ForwardRow(128, 80, 3, 5, 2, True, 1.0, "192 query rows per pass over K and V"),
+    ForwardRow(128, 128, 2, 4, 3, True, 1.07, "128 x 128 divides the usual lengths and the diagonal; a third Q buffer "
+               "hides the load of Q from short tiles"),
+    ForwardRow(128, 128, 1, 5, 2, False, 1.5, "64 rows put the most SMs to work"),
+    ForwardRow(192, 96, 2, 4, 1, True, 1.0, "the widest block of which two K and two V fit beside Q"),
+    ForwardRow(256, 64, 2, 5, 1, True, 1.0, "small blocks follow the diagonal and leave room for a fifth slot"),
+    ForwardRow(256, 64, 1, 4, 1, False, 1.5, "64 rows put the most SMs to work"),
+)  # fmt: skip
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -168,12 +148,41 @@ def padded_head_dim(head_dim: int) -> int:
 
 
 def choose_forward(problem: AttentionProblem) -> ForwardConfig:
-    """The config for a problem that the backend accepts."""
-    wanted = padded_head_dim(problem.head_dim)
-    for row in FORWARD_TABLE:
-        if row.head_dim == wanted and row.applies(problem):
-            return row.config(problem.dtype, problem.causal)
-    raise LookupError(f"no row of FORWARD_TABLE has head_dim {wanted}")
+    """The config for a problem that the backend accepts: that of the row with the least work for its busiest CTA."""
+    rows = [row for row in FORWARD_TABLE if row.head_dim == padded_head_dim(problem.head_dim)]
+    if not rows:
+        raise LookupError(f"no row of FORWARD_TABLE has head_dim {padded_head_dim(problem.head_dim)}")
+
+    def time(row: ForwardRow) -> float:
+        config = row.config(problem.dtype, problem.causal)
+        return max(blocks_per_cta(config, problem)) * config.tile_m * config.tile_n * row.weight
+
+    best = min(rows, key=time)
+    tiles = -(-problem.seqlen_q // (64 * best.consumers)) * problem.batch * problem.heads_q
+    return best.config(problem.dtype, problem.causal, one_tile=tiles <= problem.sm_count)
+
+
+def tile_blocks(config: ForwardConfig, problem: AttentionProblem) -> list[int]:
+    """Key blocks of a head's tiles (``TileScheduler::set``)."""
+    m_blocks = -(-problem.seqlen_q // config.tile_m)
+    if not config.causal:
+        return [-(-problem.seqlen_k // config.tile_n)] * m_blocks
+    end = -(-problem.seqlen_q // 64) * 64 + problem.seqlen_k - problem.seqlen_q  # keys that the last tile reaches
+    keys = [min(problem.seqlen_k, end - (m_blocks - 1 - m) * config.tile_m) for m in range(m_blocks)]
+    return [max(1, -(-n // config.tile_n)) for n in keys]
+
+
+def blocks_per_cta(config: ForwardConfig, problem: AttentionProblem) -> list[float]:
+    """Key blocks that each CTA processes; the mean for all where a CTA has so many tiles that they even out."""
+    blocks, heads = tile_blocks(config, problem), problem.batch * problem.heads_q
+    m_blocks, tiles = len(blocks), len(blocks) * problem.batch * problem.heads_q
+    ctas = min(tiles, problem.sm_count)
+    if not config.causal:
+        return [-(-(tiles - cta) // ctas) * blocks[0] for cta in range(ctas)]
+    if tiles > 32 * ctas:
+        return [sum(blocks) * heads / ctas] * ctas
+    paired = paired_heads(config, problem, ctas)
+    return [sum(blocks[m] for _, m in deal_tiles(m_blocks, heads, paired, ctas, cta)) for cta in range(ctas)]
 
 
 def paired_heads(config: ForwardConfig, problem: AttentionProblem, ctas: int) -> int:
@@ -210,9 +219,10 @@ def deal_tiles(m_blocks: int, heads: int, paired: int, ctas: int, cta: int) -> l
 def declared_configs() -> list[tuple[str, ForwardConfig]]:
     """Every variant that :func:`choose_forward` can return, with a name."""
     return [
-        (f"forward-{row.head_dim}-{row.consumers}x{row.tile_n}-{'causal' if causal else 'full'}-{dtype}",
-         row.config(dtype, causal))
+        (f"forward-{row.head_dim}-{row.consumers}x{row.tile_n}-{'causal' if causal else 'full'}"
+         f"{'-one-tile' if one_tile else ''}-{dtype}", row.config(dtype, causal, one_tile))
         for row in FORWARD_TABLE
         for causal in (False, True)
+        for one_tile in (False, True)
         for dtype in _ELEMENTS
     ]

@@ -17,9 +17,11 @@
 //   warpgroup 0: thread 0 fills the ring with K and V, thread 32 fills the Q buffers; the other warps leave.
 //   warpgroups 1..consumers: 64 query rows each. setmaxnreg, threads x registers of a CTA:
 //     2 consumers: (40 + 2 * 232) * 128 = 64,512   3 consumers: (32 + 3 * 160) * 128 = 65,536   of 65,536
+//     4 consumers: (32 + 4 * 112) * 128 = 61,440, all that 640 threads are launched with
 //     1 consumer: 2 * 128 threads may have 255 each, nothing to move.
 //   Live in a consumer: O head_dim / 2, S tile_n / 2, P tile_n / 4, and about 30 more: 64 + 64 + 32 + 30 = 190 at
-//   head_dim 128, tile_n 128; 32 + 64 + 32 + 30 = 158 at head_dim 64 with three consumers.
+//   head_dim 128, tile_n 128; 32 + 64 + 32 + 30 = 158 at head_dim 64 with three consumers; 32 + 32 + 16 + 30 = 110 with
+//   four and tile_n 64.
 //
 // SHARED MEMORY (ForwardSmem), bytes at head_dim 128, tile 128 x 128, 4 stages, 3 Q buffers
 //   q[q_buffers][consumers]   98,304   a warpgroup's Q; with several buffers it turns into its O when its tile ends
@@ -87,8 +89,8 @@ template <class Config> struct ForwardKernel {
   static_assert(sizeof(Smem) == Config::smem_bytes, "the host and the kernel disagree on shared memory");
   static_assert(Config::tile_m == 64 * consumers);
   static_assert(!o_in_ring || KvTile::bytes >= QTile::bytes);
-  // The diagonal leaves a warpgroup only the left half of every second block.
-  static constexpr int narrow_n = Config::causal && tile_n == 128 ? tile_n / 2 : tile_n;
+  // The diagonal leaves a warpgroup only the left half of every second block. With one tile a CTA, code costs more.
+  static constexpr int narrow_n = Config::causal && tile_n == 128 && !Config::one_tile ? tile_n / 2 : tile_n;
 
   Smem& smem;
   const AttentionParams& params;
@@ -107,10 +109,11 @@ template <class Config> struct ForwardKernel {
         wait(smem.q_empty[cursor.stage][wg], cursor.phase ^ 1);
         u64& full = smem.q_full[cursor.stage][wg];
         mbarrier_arrive_expect_tx(full, QTile::bytes);
+        const int row = tile.row + wg * 64;  // no box may begin before row 0; past the end it reads zeros
 #pragma unroll
         for (int c = 0; c < QTile::chunks; ++c)
           tma_load_4d(smem.q[cursor.stage][wg] + c * QTile::chunk_bytes, map, full, c * 64,
-                      tile.m_block * Config::tile_m + wg * 64, tile.head, tile.batch);
+                      row < 0 ? params.seqlen_q : row, tile.head, tile.batch);
       }
       cursor.advance();
     }
@@ -232,11 +235,11 @@ template <class Config> struct ForwardKernel {
       if constexpr (Config::turns) named_barrier_arrive(1 + (wg + 1) % consumers, 256);
     }
 
-    __forceinline__ int first_row(const Tile& tile) const { return tile.m_block * Config::tile_m + wg * 64; }
+    __forceinline__ int first_row(const Tile& tile) const { return tile.row + wg * 64; }
 
     // Keys that this warpgroup needs of a tile, at least 1.
     __forceinline__ int keys(const Tile& tile) const {
-      if (first_row(tile) >= params.seqlen_q) return 1;
+      if (u32(first_row(tile)) >= u32(params.seqlen_q)) return 1;  // no row of its own
       return max(1, key_limit<Config>(params, first_row(tile) + 63));
     }
 
@@ -248,7 +251,7 @@ template <class Config> struct ForwardKernel {
 
     // Hides the scores of keys past each row's limit, 16 columns at a time where the warp has any to hide.
     template <int n> __forceinline__ void mask(float (&s)[n], const Tile& tile, int n_block) {
-      const int first = tile.m_block * Config::tile_m + warp_row;
+      const int first = tile.row + warp_row;
       const int clear = key_limit<Config>(params, first) - n_block * tile_n;  // columns that no row hides
       if (clear >= 2 * n) return;
       const int row = first + thread % 32 / 4;
@@ -312,7 +315,7 @@ template <class Config> struct ForwardKernel {
       sync_warpgroup();
       if (thread == 0) {
 #pragma unroll
-        for (int c = 0; c < QTile::chunks; ++c)
+        for (int c = 0; c < QTile::chunks && first_row(tile) >= 0; ++c)
           tma_store_4d(o_map, staged + c * QTile::chunk_bytes, c * 64, first_row(tile), tile.head, tile.batch);
         tma_store_commit();
       }
@@ -322,7 +325,7 @@ template <class Config> struct ForwardKernel {
         for (int slot = 0; slot < 2; ++slot) {
           const int row = first_row(tile) + fragment_row(thread) + 8 * slot;
           constexpr float ln2 = 0.6931471805599453f;
-          if (row < params.seqlen_q)
+          if (u32(row) < u32(params.seqlen_q))
             params.lse[row_base + row] = sum[slot] == 0
                 ? negative_infinity()
                 : (row_max[slot] * softmax.scale_log2 + log2_approx(sum[slot])) * ln2;
@@ -445,6 +448,10 @@ template <class Config> struct ForwardKernel {
           open_tile<tile_n>(tile, first, first_of_cta);
         first_of_cta = false;
         for (int n_block = first - 1; n_block >= 0; --n_block) next_block(tile, n_block, n_block < first - 1);
+        if constexpr (Config::one_tile) {  // none of the code for what comes after a tile
+          close_tile(tile, first > 0, false);
+          break;
+        }
         more = scheduler.next(next);
         opened = more && first_block(next) == next.n_blocks - 1;
         if (opened && narrow(next))

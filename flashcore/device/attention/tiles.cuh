@@ -24,7 +24,8 @@ struct AttentionParams {
 };
 
 struct Tile {
-  int m_block, head, kv_head, batch;
+  int row;  // its first query row; under a causal mask maybe negative
+  int head, kv_head, batch;
   int n_blocks;  // at least 1: a tile that sees no key processes one fully masked block
 };
 
@@ -34,26 +35,30 @@ struct Tile {
 // Under a causal mask the cost grows with m_block. Most heads are dealt out in units of two tiles, one long and one
 // short, from two neighbouring heads, which all cost the same; the tiles of the remaining heads follow one by one,
 // longest first and every second round in reverse, so that the CTAs end together. On the host: deal_tiles().
+// There the tiles end with the last query row, so that where tile_m does not divide seqlen_q it is the shortest tile
+// whose upper warpgroups have no rows, not the longest one's lower ones. Rows stay multiples of 64.
 template <class Config> struct TileScheduler {
   const AttentionParams& params;
   int round = 0;
   int short_head = -1, short_m_block = 0;  // the second tile of a unit, still to be processed
 
   __forceinline__ void set(Tile& tile, int batch_head, int m_block) const {
-    tile.m_block = m_block;
+    tile.row = m_block * Config::tile_m;
     tile.batch = params.by_heads_q.divide(batch_head);
     tile.head = batch_head - tile.batch * params.heads_q;
     tile.kv_head = params.by_group_size.divide(tile.head);
     int keys = params.seqlen_k;
-    if constexpr (Config::causal)
-      keys = min(keys, (m_block + 1) * Config::tile_m + params.seqlen_k - params.seqlen_q);
+    if constexpr (Config::causal) {
+      tile.row -= params.m_blocks * Config::tile_m - (params.seqlen_q + 63) / 64 * 64;
+      keys = min(keys, tile.row + Config::tile_m + params.seqlen_k - params.seqlen_q);
+    }
     tile.n_blocks = max(1, (keys + Config::tile_n - 1) / Config::tile_n);
   }
 
   __forceinline__ bool next(Tile& tile) {
     const int ctas = gridDim.x, cta = blockIdx.x, m_blocks = params.m_blocks;
     const int heads = params.batch * params.heads_q;
-    if constexpr (!Config::causal) {
+    if constexpr (!Config::causal || Config::one_tile) {
       const int i = round++ * ctas + cta;
       if (i >= heads * m_blocks) return false;
       const int head = params.by_m_blocks.divide(i);

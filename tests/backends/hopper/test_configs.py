@@ -11,10 +11,11 @@ from flashcore.backends.hopper.attention import divisor
 from flashcore.backends.hopper.configs import (
     FORWARD_TABLE,
     ForwardConfig,
+    blocks_per_cta,
     choose_forward,
     deal_tiles,
     declared_configs,
-    paired_heads,
+    tile_blocks,
 )
 from flashcore.problem import AttentionProblem
 
@@ -113,11 +114,8 @@ def test_causal_work_is_balanced(head_dim, seqlen):
         PROBLEM, head_dim=head_dim, head_dim_v=head_dim, batch=16384 // seqlen, heads_q=2048 // head_dim,
         heads_k=2048 // head_dim, seqlen_q=seqlen, seqlen_k=seqlen,
     )  # fmt: skip
-    config = choose_forward(problem)
-    m_blocks, heads = -(-seqlen // config.tile_m), problem.batch * problem.heads_q
-    paired = paired_heads(config, problem, 132)
-    costs = [-(-min(seqlen, (m + 1) * config.tile_m) // config.tile_n) for m in range(m_blocks)]
-    blocks = [sum(costs[m] for _, m in deal_tiles(m_blocks, heads, paired, 132, cta)) for cta in range(132)]
+    blocks = blocks_per_cta(choose_forward(problem), problem)
+    assert len(blocks) == 132
     assert sum(blocks) / 132 >= 0.94 * max(blocks)
 
 
@@ -130,3 +128,34 @@ def test_divisor(d, n, near):
         high = value * multiplier >> 32
         assert high + value < 2**32  # no overflow in 32 bits
         assert (high + value) >> shift == value // d
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@given(seqlen_q=st.integers(1, 700), seqlen_k=st.integers(1, 700), data=st.data())
+def test_blocks_cover_what_is_visible(causal, seqlen_q, seqlen_k, data):
+    """The blocks of the tiles reach every key that their rows see, and the last tile ends with the last row."""
+    row = data.draw(st.sampled_from(FORWARD_TABLE))
+    problem = dataclasses.replace(PROBLEM, seqlen_q=seqlen_q, seqlen_k=seqlen_k, causal=causal)
+    config = row.config("bfloat16", causal)
+    blocks = tile_blocks(config, problem)
+    shift = len(blocks) * config.tile_m - -(-seqlen_q // 64) * 64 if causal else 0
+    assert 0 <= shift < config.tile_m
+    for query in range(seqlen_q):
+        visible = min(seqlen_k, query + 1 + seqlen_k - seqlen_q) if causal else seqlen_k
+        assert blocks[(query + shift) // config.tile_m] * config.tile_n >= visible
+
+
+@pytest.mark.parametrize(
+    ("shape", "one_tile"),
+    [((1, 8, 512, 64), True), ((2, 32, 1, 128), True), ((1, 16, 1024, 128), True), ((8, 16, 512, 64), False)],
+)
+@pytest.mark.parametrize("causal", [False, True])
+def test_one_tile_only_where_every_tile_has_a_cta(shape, one_tile, causal):
+    batch, heads, seqlen, head_dim = shape
+    problem = dataclasses.replace(
+        PROBLEM, batch=batch, heads_q=heads, heads_k=heads, seqlen_q=seqlen, seqlen_k=seqlen, head_dim=head_dim,
+        head_dim_v=head_dim, causal=causal,
+    )  # fmt: skip
+    config = choose_forward(problem)
+    assert config.one_tile == (batch * heads * -(-seqlen // config.tile_m) <= problem.sm_count)
+    assert causal or config.one_tile == one_tile

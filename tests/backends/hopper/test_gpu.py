@@ -49,7 +49,12 @@ def test_every_config_on_every_kind_of_shape(name, shape):
     dtype = getattr(torch, config.dtype)
     q, k, v = random_inputs(*shape, config.head_dim, dtype)
     problem = AttentionProblem.from_tensors(q, k, v, causal=config.causal, return_lse=True)
-    launch = ForwardLauncher(problem, dataclasses.replace(config, wait_limit=WAIT_LIMIT))
+    config = dataclasses.replace(config, wait_limit=WAIT_LIMIT)
+    if config.one_tile and shape[0] * shape[3] * -(-shape[1] // config.tile_m) > problem.sm_count:
+        with pytest.raises(ValueError, match="more tiles"):
+            ForwardLauncher(problem, config)
+        return
+    launch = ForwardLauncher(problem, config)
     with poisoned_outputs():
         out, lse = launch(q, k, v)
     assert not out.isnan().any()
