@@ -7,6 +7,7 @@ Pure arithmetic: needs neither torch nor CUDA. A config becomes `struct Config` 
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
@@ -34,6 +35,7 @@ class ForwardConfig:
     q_buffers: int  # 2: the next tile starts under the end of this one
     turns: bool  # warpgroups take turns at issuing matrix products
     one_tile: bool = False  # for launches with a CTA for every tile: half the code, and none of it for a second tile
+    key_parts: int = 1  # 2: two warpgroups have the same 64 query rows and every other block of keys
     wait_limit: int = 0  # > 0: a barrier wait traps after so many tries (development)
     why: str = field(default="", compare=False)  # the reason of the table row it came from
 
@@ -43,7 +45,12 @@ class ForwardConfig:
     @property
     def tile_m(self) -> int:
         """Query rows per CTA tile."""
-        return 64 * self.consumers
+        return 64 * self.row_groups
+
+    @property
+    def row_groups(self) -> int:
+        """Sets of 64 query rows in a tile."""
+        return self.consumers // self.key_parts
 
     @property
     def threads(self) -> int:
@@ -62,8 +69,8 @@ class ForwardConfig:
         """``sizeof(ForwardSmem<Config>)``, which the kernel asserts."""
         row = -(-self.head_dim // 64) * 128  # bytes; chunks of 64 elements, the last one maybe partly used
         q = self.q_buffers * self.tile_m * row
-        kv = self.stages * self.tile_n * row
-        barriers = 8 * 2 * (self.stages + self.q_buffers * self.consumers)
+        kv = self.key_parts * self.stages * self.tile_n * row
+        barriers = 8 * 2 * (self.key_parts * self.stages + self.q_buffers * self.row_groups)
         return -(-(q + kv + barriers) // 1024) * 1024
 
     def infeasible(self) -> str | None:
@@ -81,13 +88,15 @@ class ForwardConfig:
             return f"{registers} registers exceed {REGISTER_FILE}"
         if self.turns and self.consumers == 1:
             return "one warpgroup cannot take turns"
-        if self.stages < (self.consumers + 2 if self.q_buffers == 1 else 3):
+        if self.key_parts > 1 and not (self.one_tile and self.key_parts == self.consumers == 2):
+            return "keys are shared out between the two warpgroups of a CTA with one tile"
+        if self.stages < (self.consumers + 2 if self.q_buffers == 1 and not self.one_tile else 3):
             return f"{self.stages} stages cannot hold a K, a V and, with one Q buffer, every warpgroup's output"
         return None
 
     def constants(self) -> dict[str, int | bool]:
         """Name and value of every constant of the device-side ``struct Config``."""
-        derived = ("tile_m", "threads", "producer_registers", "consumer_registers", "smem_bytes")
+        derived = ("tile_m", "row_groups", "threads", "producer_registers", "consumer_registers", "smem_bytes")
         names = [f.name for f in fields(self) if f.name not in ("dtype", "why")] + list(derived)
         return {name: getattr(self, name) for name in names}
 
@@ -103,6 +112,7 @@ class ForwardConfig:
             f"{self.consumers} consumer warpgroups, {self.stages} stages, {self.q_buffers} Q buffers"
             + (", turns" if self.turns else "")
             + (", one tile a CTA" if self.one_tile else "")
+            + (", keys in two parts" if self.key_parts == 2 else "")
         )
 
 
@@ -118,27 +128,31 @@ class ForwardRow:
     turns: bool
     weight: float  # time per query row and key, relative to the head_dim's other rows, where each does its best
     why: str
+    key_parts: int = 1  # 2: only for launches with a CTA for every tile
 
     def config(self, dtype: str, causal: bool, one_tile: bool = False) -> ForwardConfig:
+        one_tile = one_tile or self.key_parts > 1
         return ForwardConfig(
-            dtype, self.head_dim, causal, self.tile_n, self.consumers, self.stages, self.q_buffers, self.turns,
-            one_tile, why=self.why,
+            dtype, self.head_dim, causal, self.tile_n, self.consumers, self.stages, 1 if one_tile else self.q_buffers,
+            self.turns, one_tile, self.key_parts, why=self.why,
         )  # fmt: skip
 
+
+_TWO_PARTS = "64 rows put the most SMs to work, and two warpgroups share their keys"
 
 # The row whose busiest CTA has the least to do is taken (:func:`choose_forward`). Measurements: docs/log/0003, 0012.
 FORWARD_TABLE: tuple[ForwardRow, ...] = (
     ForwardRow(64, 128, 3, 6, 2, True, 1.0, "three warpgroups keep the exponential units busy"),
     ForwardRow(64, 64, 4, 12, 2, False, 1.04, "256 rows divide short sequences; 64 keys follow the diagonal"),
     ForwardRow(64, 128, 2, 7, 3, True, 1.3, "128 rows where larger tiles would leave SMs idle"),
-    ForwardRow(64, 128, 1, 6, 2, False, 1.6, "64 rows put the most SMs to work"),
+    ForwardRow(64, 128, 2, 4, 1, False, 1.3, _TWO_PARTS, key_parts=2),
     ForwardRow(128, 80, 3, 5, 2, True, 1.0, "192 query rows per pass over K and V"),
     ForwardRow(128, 128, 2, 4, 3, True, 1.07, "128 x 128 divides the usual lengths and the diagonal; a third Q buffer "
                "hides the load of Q from short tiles"),
-    ForwardRow(128, 128, 1, 5, 2, False, 1.5, "64 rows put the most SMs to work"),
+    ForwardRow(128, 128, 2, 3, 1, False, 1.07, _TWO_PARTS, key_parts=2),
     ForwardRow(192, 96, 2, 4, 1, True, 1.0, "the widest block of which two K and two V fit beside Q"),
     ForwardRow(256, 64, 2, 5, 1, True, 1.0, "small blocks follow the diagonal and leave room for a fifth slot"),
-    ForwardRow(256, 64, 1, 4, 1, False, 1.5, "64 rows put the most SMs to work"),
+    ForwardRow(256, 64, 2, 3, 1, False, 1.0, _TWO_PARTS, key_parts=2),
 )  # fmt: skip
 
 
@@ -149,17 +163,22 @@ def padded_head_dim(head_dim: int) -> int:
 
 def choose_forward(problem: AttentionProblem) -> ForwardConfig:
     """The config for a problem that the backend accepts: that of the row with the least work for its busiest CTA."""
-    rows = [row for row in FORWARD_TABLE if row.head_dim == padded_head_dim(problem.head_dim)]
-    if not rows:
-        raise LookupError(f"no row of FORWARD_TABLE has head_dim {padded_head_dim(problem.head_dim)}")
-
-    def time(row: ForwardRow) -> float:
+    best, best_time = None, math.inf
+    for row in FORWARD_TABLE:
+        if row.head_dim != padded_head_dim(problem.head_dim):
+            continue
         config = row.config(problem.dtype, problem.causal)
-        return max(blocks_per_cta(config, problem)) * config.tile_m * config.tile_n * row.weight
-
-    best = min(rows, key=time)
-    tiles = -(-problem.seqlen_q // (64 * best.consumers)) * problem.batch * problem.heads_q
-    return best.config(problem.dtype, problem.causal, one_tile=tiles <= problem.sm_count)
+        tiles = -(-problem.seqlen_q // config.tile_m) * problem.batch * problem.heads_q
+        if config.one_tile and tiles > problem.sm_count:
+            continue
+        blocks = -(-max(blocks_per_cta(config, problem)) // config.key_parts)
+        time = blocks * config.tile_n * 64 * config.consumers * row.weight
+        if time < best_time:
+            best = row.config(problem.dtype, problem.causal, one_tile=tiles <= problem.sm_count)
+            best_time = time
+    if best is None:
+        raise LookupError(f"no row of FORWARD_TABLE has head_dim {padded_head_dim(problem.head_dim)}")
+    return best
 
 
 def tile_blocks(config: ForwardConfig, problem: AttentionProblem) -> list[int]:
@@ -218,11 +237,11 @@ def deal_tiles(m_blocks: int, heads: int, paired: int, ctas: int, cta: int) -> l
 
 def declared_configs() -> list[tuple[str, ForwardConfig]]:
     """Every variant that :func:`choose_forward` can return, with a name."""
-    return [
-        (f"forward-{row.head_dim}-{row.consumers}x{row.tile_n}-{'causal' if causal else 'full'}"
-         f"{'-one-tile' if one_tile else ''}-{dtype}", row.config(dtype, causal, one_tile))
-        for row in FORWARD_TABLE
-        for causal in (False, True)
-        for one_tile in (False, True)
-        for dtype in _ELEMENTS
-    ]
+    configs = []
+    for row, causal, one_tile, dtype in itertools.product(FORWARD_TABLE, (False, True), (False, True), _ELEMENTS):
+        config = row.config(dtype, causal, one_tile)
+        if config.one_tile == one_tile:
+            kind = "-two-parts" if config.key_parts > 1 else "-one-tile" if one_tile else ""
+            mask = "causal" if causal else "full"
+            configs.append((f"forward-{row.head_dim}-{row.consumers}x{row.tile_n}-{mask}{kind}-{dtype}", config))
+    return configs

@@ -14,8 +14,10 @@
 //   P, V -WGMMA RS-> O (registers) -stmatrix-> smem -TMA-> O;   LSE -st.global->
 //
 // WARP ROLES AND REGISTERS
-//   warpgroup 0: thread 0 fills the ring with K and V, thread 32 fills the Q buffers; the other warps leave.
-//   warpgroups 1..consumers: 64 query rows each. setmaxnreg, threads x registers of a CTA:
+//   warpgroup 0: thread 0 fills the ring with K and V, thread 32 fills the Q buffers, thread 64 a second ring if the keys
+//   are shared out; the others leave.
+//   warpgroups 1..consumers: 64 query rows each, or (key_parts 2) the same 64 rows and every other block of keys.
+//   setmaxnreg, threads x registers of a CTA:
 //     2 consumers: (40 + 2 * 232) * 128 = 64,512   3 consumers: (32 + 3 * 160) * 128 = 65,536   of 65,536
 //     4 consumers: (32 + 4 * 112) * 128 = 61,440, all that 640 threads are launched with
 //     1 consumer: 2 * 128 threads may have 255 each, nothing to move.
@@ -44,6 +46,9 @@
 //     tensor cores   S0 O0   S1 O1   S0' O0'   S1' O1'      S0, O0: products of warpgroup 0
 //     warpgroup 0       softmax(S0)..... |  softmax(S0')..    | its turn to issue again
 //     warpgroup 1               softmax(S1)..... |
+//   Few tiles: with a CTA for every tile (one_tile) there is no seam and no code for it. Then two warpgroups may share 64
+//   rows (key_parts), each with a ring and every other block; at the end the second leaves its O, maxima and sums in its
+//   ring, and the first adds them to its own.
 //   A warpgroup passes over blocks of its tile that lie right of its own diagonal (open_tile, close_tile), and where the
 //   diagonal leaves it half a block, it computes half of Q K^T and of the softmax.
 //
@@ -65,11 +70,11 @@ template <class Config> struct ForwardSmem {
   using QTile = SmemTile<64, Config::head_dim>;  // one warpgroup's rows of Q; later the same rows of O
   using KvTile = SmemTile<Config::tile_n, Config::head_dim>;
 
-  alignas(1024) u8 q[Config::q_buffers][Config::consumers][QTile::bytes];
-  alignas(1024) u8 kv[Config::stages][KvTile::bytes];
-  RingBarriers<Config::stages> ring;
-  u64 q_full[Config::q_buffers][Config::consumers];
-  u64 q_empty[Config::q_buffers][Config::consumers];
+  alignas(1024) u8 q[Config::q_buffers][Config::row_groups][QTile::bytes];
+  alignas(1024) u8 kv[Config::key_parts][Config::stages][KvTile::bytes];
+  RingBarriers<Config::stages> ring[Config::key_parts];
+  u64 q_full[Config::q_buffers][Config::row_groups];
+  u64 q_empty[Config::q_buffers][Config::row_groups];
 };
 
 template <class Config> struct ForwardKernel {
@@ -84,10 +89,14 @@ template <class Config> struct ForwardKernel {
   static constexpr int tile_n = Config::tile_n;
   static constexpr int head_dim = Config::head_dim;
   static constexpr int consumers = Config::consumers;
+  static constexpr int row_groups = Config::row_groups;
+  static constexpr int key_parts = Config::key_parts;
   // Where a warpgroup's O waits for the copy engine: in the ring, or in the Q buffer of its own tile.
-  static constexpr bool o_in_ring = Config::q_buffers == 1;
+  static constexpr bool o_in_ring = Config::q_buffers == 1 && !Config::one_tile;
   static_assert(sizeof(Smem) == Config::smem_bytes, "the host and the kernel disagree on shared memory");
-  static_assert(Config::tile_m == 64 * consumers);
+  static_assert(Config::tile_m == 64 * row_groups && consumers == row_groups * key_parts);
+  static_assert(key_parts == 1 || (Config::one_tile && row_groups == 1));
+  static_assert(key_parts == 1 || Config::stages * KvTile::bytes >= (head_dim / 8 + 1) * 128 * 16);
   static_assert(!o_in_ring || KvTile::bytes >= QTile::bytes);
   // The diagonal leaves a warpgroup only the left half of every second block. With one tile a CTA, code costs more.
   static constexpr int narrow_n = Config::causal && tile_n == 128 && !Config::one_tile ? tile_n / 2 : tile_n;
@@ -105,7 +114,7 @@ template <class Config> struct ForwardKernel {
     Tile tile;
     while (scheduler.next(tile)) {
 #pragma unroll
-      for (int wg = 0; wg < consumers; ++wg) {
+      for (int wg = 0; wg < row_groups; ++wg) {
         wait(smem.q_empty[cursor.stage][wg], cursor.phase ^ 1);
         u64& full = smem.q_full[cursor.stage][wg];
         mbarrier_arrive_expect_tx(full, QTile::bytes);
@@ -119,44 +128,46 @@ template <class Config> struct ForwardKernel {
     }
   }
 
-  __forceinline__ void load_block(const TensorMap& map, KvCursor& cursor, const Tile& tile, int n_block) {
-    wait(smem.ring.empty[cursor.stage], cursor.phase ^ 1);
-    u64& full = smem.ring.full[cursor.stage];
+  __forceinline__ void load_block(const TensorMap& map, int part, KvCursor& cursor, const Tile& tile, int n_block) {
+    wait(smem.ring[part].empty[cursor.stage], cursor.phase ^ 1);
+    u64& full = smem.ring[part].full[cursor.stage];
     mbarrier_arrive_expect_tx(full, KvTile::bytes);
 #pragma unroll
     for (int c = 0; c < KvTile::chunks; ++c)
-      tma_load_4d(smem.kv[cursor.stage] + c * KvTile::chunk_bytes, map, full, c * 64, n_block * tile_n,
+      tma_load_4d(smem.kv[part][cursor.stage] + c * KvTile::chunk_bytes, map, full, c * 64, n_block * tile_n,
                   tile.kv_head, tile.batch);
     cursor.advance();
   }
 
-  __forceinline__ void load_last_v(const TensorMap& v, KvCursor& cursor, const Tile& tile) {
-    load_block(v, cursor, tile, 0);
+  __forceinline__ void load_last_v(const TensorMap& v, int part, KvCursor& cursor, const Tile& tile) {
+    load_block(v, part, cursor, tile, (tile.n_blocks - 1 - part) % key_parts);
     if constexpr (o_in_ring)  // lend a slot to every warpgroup for its O
       for (int wg = 0; wg < consumers; ++wg) {
-        wait(smem.ring.empty[cursor.stage], cursor.phase ^ 1);
-        mbarrier_arrive(smem.ring.full[cursor.stage]);
+        wait(smem.ring[0].empty[cursor.stage], cursor.phase ^ 1);
+        mbarrier_arrive(smem.ring[0].full[cursor.stage]);
         cursor.advance();
       }
   }
 
   // In the order in which the consumers need them: K of a block comes before V of the block ahead of it.
-  void load_kv(const TensorMap& k, const TensorMap& v) {
+  void load_kv(const TensorMap& k, const TensorMap& v, int part) {
     Scheduler scheduler{params};
     KvCursor cursor;
     Tile tile, previous;
     bool first = true;
     while (scheduler.next(tile)) {
-      load_block(k, cursor, tile, tile.n_blocks - 1);
-      if (!first) load_last_v(v, cursor, previous);
-      for (int n_block = tile.n_blocks - 2; n_block >= 0; --n_block) {
-        load_block(k, cursor, tile, n_block);
-        load_block(v, cursor, tile, n_block + 1);
+      const int rightmost = tile.n_blocks - 1 - part;
+      if (rightmost < 0) return;  // no block for this part
+      load_block(k, part, cursor, tile, rightmost);
+      if (!first) load_last_v(v, part, cursor, previous);
+      for (int n_block = rightmost - key_parts; n_block >= 0; n_block -= key_parts) {
+        load_block(k, part, cursor, tile, n_block);
+        load_block(v, part, cursor, tile, n_block + key_parts);
       }
       previous = tile;
       first = false;
     }
-    if (!first) load_last_v(v, cursor, previous);
+    if (!first) load_last_v(v, part, cursor, previous);
   }
 
   // ---- consumer: one warpgroup -------------------------------------------------------------------------------------
@@ -165,7 +176,8 @@ template <class Config> struct ForwardKernel {
     Smem& smem;
     const AttentionParams& params;
     const TensorMap& o_map;
-    const int wg, thread;
+    const int wg, part;  // its 64 rows of the tile, its share of the keys
+    const int thread;
     const int warp_row;  // first row of this warp in the CTA tile
     KvCursor cursor;
     QCursor q_cursor;  // of the current tile
@@ -178,7 +190,7 @@ template <class Config> struct ForwardKernel {
     // n: scores per thread, for the first 2 n keys of the block at the cursor.
     template <int n> __forceinline__ void issue_qk(float (&s)[n]) {
       const u32 q = smem_address(smem.q[q_cursor.stage][wg]);
-      const u32 k = smem_address(smem.kv[cursor.stage]);
+      const u32 k = smem_address(smem.kv[part][cursor.stage]);
       wgmma_fence();
 #pragma unroll
       for (int step = 0; step < head_dim / 16; ++step)
@@ -187,7 +199,7 @@ template <class Config> struct ForwardKernel {
     }
 
     __forceinline__ void issue_pv(int stage, bool accumulate) {
-      const u32 v = smem_address(smem.kv[stage]);
+      const u32 v = smem_address(smem.kv[part][stage]);
       pin(o);
       pin(p);
       wgmma_fence();
@@ -201,14 +213,14 @@ template <class Config> struct ForwardKernel {
     // Waits for the block at the cursor, and returns its slot.
     __forceinline__ int acquire() {
       const int stage = cursor.stage;
-      wait(smem.ring.full[stage], cursor.phase);
+      wait(smem.ring[part].full[stage], cursor.phase);
       return stage;
     }
 
     // One thread speaks for the warpgroup, so all four warps must have seen the slot full: a matrix product of theirs
     // or sync_warpgroup() comes between acquire() and release(), or a late warp could miss the phase.
     __forceinline__ void release(int stage) {
-      if (thread == 0) mbarrier_arrive(smem.ring.empty[stage]);
+      if (thread == 0) mbarrier_arrive(smem.ring[part].empty[stage]);
     }
 
     __forceinline__ void sync_warpgroup() { named_barrier_sync(1 + consumers + wg, 128); }
@@ -307,8 +319,8 @@ template <class Config> struct ForwardKernel {
           }
           const int stage = acquire();
           cursor.advance();
-          staged = smem.kv[stage];
-          stored = &smem.ring.empty[stage];
+          staged = smem.kv[0][stage];
+          stored = &smem.ring[0].empty[stage];
         }
       store_fragment<Element, head_dim>(o, smem_address(staged), thread);
       fence_async_proxy();
@@ -337,7 +349,7 @@ template <class Config> struct ForwardKernel {
     // tile, and for tiles whose rightmost blocks this warpgroup passes over.
     template <int width> __forceinline__ void open_tile(const Tile& tile, int n_block, bool first_of_cta) {
       wait(smem.q_full[q_cursor.stage][wg], q_cursor.phase);
-      const int skipped = tile.n_blocks - 1 - n_block;
+      const int skipped = key_parts > 1 ? 0 : tile.n_blocks - 1 - n_block;
       if (first_of_cta && skipped > 0) pass_over();  // else close_tile() did
       for (int i = 1; i < skipped; ++i) {
         finish_store();
@@ -388,6 +400,15 @@ template <class Config> struct ForwardKernel {
       if (grew) softmax.rescale_output(o);
     }
 
+    // Last product of the only tile.
+    __forceinline__ void finish_products(bool accumulate) {
+      const int v_stage = acquire();
+      issue_pv(v_stage, accumulate);
+      wgmma_wait<0>();
+      pin(o);
+      pin(p);
+    }
+
     // Last product of a tile, and its output.
     __forceinline__ void close_tile(const Tile& tile, bool accumulate, bool followed) {
       finish_store();
@@ -403,6 +424,64 @@ template <class Config> struct ForwardKernel {
       release(v_stage);
       epilogue(tile, q_cursor.stage, softmax.row_max, softmax.row_sum);
       q_cursor.advance();
+    }
+
+    // The only tile: this warpgroup's share of its blocks, and the output of all shares.
+    __forceinline__ void only_tile(const Tile& tile) {
+      const int first = key_parts > 1 ? tile.n_blocks - 1 - part : first_block(tile);
+      if (first >= 0) {
+        open_tile<tile_n>(tile, first, true);
+        for (int n_block = first - key_parts; n_block >= 0; n_block -= key_parts)
+          next_block(tile, n_block, n_block < first - key_parts);
+        finish_products(first >= key_parts);
+      } else {
+        softmax.row_max[0] = softmax.row_max[1] = negative_infinity();
+        softmax.row_sum[0] = softmax.row_sum[1] = 0;
+#pragma unroll
+        for (int i = 0; i < head_dim / 2; ++i) o[i] = 0;
+      }
+      if constexpr (key_parts > 1) {
+        if (part > 0) return leave_share();
+        take_share();
+      }
+      epilogue(tile, 0, softmax.row_max, softmax.row_sum);
+    }
+
+    // The other warpgroup's thread with the same number holds the same elements. Its ring is empty by now.
+    __forceinline__ float4* share() const { return reinterpret_cast<float4*>(smem.kv[key_parts - 1]) + thread; }
+
+    __forceinline__ void leave_share() {
+      share()[0] = make_float4(softmax.row_max[0], softmax.row_max[1], softmax.row_sum[0], softmax.row_sum[1]);
+#pragma unroll
+      for (int i = 0; i < head_dim / 8; ++i)
+        share()[128 * (i + 1)] = make_float4(o[4 * i], o[4 * i + 1], o[4 * i + 2], o[4 * i + 3]);
+      named_barrier_arrive(1 + 2 * consumers, 256);
+    }
+
+    __forceinline__ void take_share() {
+      named_barrier_sync(1 + 2 * consumers, 256);
+      const float4 other = share()[0];
+      const float other_max[2] = {other.x, other.y}, other_sum[2] = {other.z, other.w};
+      float mine[2], theirs[2];  // factors
+#pragma unroll
+      for (int slot = 0; slot < 2; ++slot) {
+        const float m = fmaxf(softmax.row_max[slot], other_max[slot]);
+        const float offset = m == negative_infinity() ? 0 : m;  // a row without keys: both factors are 0
+        mine[slot] = exp2_approx((softmax.row_max[slot] - offset) * softmax.scale_log2);
+        theirs[slot] = exp2_approx((other_max[slot] - offset) * softmax.scale_log2);
+        softmax.row_sum[slot] = softmax.row_sum[slot] * mine[slot] + other_sum[slot] * theirs[slot];
+        softmax.row_max[slot] = m;
+      }
+#pragma unroll
+      for (int i = 0; i < head_dim / 8; ++i) {
+        const float4 x = share()[128 * (i + 1)];
+        const float y[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const int slot = fragment_slot(4 * i + j);
+          o[4 * i + j] = o[4 * i + j] * mine[slot] + y[j] * theirs[slot];
+        }
+      }
     }
 
     // First block of the next tile, with the last product of this one under its softmax; then this one's output.
@@ -436,6 +515,19 @@ template <class Config> struct ForwardKernel {
     }
 
     void run() {
+      if constexpr (Config::one_tile) {
+        Scheduler scheduler{params};
+        Tile tile;
+        scheduler.next(tile);
+        if (Config::turns && wg == consumers - 1) pass_turn();
+        only_tile(tile);
+        finish_store();
+      } else {
+        run_many();
+      }
+    }
+
+    __forceinline__ void run_many() {
       Scheduler scheduler{params};
       Tile tile, next;
       bool more = scheduler.next(tile), opened = false, first_of_cta = true;
@@ -448,10 +540,6 @@ template <class Config> struct ForwardKernel {
           open_tile<tile_n>(tile, first, first_of_cta);
         first_of_cta = false;
         for (int n_block = first - 1; n_block >= 0; --n_block) next_block(tile, n_block, n_block < first - 1);
-        if constexpr (Config::one_tile) {  // none of the code for what comes after a tile
-          close_tile(tile, first > 0, false);
-          break;
-        }
         more = scheduler.next(next);
         opened = more && first_block(next) == next.n_blocks - 1;
         if (opened && narrow(next))
@@ -466,8 +554,10 @@ template <class Config> struct ForwardKernel {
     }
   };
 
-  __forceinline__ void consume(const TensorMap& o_map, int wg, int thread, int warp_row) {
-    Consumer{smem, params, o_map, wg, thread, warp_row, {}, {}, Softmax(params.scale_log2)}.run();
+  __forceinline__ void consume(const TensorMap& o_map, int consumer, int thread, int warp) {
+    const int wg = consumer % row_groups;
+    Consumer{smem, params, o_map, wg, consumer / row_groups, thread, wg * 64 + warp % 4 * 16, {}, {},
+             Softmax(params.scale_log2)}.run();
   }
 };
 
@@ -491,9 +581,9 @@ attention_forward_sm90(const __grid_constant__ TensorMap q, const __grid_constan
     prefetch_tensor_map(k);
     prefetch_tensor_map(v);
     prefetch_tensor_map(o);
-    smem.ring.init(Config::consumers);
+    for (int part = 0; part < Config::key_parts; ++part) smem.ring[part].init(Config::row_groups);
     for (int buffer = 0; buffer < Config::q_buffers; ++buffer)
-      for (int wg = 0; wg < Config::consumers; ++wg) {
+      for (int wg = 0; wg < Config::row_groups; ++wg) {
         mbarrier_init(smem.q_full[buffer][wg], 1);
         mbarrier_init(smem.q_empty[buffer][wg], 1);
       }
@@ -503,10 +593,11 @@ attention_forward_sm90(const __grid_constant__ TensorMap q, const __grid_constan
 
   if (warp < 4) {
     if constexpr (Config::consumers > 1) setmaxnreg_dec<Config::producer_registers>();
-    if (threadIdx.x == 0) kernel.load_kv(k, v);
+    if (threadIdx.x == 0) kernel.load_kv(k, v, 0);
     if (threadIdx.x == 32) kernel.load_q(q);
+    if (Config::key_parts > 1 && threadIdx.x == 64) kernel.load_kv(k, v, 1);
   } else {
     if constexpr (Config::consumers > 1) setmaxnreg_inc<Config::consumer_registers>();
-    kernel.consume(o, warp / 4 - 1, threadIdx.x % 128, (warp - 4) * 16);
+    kernel.consume(o, warp / 4 - 1, threadIdx.x % 128, warp);
   }
 }
