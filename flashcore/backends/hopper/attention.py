@@ -40,12 +40,13 @@ class ForwardLauncher:
         )  # fmt: skip
         self._map_sets: dict[tuple, tuple] = {}  # all addresses and strides -> the four tensor maps
         self._maps: tuple[dict, ...] = ({}, {}, {}, {})  # of q, k, v, out: (address, strides) -> tensor map
-        self._loaded: dict[int, tuple] = {}  # device index -> (kernel, launch config)
+        self._loaded: dict[int, tuple] = {}  # device index -> (cuda.core.launch, kernel, launch config)
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        # empty_like() is faster without a memory format, and then keeps the strides.
+        out = torch.empty_like(q) if q.is_contiguous() else torch.empty_like(q, memory_format=torch.contiguous_format)
         if self._lse_shape is None:
             lse, lse_address = None, 0
         else:
@@ -59,8 +60,9 @@ class ForwardLauncher:
             # Copies made here live until the launch is queued; the allocator orders their reuse after it.
             maps, _copies = self._make_maps(key, q, k, v, out)
         device = out.device.index
-        kernel, launch_config = self._loaded.get(device) or self._load(device)
-        _launch()(_current_stream(device), launch_config, kernel, *maps, lse_address, *self._scalars)
+        launch, kernel, launch_config = self._loaded.get(device) or self._load(device)
+        stream = _streams.get(_raw_stream(device)) or _current_stream(device)
+        launch(stream, launch_config, kernel, *maps, lse_address, *self._scalars)
         return out, lse
 
     def _make_maps(self, key: tuple, *tensors: torch.Tensor) -> tuple[tuple, list[torch.Tensor]]:
@@ -94,7 +96,7 @@ class ForwardLauncher:
 
         config = self._config
         launch_config = LaunchConfig(grid=self._grid, block=config.threads, shmem_size=config.smem_bytes)
-        self._loaded[device] = loaded = (self._kernel.load(device), launch_config)
+        self._loaded[device] = loaded = (_launch(), self._kernel.load(device), launch_config)
         return loaded
 
 
@@ -112,12 +114,13 @@ def _launch():
     return launch
 
 
-_streams: dict[int, object] = {}
+_streams: dict[int, object] = {}  # by raw handle
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # PyTorch without CUDA has none
 
 
 def _current_stream(device: int):
     """PyTorch's current stream as a ``cuda.core.Stream``."""
-    handle = torch._C._cuda_getCurrentRawStream(device)
+    handle = _raw_stream(device)
     stream = _streams.get(handle)
     if stream is None:
         from cuda.core import Stream
