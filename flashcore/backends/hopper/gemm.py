@@ -50,6 +50,7 @@ class GemmLauncher:
                 (
                     problem.m, problem.n, -(-problem.k // TILE_K), schedule.m_tiles, schedule.n_tiles, problem.batch,
                     schedule.group, schedule.whole_tiles, schedule.splits, not problem.a_shared, not problem.b_shared,
+                    schedule.snake,
                 ),
             )
         )  # fmt: skip

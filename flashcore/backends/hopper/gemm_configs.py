@@ -17,7 +17,7 @@ CHUNK_BYTES = 64 * 128  # 64 rows of 128 bytes: what one store moves
 
 _ELEMENTS = {"bfloat16": "Bf16", "float16": "Fp16"}
 # Consumer warpgroups: registers of (producer, consumer). With one there are enough for both.
-_REGISTERS = {1: (255, 255), 2: (40, 232)}
+_REGISTERS = {1: (255, 255), 2: (40, 232), 3: (32, 160)}
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class GemmConfig:
     a_policy: int = 0  # how long L2 keeps a: 0 as usual, 1 least, 2 longest
     b_policy: int = 0
     out_policy: int = 0
+    prefetch: int = 0  # blocks of the reduction that are brought to L2 ahead of the loads
     wait_limit: int = 0  # > 0: a wait traps after so many tries (development)
     why: str = field(default="", compare=False)  # the reason of the tile it came from
 
@@ -86,7 +87,7 @@ class GemmConfig:
     @property
     def deferred(self) -> bool:
         """Whether a finished tile waits in registers, rounded, to be stored under the next tile's products."""
-        return self.tma_store and not self.out_float and self.tile_m == 64 * self.consumers
+        return self.tma_store and not self.out_float and self.tile_m == 64 * self.consumers <= 128
 
     @property
     def smem_bytes(self) -> int:
@@ -158,6 +159,7 @@ class GemmSchedule:
     group: int  # tiles along m that are walked together
     whole_tiles: int  # the rest is split along the reduction
     splits: int
+    snake: int = 0  # bit 0: every other round goes backwards along k, bit 1: every other group along n
 
     def rest(self, batch: int) -> int:
         """Tiles that are split."""
@@ -238,8 +240,11 @@ def deal_units(
             index += dealt.whole_tiles
             k_begin, k_end = split * k_blocks // dealt.splits, (split + 1) * k_blocks // dealt.splits
         batch, index = divmod(index, plane)
-        first = index // (dealt.group * dealt.n_tiles) * dealt.group
+        strip = index // (dealt.group * dealt.n_tiles)
+        first = strip * dealt.group
         n_tile, m_tile = divmod(index - first * dealt.n_tiles, min(dealt.group, dealt.m_tiles - first))
+        if strip & dealt.snake >> 1:
+            n_tile = dealt.n_tiles - 1 - n_tile
         units.append((batch, first + m_tile, n_tile, k_begin, k_end, split))
     return units
 

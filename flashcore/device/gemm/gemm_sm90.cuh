@@ -37,6 +37,12 @@
 
 constexpr int tile_k = 64;  // elements: 128 bytes, the swizzle width
 
+// Brings a box to L2 (PTX ISA, "cp.async.bulk.prefetch.tensor").
+__forceinline__ void tma_prefetch_3d(const TensorMap& map, int c0, int c1, int c2) {
+  asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global [%0, {%1, %2, %3}];"
+               ::"l"(&map), "r"(c0), "r"(c1), "r"(c2) : "memory");
+}
+
 template <class Config> struct GemmSmem {
   alignas(1024) u8 a[Config::stages][Config::tile_m * 128];
   alignas(1024) u8 b[Config::stages][Config::tile_n * 128];
@@ -96,6 +102,22 @@ template <class Config> struct GemmKernel {
     }
   }
 
+  // The same boxes, to L2 only.
+  template <bool mn_major, int rows>
+  static __forceinline__ void prefetch_rows(const TensorMap& map, int row, int k_block, int batch) {
+    if constexpr (mn_major) {
+#pragma unroll
+      for (int c = 0; c < rows / 64; ++c) tma_prefetch_3d(map, row + c * 64, k_block * tile_k, batch);
+    } else {
+      tma_prefetch_3d(map, k_block * tile_k, row, batch);
+    }
+  }
+
+  // What a tile's block `i` of the reduction is, in the order of the loads.
+  static __forceinline__ int block_of(const Tile& tile, int i) {
+    return tile.backwards ? tile.k_begin + tile.k_end - 1 - i : i;
+  }
+
   void producer(const TensorMap& a, const TensorMap& b) {
     constexpr int a_rows = tile_m / cluster_n;  // what this CTA loads, for all CTAs that need it
     constexpr int b_rows = out_n / cluster_m;   // of each half
@@ -106,10 +128,34 @@ template <class Config> struct GemmKernel {
     for (int i = 0; i < cluster_m; ++i) b_ctas |= 1 << (i + n_rank * cluster_m);
     Cursor cursor;
     Tile tile;
+    Scheduler ahead{params};
+    Tile ahead_tile;
+    int ahead_i = 0, ahead_end = 0;
+    bool more = true;
+    auto prefetch_next = [&] {
+      if (ahead_i == ahead_end) {
+        more = more && ahead.next(ahead_tile);
+        if (!more) return;
+        ahead_i = ahead_tile.k_begin;
+        ahead_end = ahead_tile.k_end;
+      }
+      const int k_block = block_of(ahead_tile, ahead_i++);
+      if ((ahead_tile.n_block / cluster_n + k_block) % 8 == 0)
+        prefetch_rows<Config::a_mn_major, a_rows>(a, ahead_tile.m_block * tile_m + n_rank * a_rows, k_block,
+                                                  ahead_tile.batch * params.a_batch);
+      if ((ahead_tile.m_block / cluster_m + k_block) % 8 == 0)
+        for (int half = 0; half < halves; ++half)
+          prefetch_rows<Config::b_mn_major, b_rows>(b, ahead_tile.n_block * out_n + m_rank * b_rows + half * params.n,
+                                                    k_block, ahead_tile.batch * params.b_batch);
+    };
+    if constexpr (Config::prefetch > 0)
+      for (int i = 0; i < Config::prefetch; ++i) prefetch_next();
     while (scheduler.next(tile)) {
       const int a_row = tile.m_block * tile_m + n_rank * a_rows;
       const int b_row = tile.n_block * out_n + m_rank * b_rows;
-      for (int k_block = tile.k_begin; k_block < tile.k_end; ++k_block) {
+      for (int i = tile.k_begin; i < tile.k_end; ++i) {
+        const int k_block = block_of(tile, i);
+        if constexpr (Config::prefetch > 0) prefetch_next();
         const int stage = cursor.stage;
         u64& full = smem.ring.full[stage];
         wait(smem.ring.empty[stage], cursor.phase ^ 1);
@@ -417,9 +463,9 @@ __launch_bounds__(Config::threads, 1)
 gemm_sm90(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b,
           const __grid_constant__ TensorMap c, void* out, const u16* bias, float* partials, u32* flags, u64 out_row,
           u64 out_batch, int m, int n, int k_blocks, int m_tiles, int n_tiles, int batch, int group, int whole_tiles,
-          int splits, int a_batch, int b_batch) {
+          int splits, int a_batch, int b_batch, int snake) {
   const GemmParams params{out, bias, partials, flags, out_row, out_batch, m, n, k_blocks, m_tiles, n_tiles, batch,
-                          group, whole_tiles, splits, a_batch, b_batch};
+                          group, whole_tiles, splits, a_batch, b_batch, snake};
   extern __shared__ __align__(1024) u8 raw_smem[];
   using Kernel = GemmKernel<Config>;
   constexpr int sharers = Config::cluster_m + Config::cluster_n - 1;  // CTAs that read what one of them loads

@@ -14,6 +14,7 @@ struct GemmParams {
   int group;                    // tiles along m that are walked together
   int whole_tiles, splits;      // the tiles after the first whole_tiles are split along the reduction
   int a_batch, b_batch;         // 1, or 0 where all batches share the operand
+  int snake;                    // bit 0: every other round goes backwards along k, bit 1: every other group along n
 };
 
 struct Tile {
@@ -21,6 +22,7 @@ struct Tile {
   int k_begin, k_end;           // blocks
   int split;                    // which part of the tile; the last one finishes it
   int rest;                     // index among the split tiles
+  bool backwards;               // along k: the blocks that the round before read last are still in L2
 };
 
 // The tiles of one cluster, in order. A unit is a tile or one part of a split tile; cluster c takes units c,
@@ -33,6 +35,7 @@ template <class Config> struct TileScheduler {
   const GemmParams& params;
   const int rank = cluster_size == 1 ? 0 : cluster_rank();
   int unit = blockIdx.x / cluster_size;
+  bool odd = true;  // the round of the unit before
 
   int m_rank() const { return rank % Config::cluster_m; }
   int n_rank() const { return rank / Config::cluster_m; }
@@ -58,14 +61,18 @@ template <class Config> struct TileScheduler {
       if (unit >= tiles) return false;
     }
     unit += gridDim.x / cluster_size;
+    odd = !odd;
+    tile.backwards = odd && (params.snake & 1);
 
     tile.batch = index / plane;
     index -= tile.batch * plane;
-    const int first = index / (params.group * params.n_tiles) * params.group;
+    const int strip = index / (params.group * params.n_tiles);
+    const int first = strip * params.group;
     index -= first * params.n_tiles;
     const int rows = min(params.group, params.m_tiles - first);
-    const int column = index / rows;
+    int column = index / rows;
     tile.m_block = (first + index - column * rows) * Config::cluster_m + m_rank();
+    if (strip & params.snake >> 1) column = params.n_tiles - 1 - column;
     tile.n_block = column * Config::cluster_n + n_rank();
     return true;
   }
