@@ -50,9 +50,20 @@ def test_tables_fit_their_gpus():
 
 
 def test_a_device_with_less_shared_memory_gets_a_smaller_tile():
-    assert choose(H200).dq == next(r.tile for r in TABLES[9, 0] if (r.kernel, r.head_dim) == ("dq", 128))
-    small = choose(H200, shared_memory=LEAST_SHARED_MEMORY)
+    problem = replace(H200, head_dim=256, head_dim_v=256)
+    assert choose(problem).dq == next(r.tile for r in TABLES[9, 0] if (r.kernel, r.head_dim) == ("dq", 256))
+    small = choose(problem, shared_memory=LEAST_SHARED_MEMORY)
     assert small.dq in {row.tile for row in configs._SAFE}
+
+
+def test_the_number_of_keys_decides_where_it_was_measured_to():
+    problem = replace(H200, head_dim=64, head_dim_v=64)
+    short, middle, long = (
+        choose(replace(problem, seqlen_q=n, seqlen_k=n, batch=2**14 // n)) for n in (512, 2048, 16384)
+    )
+    assert short.dq != middle.dq == long.dq
+    assert short.forward == middle.forward != long.forward
+    assert short.dkdv == middle.dkdv == long.dkdv
 
 
 def test_an_unknown_gpu_gets_safe_rows_and_no_tma():
