@@ -8,8 +8,8 @@
 // to that key. It also stays below 2^headroom, which fp16, bf16 and the fp32 sums hold. docs/log/0007.
 //
 // Floats of equal sign order like their bit patterns: as integers, positive floats compare right with each other,
-// and above all negative ones. So while the threshold is not negative, the scores above it are found by integer
-// maxima, which Hopper takes three operands at a time.
+// and above all negative ones, and negative ones the wrong way round. So maxima are taken of integers, which Hopper
+// does three operands at a time: the greatest integer, and only where that is negative the least.
 #pragma once
 #include "../core/fragment.cuh"
 
@@ -26,21 +26,15 @@ struct Softmax {
 
   Softmax(float scale_log2) : scale_log2(scale_log2), unit(1 / scale_log2) {}
 
-  template <int n> static __forceinline__ float row_maximum(const float (&s)[n], int slot, float start) {
-    float m = start;
+  // Greatest and least bit pattern among this thread's scores of a row and a first one.
+  template <int n> static __forceinline__ int greatest(const float (&s)[n], int slot, int m) {
 #pragma unroll
-    for (int i = 0; i < n; ++i)
-      if (fragment_slot(i) == slot) m = fmaxf(m, s[i]);
+    for (int i = 2 * slot; i < n; i += 4) m = max(max(m, __float_as_int(s[i])), __float_as_int(s[i + 1]));
     return m;
   }
-
-  template <int n> static __forceinline__ int row_maximum_bits(const float (&s)[n], int slot, int start) {
-    int m = start;
+  template <int n> static __forceinline__ int least(const float (&s)[n], int slot, int m) {
 #pragma unroll
-    for (int i = 0; i < n; i += 4) {
-      const int j = i + 2 * slot;
-      m = max(max(m, __float_as_int(s[j])), __float_as_int(s[j + 1]));
-    }
+    for (int i = 2 * slot; i < n; i += 4) m = min(min(m, __float_as_int(s[i])), __float_as_int(s[i + 1]));
     return m;
   }
 
@@ -67,14 +61,17 @@ struct Softmax {
 
   // First block of a tile.
   template <int n> __forceinline__ void start(float (&s)[n]) {
+    int top[2];
 #pragma unroll
     for (int slot = 0; slot < 2; ++slot) {
-      row_max[slot] = quad_max(__int_as_float(row_maximum_bits(s, slot, 0)));
+      top[slot] = greatest(s, slot, __float_as_int(s[2 * slot]));
+      row_max[slot] = quad_max(__int_as_float(top[slot]));
       row_sum[slot] = 0;
     }
-    if (__any_sync(full_warp, row_max[0] == 0 || row_max[1] == 0)) {  // a row without a positive score
+    if (__any_sync(full_warp, (__float_as_int(row_max[0]) | __float_as_int(row_max[1])) < 0)) {  // a negative row
 #pragma unroll
-      for (int slot = 0; slot < 2; ++slot) row_max[slot] = quad_max(row_maximum(s, slot, negative_infinity()));
+      for (int slot = 0; slot < 2; ++slot)
+        row_max[slot] = quad_max(__int_as_float(top[slot] >= 0 ? top[slot] : least(s, slot, top[slot])));
     }
     exponentiate(s);
     set_thresholds();
@@ -86,10 +83,13 @@ struct Softmax {
     if (fast) {
 #pragma unroll
       for (int slot = 0; slot < 2; ++slot)
-        top[slot] = __int_as_float(row_maximum_bits(s, slot, __float_as_int(threshold[slot])));
+        top[slot] = __int_as_float(greatest(s, slot, __float_as_int(threshold[slot])));
     } else {
 #pragma unroll
-      for (int slot = 0; slot < 2; ++slot) top[slot] = row_maximum(s, slot, threshold[slot]);
+      for (int slot = 0; slot < 2; ++slot) {
+        const int first = __float_as_int(threshold[slot]), most = greatest(s, slot, first);
+        top[slot] = __int_as_float(most >= 0 ? most : least(s, slot, first));
+      }
     }
     const bool grew = __any_sync(full_warp, top[0] > threshold[0] || top[1] > threshold[1]);
     if (grew) {
