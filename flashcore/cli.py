@@ -503,6 +503,8 @@ def _profiled_cases(suite: str, pattern: str | None, shape: str | None, causal: 
         return list(profiling.CASES)
     if suite not in SUITES:
         raise _fail(f"no such suite: {suite} (there are: {', '.join(SUITES)})")
+    if SUITES[suite].mode == "e2e":
+        raise _fail("suite e2e has whole models; profile one of their layers by its shape")
     if not (found := [one for one in SUITES[suite].cases if re.search(pattern, one.name)]):
         raise _fail(f"no case of suite {suite} matches {pattern!r}; flashcore bench --list shows them")
     return found

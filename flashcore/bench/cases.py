@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from flashcore.bench.models import E2E, ModelCase
+
 # How far two correct implementations may lie apart, relative to 1 + |value|: about two units in the last place.
 APART = {"float16": 2e-3, "bfloat16": 1.6e-2, "float32": 1e-4, "float64": 1e-10}
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
@@ -131,8 +133,8 @@ class Suite:
     name: str
     about: str
     op: str  # the recorded rows' op
-    mode: str  # "events", "graph", "host", "accuracy" or "startup"; suites.py runs each, timing.py explains them
-    cases: tuple[Case, ...] | tuple[GemmCase, ...]
+    mode: str  # "events", "graph", "host", "accuracy", "e2e" or "startup"; suites.py runs each, timing.py explains them
+    cases: tuple[Case, ...] | tuple[GemmCase, ...] | tuple[ModelCase, ...]
     peers: tuple[str, ...]  # what is measured when the caller names nothing
 
 
@@ -269,6 +271,7 @@ SUITES = {
             GEMM,
             ("flashcore-matmul", "cublas"),
         ),
+        Suite("e2e", "whole models, random weights", "e2e", "e2e", E2E, ("flashcore", "cudnn", "fa2", "eager")),
         Suite("startup", "cold compile, and start to first result of a warm process", "startup", "startup", (), ()),
     )
 }

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -85,6 +86,22 @@ def _sdpa_kernel(name: str) -> AbstractContextManager:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     return sdpa_kernel(getattr(SDPBackend, name))
+
+
+def _eager(case: Case, q, k, v):
+    from transformers.models.llama.modeling_llama import eager_attention_forward
+
+    module = SimpleNamespace(num_key_value_groups=case.heads // case.kv_heads, training=False)
+    mask = None
+    if case.causal:
+        hidden = torch.full((case.seqlen_q, case.seqlen_k), float("-inf"), dtype=q.dtype, device=q.device)
+        mask = hidden.triu(case.seqlen_k - case.seqlen_q + 1)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return partial(eager_attention_forward, module, q, k, v, mask, scaling=case.head_dim**-0.5)
+
+
+def _no_transformers() -> str | None:
+    return None if importlib.util.find_spec("transformers") else "transformers is not installed"
 
 
 def _flex(case: Case, q, k, v):
@@ -244,6 +261,7 @@ PEERS = {
         ),
         Peer("sdpa", "SDPA as PyTorch dispatches it", _sdpa, rejects=_sdpa_rejects, transposed=True),
         Peer("reference", "FlashCore's specification in plain PyTorch", partial(_flashcore, "reference")),
+        Peer("eager", "Transformers' eager attention", _eager, _no_transformers, _math_rejects),
         Peer("flex", "FlexAttention, compiled", _flex, _no_cuda, transposed=True),
         Peer("fa3", "FlashAttention-3", _fa3, _importable("flash_attn_interface")),
         Peer("fa3-varlen", "FlashAttention-3 on packed input", _fa3_varlen, _fa3_varlen_unavailable),

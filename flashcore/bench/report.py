@@ -137,6 +137,10 @@ def tables(data: dict, anchors: dict[tuple, dict]) -> list[Table]:
         return startup_tables(data)
     if data["suite"] == "gemm":
         return [gemm_table(title, data)] if data["rows"] else []
+    if data["suite"] == "e2e":
+        from flashcore.bench import e2e
+
+        return e2e.tables(title, data)
     found = shapes(data, anchors)
     if not found:
         return []

@@ -54,6 +54,11 @@ def run(
         rows, skipped = startup(on_case)
         method = {"mode": "startup", "about": METHODS["startup"].format(repeats=STARTUP_REPEATS)}
         return _record(suite, method, rows, skipped, commit)
+    if suite.mode == "e2e":
+        from flashcore.bench import e2e
+
+        chosen = suite.cases if cases is None else cases
+        return _record(suite, *e2e.run(chosen, peers or suite.peers, on_case), commit)
 
     operation = OPERATIONS["gemm" if suite.op == "gemm" else "attention"]
     device = "cuda" if torch.cuda.is_available() else "cpu"
