@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-
-from flashcore.bench.models import E2E, ModelCase
+from dataclasses import asdict, dataclass, replace
 
 # How far two correct implementations may lie apart, relative to 1 + |value|: about two units in the last place.
 APART = {"float16": 2e-3, "bfloat16": 1.6e-2, "float32": 1e-4, "float64": 1e-10}
@@ -32,6 +30,7 @@ class Case:
     causal: bool
     dtype: str = "bfloat16"
     inputs: str = "normal"  # of INPUTS
+    backward: bool = False  # its gradients are computed, not its output
 
     @property
     def name(self) -> str:
@@ -40,6 +39,8 @@ class Case:
         parts = [f"d{self.head_dim}", seqlen, f"b{self.batch}", heads, "causal" if self.causal else "full"]
         if self.inputs != "normal":
             parts.append(self.inputs)
+        if self.backward:
+            parts.append("bwd")
         return "-".join([*parts, SHORT[self.dtype]])
 
     @property
@@ -53,11 +54,13 @@ class Case:
 
     @property
     def flops(self) -> int:
-        """Floating-point operations by the usual convention: two matmuls, of which a causal mask needs half.
+        """Floating-point operations by the usual convention: two matmuls, of which a causal mask needs half; five in
+        the backward pass.
 
         The exact causal count is a little higher, since the diagonal is kept; every published number halves.
         """
-        full = 4 * self.batch * self.heads * self.seqlen_q * self.seqlen_k * self.head_dim
+        matmuls = 5 if self.backward else 2
+        full = 2 * matmuls * self.batch * self.heads * self.seqlen_q * self.seqlen_k * self.head_dim
         return full // 2 if self.causal else full
 
     def tflops(self, ms: float) -> float:
@@ -133,8 +136,8 @@ class Suite:
     name: str
     about: str
     op: str  # the recorded rows' op
-    mode: str  # "events", "graph", "host", "accuracy", "e2e" or "startup"; suites.py runs each, timing.py explains them
-    cases: tuple[Case, ...] | tuple[GemmCase, ...] | tuple[ModelCase, ...]
+    mode: str  # "events", "graph", "host", "accuracy" or "startup"; suites.py runs each, timing.py explains them
+    cases: tuple[Case, ...] | tuple[GemmCase, ...]
     peers: tuple[str, ...]  # what is measured when the caller names nothing
 
 
@@ -152,6 +155,7 @@ FORWARD = tuple(
     for causal in MASKS
     for seqlen in (512, 1024, 2048, 4096, 8192, 16384)
 )
+BACKWARD = tuple(replace(case, backward=True) for case in FORWARD)
 SMALL = tuple(
     square(batch, heads, seqlen, head_dim, causal, "float16")
     for batch, heads, seqlen, head_dim in (
@@ -244,6 +248,14 @@ SUITES = {
             FORWARD,
             FAST_PEERS,
         ),
+        Suite(
+            "backward",
+            "the shapes of forward, the backward pass alone, random dO",
+            "attention_bwd",
+            "events",
+            BACKWARD,
+            ("flashcore", "flashcore-triton", "cudnn", "fa2", "fa3", "fa4", "te"),
+        ),
         Suite("small", "fp16 latency, CUDA-graph replay, L2 warm", "attention_fwd", "graph", SMALL, FAST_PEERS),
         Suite("long", "bf16, causal, 64K and 128K tokens", "attention_fwd", "events", LONG, FAST_PEERS),
         Suite("gqa", "bf16, grouped query heads", "attention_fwd", "events", GQA, FAST_PEERS),
@@ -271,7 +283,6 @@ SUITES = {
             GEMM,
             ("flashcore-matmul", "cublas"),
         ),
-        Suite("e2e", "whole models, random weights", "e2e", "e2e", E2E, ("flashcore", "cudnn", "fa2", "eager")),
         Suite("startup", "cold compile, and start to first result of a warm process", "startup", "startup", (), ()),
     )
 }

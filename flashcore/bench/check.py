@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -39,6 +40,21 @@ class Errors:
     rel_err: float  # ||out - truth|| / ||truth||, Frobenius
     max_abs_err: float
 
+    def columns(self) -> dict[str, float]:
+        """Of a recorded row."""
+        return asdict(self)
+
+
+def distance(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Errors:
+    """How far results lie from their float64 answers, all pairs (result, answer) together."""
+    error2 = norm2 = worst = 0.0
+    for result, answer in pairs:
+        error = result.double() - answer
+        error2 += error.square().sum().item()
+        norm2 += answer.square().sum().item()
+        worst = max(worst, error.abs().max().item())
+    return Errors((error2 / norm2) ** 0.5 if norm2 else error2**0.5, worst)
+
 
 class Truth:
     """The float64 answer for all query rows, or for evenly spread blocks of them where all would take too long."""
@@ -58,13 +74,7 @@ class Truth:
                 self.blocks.append((a, b, answer))
 
     def errors(self, out: torch.Tensor) -> Errors:
-        error2 = norm2 = worst = 0.0
-        for start, stop, answer in self.blocks:
-            error = out[:, start:stop].double() - answer
-            error2 += error.square().sum().item()
-            norm2 += answer.square().sum().item()
-            worst = max(worst, error.abs().max().item())
-        return Errors((error2 / norm2) ** 0.5 if norm2 else error2**0.5, worst)
+        return distance((out[:, start:stop], answer) for start, stop, answer in self.blocks)
 
 
 def checked_rows(case: Case, flops: float) -> list[tuple[int, int]]:
@@ -90,18 +100,31 @@ def judge(
 
     ``pytorch`` is PyTorch's answer in the same dtype. Errors are None if there is nothing to compare.
     """
+    apart = case.apart if case.inputs == "normal" else None  # outliers have no such common scale
+    return compare(out, pytorch, truth.errors, pytorch_errors, FACTOR, apart)
+
+
+def compare(
+    out: torch.Tensor,
+    pytorch: torch.Tensor,
+    errors_of: Callable[[torch.Tensor], Errors],
+    pytorch_errors: Errors,
+    factor: float,
+    apart: float | None,
+) -> tuple[Errors | None, str | None]:
+    """``factor`` times PyTorch's errors are allowed, and a distance of ``apart`` from its answer if that is given."""
     if out.shape != pytorch.shape or out.dtype != pytorch.dtype:
         given, expected = (f"{x.dtype} {tuple(x.shape)}" for x in (out, pytorch))
         return None, f"returned {given} instead of {expected}"
     if bad := int((~torch.isfinite(out)).sum()):
         return None, f"{bad} elements are NaN or Inf"
-    errors = truth.errors(out)
+    errors = errors_of(out)
     for name in ("rel_err", "max_abs_err"):
-        error, limit = getattr(errors, name), FACTOR * getattr(pytorch_errors, name) + 1e-5
+        error, limit = getattr(errors, name), factor * getattr(pytorch_errors, name) + 1e-5
         if error > limit:
-            return errors, f"{name} {error:.3g} against float64, allowed {limit:.3g} ({FACTOR:g} x PyTorch's + 1e-5)"
-    if case.inputs == "normal":  # all rows, also those that Truth left out; outliers have no such common scale
-        apart = ((out - pytorch).abs() / (1 + pytorch.abs())).max().item()
-        if apart > (limit := case.apart):
-            return errors, f"differs from PyTorch's answer by {apart:.3g} x (1 + |value|), allowed {limit:.3g}"
+            return errors, f"{name} {error:.3g} against float64, allowed {limit:.3g} ({factor:g} x PyTorch's + 1e-5)"
+    if apart is not None:  # all elements, also those that the float64 answer left out
+        found = ((out - pytorch).abs() / (1 + pytorch.abs())).max().item()
+        if found > apart:
+            return errors, f"differs from PyTorch's answer by {found:.3g} x (1 + |value|), allowed {apart:.3g}"
     return errors, None

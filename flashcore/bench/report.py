@@ -48,11 +48,12 @@ def load_anchors(gpu: str, benchmarks: Path = record.BENCHMARKS) -> dict[tuple, 
 
 
 def _anchor_row(row: dict) -> dict:
-    return {**row, "seqlen_q": row["seqlen"], "seqlen_k": row["seqlen"], "inputs": "normal"}
+    op = "attention_bwd" if row["suite"] == "backward" else "attention_fwd"
+    return {**row, "seqlen_q": row["seqlen"], "seqlen_k": row["seqlen"], "inputs": "normal", "op": op}
 
 
 def _key(row: dict) -> tuple:
-    return tuple(row[field] for field in CASE_FIELDS)
+    return *(row[field] for field in CASE_FIELDS), row["op"] == "attention_bwd"
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,8 @@ def shapes(data: dict, anchors: dict[tuple, dict]) -> list[Shape]:
         if "head_dim" in row:
             grouped.setdefault(_key(row), {})[row["impl"]] = row
     return [
-        Shape(Case(**dict(zip(CASE_FIELDS, key, strict=True))), rows, anchors.get(key)) for key, rows in grouped.items()
+        Shape(Case(**dict(zip((*CASE_FIELDS, "backward"), key, strict=True))), rows, anchors.get(key))
+        for key, rows in grouped.items()
     ]
 
 
@@ -137,10 +139,6 @@ def tables(data: dict, anchors: dict[tuple, dict]) -> list[Table]:
         return startup_tables(data)
     if data["suite"] == "gemm":
         return [gemm_table(title, data)] if data["rows"] else []
-    if data["suite"] == "e2e":
-        from flashcore.bench import e2e
-
-        return e2e.tables(title, data)
     found = shapes(data, anchors)
     if not found:
         return []
@@ -190,7 +188,15 @@ def timing_table(title: str, found: list[Shape], mode: str) -> Table:
             cells.append(f"{ours['rel_err']:.2e}" if ours else "")
         rows.append(tuple(cells))
     headers += ["over best peer", "std %", "rel. error"] if timed else []
-    return Table(title, tuple(headers), tuple(rows), tuple(summary(found)) if timed else ())
+    notes = (*summary(found), *_backward_passes(found)) if timed else ()
+    return Table(title, tuple(headers), tuple(rows), notes)
+
+
+def _backward_passes(found: list[Shape]) -> list[str]:
+    """Which backward pass `flashcore` stands for: the plan need not pick one of FlashCore's own."""
+    picked = [shape.ours["backward"] for shape in found if shape.ours and "backward" in shape.ours]
+    counts = (f"{name} ({picked.count(name)} shapes)" for name in dict.fromkeys(picked))
+    return [f"The backward pass that FlashCore's plan picked: {', '.join(counts)}."] if picked else []
 
 
 def compact_table(found: list[Shape]) -> Table:

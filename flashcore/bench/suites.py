@@ -16,7 +16,7 @@ from functools import partial
 
 import torch
 
-from flashcore.bench import check, gemm, record, timing
+from flashcore.bench import backward, check, gemm, record, timing
 from flashcore.bench.cases import Case, GemmCase, Suite
 from flashcore.bench.machine import Sensors
 from flashcore.bench.peers import PEERS, Peer
@@ -54,13 +54,8 @@ def run(
         rows, skipped = startup(on_case)
         method = {"mode": "startup", "about": METHODS["startup"].format(repeats=STARTUP_REPEATS)}
         return _record(suite, method, rows, skipped, commit)
-    if suite.mode == "e2e":
-        from flashcore.bench import e2e
 
-        chosen = suite.cases if cases is None else cases
-        return _record(suite, *e2e.run(chosen, peers or suite.peers, on_case), commit)
-
-    operation = OPERATIONS["gemm" if suite.op == "gemm" else "attention"]
+    operation = OPERATIONS.get(suite.op, OPERATIONS["attention"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     mode = "wall" if device == "cpu" and suite.mode == "events" else suite.mode
     method = {
@@ -131,14 +126,14 @@ def run_case(
             continue
         row = rows[peer.name] = {"op": op, "impl": peer.name, **case.fields()}
         try:
-            call = peer.prepare(case, *tensors)
+            call = operation.prepare(peer, case, *tensors)
             with peer.context():
-                out = peer.result(case, call())
+                out = operation.result(peer, case, call())
             if peer.name == operation.ours:
                 row |= operation.plan(case, *tensors)
-            errors, wrong = check.judge(case, truth, out, pytorch, pytorch_errors)
+            errors, wrong = operation.judge(case, truth, out, pytorch, pytorch_errors)
             if errors:
-                row |= {"rel_err": errors.rel_err, "max_abs_err": errors.max_abs_err}
+                row |= errors.columns()
             if wrong:
                 row |= {"failed": wrong}
             elif mode != "accuracy":
@@ -190,37 +185,51 @@ def _plan(case: Case, q, k, v) -> dict:
 class Operation:
     """What the harness must know of an operation besides how to time it. Functions get a case and its tensors."""
 
-    name: str
+    name: str  # what its peers compute
     inputs: str  # in words
     ours: str  # the implementation whose plan is recorded
     make_inputs: Callable[..., tuple[torch.Tensor, ...]]
-    truth: Callable[..., check.Truth | gemm.Truth]
-    pytorch_answer: Callable[..., torch.Tensor]
+    truth: Callable[..., check.Truth | gemm.Truth | backward.Truth]
+    pytorch_answer: Callable[..., torch.Tensor | backward.Gradients]
     plan: Callable[..., dict]
+    prepare: Callable[..., Callable[[], object]] = lambda peer, case, *tensors: peer.prepare(case, *tensors)
+    result: Callable = lambda peer, case, returned: peer.result(case, returned)  # what pytorch_answer's is compared to
+    judge: Callable[..., tuple] = check.judge
 
 
+_ATTENTION = Operation(
+    "attention",
+    "random N(0, 1), (batch, seqlen, heads, head_dim)",
+    "flashcore",
+    check.make_inputs,
+    check.Truth,
+    _pytorch_answer,
+    _plan,
+)
+
+# By a suite's op, where it is not attention's forward; and by what a peer computes.
 OPERATIONS = {
-    operation.name: operation
-    for operation in (
-        Operation(
-            "attention",
-            "random N(0, 1), (batch, seqlen, heads, head_dim)",
-            "flashcore",
-            check.make_inputs,
-            check.Truth,
-            _pytorch_answer,
-            _plan,
-        ),
-        Operation(
-            "gemm",
-            "random a N(0, 1), b N(0, 1 / k)",
-            "flashcore-matmul",
-            gemm.make_inputs,
-            gemm.Truth,
-            gemm.pytorch_answer,
-            gemm.plan,
-        ),
-    )
+    "attention": _ATTENTION,
+    "attention_bwd": replace(
+        _ATTENTION,
+        inputs="random N(0, 1), the output's gradient too, (batch, seqlen, heads, head_dim)",
+        make_inputs=backward.make_inputs,
+        truth=backward.Truth,
+        pytorch_answer=backward.pytorch_answer,
+        plan=backward.plan,
+        prepare=backward.prepare,
+        result=lambda peer, case, returned: returned,
+        judge=backward.judge,
+    ),
+    "gemm": Operation(
+        "gemm",
+        "random a N(0, 1), b N(0, 1 / k)",
+        "flashcore-matmul",
+        gemm.make_inputs,
+        gemm.Truth,
+        gemm.pytorch_answer,
+        gemm.plan,
+    ),
 }
 
 
