@@ -32,6 +32,7 @@ from flashcore.backends import reference
 from flashcore.backends import triton as backend
 from flashcore.backends.triton import attention
 from flashcore.backends.triton.configs import (
+    MAX_SPLITS,
     TABLES,
     Tile,
     TritonConfig,
@@ -68,69 +69,72 @@ class Job:
 
 
 def short(tile: Tile) -> str:
-    """128x64 w8 s3 LTQR: tile, warps, stages, and L(ookahead), T(MA), Q (in registers), R(egisters limited)."""
-    on = (tile.lookahead, tile.tma, tile.q_registers, tile.registers)
-    flags = "".join(letter for letter, flag in zip("LTQR", on, strict=True) if flag)
+    """128x64 w8 s3 LTQR128: tile, warps, stages, and L(ookahead), T(MA), Q (in registers), R(egisters at most)."""
+    on = (tile.lookahead, tile.tma, tile.q_registers)
+    flags = "".join(letter for letter, flag in zip("LTQ", on, strict=True) if flag)
+    flags += f"R{tile.registers}" if tile.registers else ""
     return f"{tile.tile_m}x{tile.tile_n} w{tile.warps} s{tile.stages} {flags}".strip()
 
 
 def _hopper(*tiles: tuple) -> list[Tile]:
-    """Tiles as (tile_m, tile_n, warps, stages, flags)."""
+    """Tiles as (tile_m, tile_n, warps, stages, flags), with the flags of `short`."""
     return [
-        Tile(m, n, warps, stages, "L" in flags, "T" in flags, "Q" in flags, 128 if "R" in flags else None)
+        Tile(
+            m, n, warps, stages, "L" in flags, "T" in flags, "Q" in flags, int(flags.partition("R")[2] or 0) or None
+        )
         for m, n, warps, stages, flags in tiles
-    ]
+    ]  # fmt: skip
 
 
-# By registers and shared memory as `compile.resources` reports them for sm_90: no candidate spills much.
+# By registers and shared memory as `compile.resources` reports them for sm_90: no candidate spills much. Those
+# that a run found far behind (docs/log/0013) are left out. One stage means one buffer: programs of 64 rows then fit an
+# SM in twos and threes, and fill each other's waits for memory.
 HOPPER = {
     ("forward", 64): _hopper(
-        (128, 64, 8, 3, "LTR"), (128, 64, 8, 3, "LT"), (128, 64, 8, 3, "LTQ"), (128, 32, 8, 4, "LT"),
-        (128, 128, 8, 2, "LT"), (128, 128, 8, 3, "LT"), (64, 64, 4, 3, "LTR"), (64, 64, 4, 3, "LT"),
-        (64, 128, 4, 2, "LT"), (256, 64, 16, 3, "LT"), (128, 64, 8, 3, "T"), (128, 128, 8, 2, "T"),
-        (128, 64, 8, 3, "L"),
+        (128, 64, 8, 3, "T"), (128, 64, 8, 3, "LTR128"), (64, 64, 4, 3, "LT"), (64, 128, 4, 2, "LT"),
+        (64, 64, 4, 2, "T"), (64, 64, 4, 3, "T"), (64, 128, 4, 2, "T"), (128, 128, 8, 3, "T"),
     ),
     ("forward", 128): _hopper(
-        (128, 128, 8, 2, "LT"), (128, 128, 8, 2, "LTQ"), (128, 64, 8, 3, "LT"), (128, 64, 8, 4, "LT"),
-        (128, 64, 8, 3, "LTQ"), (128, 32, 8, 3, "LT"), (64, 64, 4, 2, "LT"), (64, 128, 4, 2, "LT"),
-        (128, 128, 8, 2, "T"), (128, 64, 8, 3, "T"), (64, 64, 4, 2, "T"), (128, 64, 8, 3, "L"),
+        (64, 64, 4, 2, "LT"), (128, 128, 8, 2, "LT"), (64, 64, 4, 2, "T"), (128, 64, 8, 3, "LTQ"),
+        (64, 64, 4, 1, "T"), (64, 128, 4, 1, "T"), (64, 64, 4, 2, "LTR160"),
     ),
     ("forward", 256): _hopper(
-        (128, 64, 8, 2, "LT"), (128, 64, 8, 2, "T"), (128, 32, 8, 3, "LT"), (128, 32, 8, 4, "LT"), (64, 64, 4, 2, "LT"),
-        (64, 32, 4, 2, "LT"), (64, 32, 4, 2, "T"), (128, 32, 8, 2, "T"),
+        (128, 64, 8, 2, "LT"), (64, 32, 4, 2, "LT"), (128, 64, 8, 2, "T"), (64, 64, 4, 1, "T"),
     ),
     ("dq", 64): _hopper(
-        (128, 64, 8, 3, "LT"), (128, 64, 8, 2, "LT"), (128, 64, 8, 2, "T"), (128, 64, 8, 3, "T"),
-        (128, 128, 8, 2, "LT"), (128, 128, 8, 2, "T"), (64, 64, 4, 2, "LT"), (64, 64, 4, 3, "T"), (64, 128, 4, 2, "LT"),
+        (128, 64, 8, 3, "T"), (64, 64, 4, 3, "T"), (64, 64, 4, 2, "T"), (128, 64, 8, 4, "T"), (64, 128, 4, 2, "T"),
     ),
     ("dq", 128): _hopper(
-        (128, 64, 8, 2, "LT"), (128, 64, 8, 2, "T"), (128, 64, 8, 3, "T"), (128, 32, 8, 3, "LT"), (128, 128, 8, 2, "T"),
-        (64, 64, 4, 2, "LT"), (64, 64, 4, 2, "T"), (64, 32, 4, 2, "LT"), (128, 64, 8, 2, "L"),
+        (64, 64, 4, 2, "T"), (128, 64, 8, 3, "T"), (64, 64, 4, 1, "T"), (64, 64, 4, 1, "TR168"), (64, 128, 4, 1, "T"),
+        (128, 64, 8, 1, "T"),
     ),
     ("dq", 256): _hopper(
-        (64, 32, 4, 2, "LT"), (128, 32, 8, 2, "T"), (64, 32, 4, 2, "T"), (64, 64, 8, 2, "T"), (64, 32, 8, 2, "LT"),
+        (128, 32, 8, 2, "T"), (64, 32, 4, 1, "T"), (128, 64, 8, 1, "T"), (64, 64, 4, 2, "T"), (64, 64, 4, 1, "T"),
     ),
     ("dkdv", 64): _hopper(
-        (64, 128, 8, 2, "LT"), (64, 128, 8, 3, "LT"), (64, 128, 8, 2, "T"), (64, 128, 8, 3, "T"), (32, 128, 8, 3, "LT"),
-        (32, 128, 8, 3, "T"), (64, 64, 4, 2, "LT"), (64, 64, 4, 3, "T"), (128, 128, 8, 2, "T"),
+        (64, 64, 4, 3, "T"), (64, 64, 4, 2, "T"), (64, 64, 4, 3, "TR168"), (64, 64, 4, 2, "TR168"), (32, 64, 4, 3, "T"),
+        (64, 64, 4, 4, "T"), (64, 128, 8, 3, "T"),
     ),
     ("dkdv", 128): _hopper(
-        (64, 128, 8, 2, "LT"), (64, 128, 8, 2, "T"), (32, 128, 8, 2, "LT"), (32, 128, 8, 3, "LT"), (32, 128, 8, 3, "T"),
-        (64, 64, 4, 2, "T"), (64, 64, 8, 2, "LT"), (32, 64, 4, 3, "LT"), (64, 128, 8, 2, "L"),
+        (64, 64, 4, 2, "T"), (64, 64, 4, 1, "T"), (32, 64, 4, 3, "T"), (32, 64, 4, 2, "T"), (32, 64, 4, 3, "LT"),
+        (32, 128, 8, 3, "T"), (64, 128, 8, 2, "LT"),
     ),
     ("dkdv", 256): _hopper(
-        (32, 64, 8, 2, "LT"), (32, 64, 8, 2, "T"), (64, 64, 8, 2, "T"), (32, 64, 8, 3, "T"),
+        (64, 64, 8, 2, "T"), (64, 64, 8, 1, "T"), (32, 64, 8, 1, "T"), (32, 64, 8, 2, "LT"),
     ),
 }  # fmt: skip
 
 
+# 38 to 102 KiB of shared memory at head_dim 128: two to five programs per SM, 48 KiB or more on their way to it.
 DECODE = [
-    Tile(16, n, warps, stages, tma=tma)
-    for n, warps, stages, tma in (
-        (64, 4, 3, True), (64, 4, 4, True), (64, 4, 2, True), (128, 4, 2, True), (128, 4, 3, True), (128, 8, 3, True),
-        (32, 4, 4, True), (64, 4, 3, False), (64, 2, 3, True), (32, 2, 4, True),
+    Tile(16, n, warps, stages, "L" in flags, "T" in flags)
+    for n, warps, stages, flags in (
+        (64, 4, 3, "T"), (128, 4, 2, "T"), (64, 2, 3, "T"), (64, 4, 2, "T"), (32, 2, 4, "T"), (64, 4, 4, "T"),
+        (128, 8, 2, "T"), (64, 4, 3, "LT"), (64, 2, 2, "T"), (128, 4, 3, "T"), (64, 4, 3, ""), (32, 4, 4, ""),
     )
 ]  # fmt: skip
+TRIALS = ("decode", "small", "gqa", "order")  # the first words of what a trial is called
+PROGRAMS_PER_SM = (1, 2, 3, 4, 6, 8)  # that splits make of a decoding problem
 
 
 def candidates(kernel: str, head_dim: int, arch: tuple[int, int]) -> list[Tile]:
@@ -299,7 +303,7 @@ def milliseconds(call: Callable[[], object], rep: float = 40) -> float:
 
 def graph_microseconds(call: Callable[[], object]) -> float:
     """Device time of one call inside a CUDA graph, L2 warm."""
-    return 1e3 * triton.testing.do_bench_cudagraph(call, rep=20, return_mode="median")
+    return 1e3 * triton.testing.do_bench_cudagraph(call, rep=5, return_mode="median")
 
 
 def time_jobs(jobs: list[Job], seqlens: tuple[int, ...], deadline: float) -> Iterator[dict]:
@@ -364,8 +368,20 @@ class Trial:
 
 
 def trials() -> list[Trial]:
-    """Small grids, decoding, and the packing of grouped heads."""
+    """Decoding, small grids, and the packing of grouped heads."""
     found = []
+    for batch, seqlen, heads, heads_k, head_dim in DECODE_SHAPES:
+        problem = replace(
+            problem_for(head_dim, True, batch, seqlen, heads, heads_k), seqlen_q=1, needs_grad=False
+        )
+        what = f"decode {(batch, seqlen, heads, heads_k, head_dim)}"
+        for tile in DECODE:
+            chosen = choose_splits(batch * heads_k, math.ceil(seqlen / tile.tile_n), problem.sm_count, tile)
+            full = {max(1, n * problem.sm_count // (batch * heads_k)) for n in PROGRAMS_PER_SM}
+            for splits in sorted({min(MAX_SPLITS, splits) for splits in full | {chosen}}):
+                config = replace(choose(problem), forward=tile, splits=splits, pack_gqa=True)
+                how = f"{short(tile)} /{splits}" + (" (table)" if config == choose(problem) else "")
+                found.append(Trial(what, how, problem, config, graph=True))
     for batch, heads, seqlen, head_dim in SMALL_SHAPES:
         for causal in (False, True):
             problem = problem_for(head_dim, causal, batch, seqlen, heads, heads)
@@ -381,17 +397,6 @@ def trials() -> list[Trial]:
                 for splits in (1, 2, 4) if few and tile.tile_m >= 64 else (1,):
                     config = replace(choose(problem), forward=tile, splits=splits)
                     found.append(Trial(what, f"{short(tile)} /{splits}", problem, config, graph=True))
-    for batch, seqlen, heads, heads_k, head_dim in DECODE_SHAPES:
-        problem = replace(
-            problem_for(head_dim, True, batch, seqlen, heads, heads_k), seqlen_q=1, needs_grad=False
-        )
-        what = f"decode {(batch, seqlen, heads, heads_k, head_dim)}"
-        for tile in DECODE:
-            chosen = choose_splits(batch * heads_k, math.ceil(seqlen / tile.tile_n), problem.sm_count, tile)
-            waves = {min(128, n * problem.sm_count // (batch * heads_k)) for n in (1, 2, 3, 4)}
-            for splits in sorted(waves | {chosen}):
-                config = replace(choose(problem), forward=tile, splits=splits, pack_gqa=True)
-                found.append(Trial(what, f"{short(tile)} /{splits}", problem, config))
     for head_dim in (64, 128):
         heads = WIDTH // head_dim
         for batch, seqlen in ((8, 2048), (1, 16384)):
@@ -430,7 +435,7 @@ def time_trials(trials: list[Trial], deadline: float) -> Iterator[dict]:
         q, k, v = trial.tensors()
         call = partial(attention.forward, problem, trial.config, q, k, v)
         record = {"what": trial.what, "how": trial.how}
-        if trial.graph and trial.what not in seen:
+        if trial.graph and problem.seqlen_q == problem.seqlen_k and trial.what not in seen:
             seen.add(trial.what)
             yield {"what": trial.what, "how": "fa2", "us": graph_microseconds(_fa2_forward(problem, q, k, v))}
         us = graph_microseconds(call) if trial.graph else 1e3 * milliseconds(call)
@@ -476,12 +481,13 @@ def time_order_and_host(deadline: float) -> Iterator[dict]:
 def report(records: list[dict], small: list[dict], most: int = 4) -> str:
     """The best candidates per kind of problem, and how their sum compares with FlashAttention-2."""
     lines = []
+    seqlens = sorted({r["seqlen"] for r in records})
     times = defaultdict(dict)  # (kernel, head_dim, causal) -> tile -> seqlen -> record
     for r in records:
         times[r["kernel"], r["head_dim"], r["causal"]].setdefault(r["tile"], {})[r["seqlen"]] = r
     for (kernel, head_dim, causal), tiles in sorted(times.items()):
         lines.append(
-            f"{kernel} d{head_dim} {'causal' if causal else 'full'}, TFLOP/s at S = {', '.join(map(str, SEQLENS))}"
+            f"{kernel} d{head_dim} {'causal' if causal else 'full'}, TFLOP/s at S = {', '.join(map(str, seqlens))}"
         )
         ranked = sorted(tiles.items(), key=lambda item: -_mean(item[1]))
         shown = [item for item in ranked if item[0] != "fa2"][:most] + [
@@ -489,14 +495,14 @@ def report(records: list[dict], small: list[dict], most: int = 4) -> str:
         ]
         for tile, by_seqlen in shown:
             cells = "".join(
-                f"{by_seqlen[s]['tflops']:7.0f}" if s in by_seqlen else "      -" for s in SEQLENS
+                f"{by_seqlen[s]['tflops']:7.0f}" if s in by_seqlen else "      -" for s in seqlens
             )
             lines.append(f"  {tile:<22}{cells}")
     lines.append("fastest tiles of each length against fa2: forward, backward (dq + dkdv)")
     for head_dim in sorted({r["head_dim"] for r in records}):
         for causal in (False, True):
             cells = []
-            for seqlen in SEQLENS:
+            for seqlen in seqlens:
                 best = {k: _fastest(times[k, head_dim, causal], seqlen) for k in KERNELS}
                 fa2 = {
                     k: times[k, head_dim, causal].get("fa2", {}).get(seqlen, {}).get("ms")
@@ -512,7 +518,7 @@ def report(records: list[dict], small: list[dict], most: int = 4) -> str:
         by_what[r["what"]].append(r)
     for what, tried in by_what.items():
         tried.sort(key=lambda r: r["us"])
-        shown = tried[:3] + [r for r in tried[3:] if r["how"] == "fa2"]
+        shown = tried[:5] + [r for r in tried[5:] if r["how"] == "fa2" or "table" in r["how"]]
         cells = (
             f"{r['how']} {r['us']:.1f} us" + (f" {r['tbps']:.2f} TB/s" if "tbps" in r else "") for r in shown
         )
@@ -554,7 +560,10 @@ def main() -> None:
         "--seconds", type=float, default=140, help="stop timing this long after the start (default 140)"
     )
     parser.add_argument("--kernels", default=",".join(KERNELS), help="some of forward,dq,dkdv")
-    parser.add_argument("--head-dims", default="64,128,256", help="some of 64,128,256")
+    parser.add_argument("--head-dims", default="256,128,64", help="some of 64,128,256, in this order")
+    parser.add_argument(
+        "--seqlens", default=",".join(map(str, SEQLENS)), help=f"that divide {TOKENS} (default %(default)s)"
+    )
     parser.add_argument(
         "--processes", type=int, default=min(14, os.cpu_count() or 1), help="that compile and check"
     )
@@ -563,13 +572,16 @@ def main() -> None:
         "--install", action="store_true", help="prefer the winners from now on, for this user"
     )
     parser.add_argument(
-        "--small", action="store_true", help="time small grids, decoding and other choices too"
+        "--trials",
+        default=",".join(TRIALS),
+        help="other choices to time afterwards: none, or some of %(default)s",
     )
     arguments = parser.parse_args()
     reason = backend.unavailable()
     if reason or backend.interpreted():
         raise SystemExit(f"nothing to tune: {reason or 'kernels run in the interpreter'}")
 
+    seqlens = tuple(map(int, arguments.seqlens.split(",")))
     deadline = time.monotonic() + arguments.seconds
     arch = torch.cuda.get_device_capability()
     jobs = [
@@ -583,7 +595,8 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.processes, mp_context=context) as pool:
         right, wrong = checked(check, jobs, pool)
-        right_trials, wrong_trials = checked(check_trial, trials() if arguments.small else [], pool)
+        chosen = [trial for trial in trials() if trial.what.split()[0] in arguments.trials.split(",")]
+        right_trials, wrong_trials = checked(check_trial, chosen, pool)
     done = f"{len(right)} of {len(jobs)} candidates and {len(right_trials)} trials"
     print(f"{done} compiled and right, in {time.monotonic() - start:.0f} s", flush=True)
     left_out = [
@@ -592,9 +605,9 @@ def main() -> None:
     ]
     left_out += [f"{trial.what} {trial.how}: {why}" for trial, why in wrong_trials.items()]
     print("".join(f"  left out: {line}\n" for line in left_out), end="")
-    records = list(time_jobs(right, SEQLENS, deadline))
+    records = list(time_jobs(right, seqlens, deadline))
     small = list(time_trials(right_trials, deadline))
-    if arguments.small:
+    if "order" in arguments.trials.split(","):
         small += time_order_and_host(deadline)
     if arguments.json:
         meta = {
