@@ -20,6 +20,8 @@ from flashcore.problem import AttentionProblem
 if TYPE_CHECKING:
     import torch
 
+    from flashcore.backends import Run
+
 NATIVE_GRAD = False
 HAS_BACKWARD = True
 
@@ -109,6 +111,13 @@ def forward(
     from flashcore.backends.triton import attention
 
     return attention.forward(problem, config, q, k, v)
+
+
+def prepare(problem: AttentionProblem, config: TritonConfig) -> Run:
+    """`forward` as a callable (q, k, v) -> (out, lse)."""
+    from flashcore.backends.triton import attention
+
+    return attention.prepare_forward(problem, config)
 
 
 def backward(

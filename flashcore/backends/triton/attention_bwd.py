@@ -8,9 +8,12 @@ Kernels     attention_bwd_dq   a program owns TILE_M queries of one query head a
                                also computes delta, and writes the row statistics that the second kernel reads.
             attention_bwd_dkdv a program owns TILE_N keys of one key head and loops over the queries that see them, of
                                all GROUP query heads one after the other: the sum over the group stays in registers.
+                               It computes dK, dV or both (constexprs DK, DV). At head_dim 256 both together leave no
+                               registers for 128 keys, and two warpgroups that share 64 must pass P through shared
+                               memory: one product more, in two launches, is then the lesser evil.
             Seven matrix products where a fused backward has five (S and dP are computed twice), in exchange for no
             floating-point atomics, no float32 copy of dQ in memory and no third pass over it.
-Workspace   stats, float32 (2, B, Hq, rows): lse * log2(e) and delta, rows = Sq rounded up to both kernels' tiles, so
+Workspace   stats, float32 (2, B, Hq, rows): lse * log2(e) and delta, rows = Sq rounded up to all kernels' tiles, so
             that the second kernel reads it without bounds. Rows that see no key, and rows past Sq, have +inf for lse:
             P = exp2(s - inf) = 0 for them, and dS = 0.
 Data flow   dq:   q, dout -> shared memory once;  k, v -> buffers -> S, dP -> dS in registers -> dS K into dq
@@ -111,8 +114,10 @@ def attention_bwd_dq(q, k, v, out, dout, lse, stats, dq, strides_q, strides_k, s
 def attention_bwd_dkdv(q, k, v, dout, stats, dk, dv, strides_q, strides_k, strides_v, strides_dout, strides_dk, scale,
                        batch_heads, section, seqlen_q, seqlen_k, heads_k, rows,
                        GROUP: tl.constexpr, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-                       TILE_M: tl.constexpr, TILE_N: tl.constexpr, LOOKAHEAD: tl.constexpr, TMA: tl.constexpr):
-    """`batch_heads` counts B * Hk here. dk and dv are contiguous: `strides_dk` serves both."""
+                       TILE_M: tl.constexpr, TILE_N: tl.constexpr, LOOKAHEAD: tl.constexpr, TMA: tl.constexpr,
+                       DK: tl.constexpr, DV: tl.constexpr):
+    """`batch_heads` counts B * Hk here. dk and dv are contiguous: `strides_dk` serves both. DK, DV: which are computed;
+    the pointers to what is not are not used."""
     tile, batch_head = tile_and_head(tl.cdiv(seqlen_k, TILE_N), batch_heads, section)
     batch = batch_head // heads_k
     head_k = batch_head % heads_k
@@ -120,8 +125,9 @@ def attention_bwd_dkdv(q, k, v, dout, stats, dk, dv, strides_q, strides_k, strid
 
     k_head = head_base(k, batch, head_k, strides_k, False)
     k_tile = load_rows(k_head, batch, head_k, first, seqlen_k, strides_k, HEAD_DIM, TILE_N, BLOCK_D, False)
-    v_head = head_base(v, batch, head_k, strides_v, False)
-    v_tile = load_rows(v_head, batch, head_k, first, seqlen_k, strides_v, HEAD_DIM, TILE_N, BLOCK_D, False)
+    if DK:
+        v_head = head_base(v, batch, head_k, strides_v, False)
+        v_tile = load_rows(v_head, batch, head_k, first, seqlen_k, strides_v, HEAD_DIM, TILE_N, BLOCK_D, False)
 
     # Queries below `start` see none of these keys; queries from `edge` on see all of them.
     start = 0
@@ -134,8 +140,10 @@ def attention_bwd_dkdv(q, k, v, dout, stats, dk, dv, strides_q, strides_k, strid
     steps = tiles * GROUP
 
     scale_log2 = scale * LOG2E
-    dk_acc = tl.zeros([TILE_N, BLOCK_D], tl.float32)
-    dv_acc = tl.zeros([TILE_N, BLOCK_D], tl.float32)
+    if DK:
+        dk_acc = tl.zeros([TILE_N, BLOCK_D], tl.float32)
+    if DV:
+        dv_acc = tl.zeros([TILE_N, BLOCK_D], tl.float32)
     if LOOKAHEAD:
         q_head = head_base(q, batch, head_k * GROUP, strides_q, TMA)
         q_tile = load_rows(q_head, batch, head_k * GROUP, start, seqlen_q, strides_q, HEAD_DIM, TILE_M, BLOCK_D, TMA)
@@ -144,13 +152,15 @@ def attention_bwd_dkdv(q, k, v, dout, stats, dk, dv, strides_q, strides_k, strid
         member = step // tiles if GROUP > 1 else 0
         head = head_k * GROUP + member
         query = start + (step - member * tiles) * TILE_M
-        q_head = head_base(q, batch, head, strides_q, TMA)
-        q_tile = load_rows(q_head, batch, head, query, seqlen_q, strides_q, HEAD_DIM, TILE_M, BLOCK_D, TMA)
+        if DK or not LOOKAHEAD:
+            q_head = head_base(q, batch, head, strides_q, TMA)
+            q_tile = load_rows(q_head, batch, head, query, seqlen_q, strides_q, HEAD_DIM, TILE_M, BLOCK_D, TMA)
         dout_head = head_base(dout, batch, head, strides_dout, TMA)
         dout_tile = load_rows(dout_head, batch, head, query, seqlen_q, strides_dout, HEAD_DIM, TILE_M, BLOCK_D, TMA)
         head_stats = stats + tl.cast(batch_head * GROUP + member, tl.int64) * rows + query
         row_lse = tl.load(head_stats + tl.arange(0, TILE_M))
-        delta = tl.load(head_stats + tl.cast(batch_heads * GROUP, tl.int64) * rows + tl.arange(0, TILE_M))
+        if DK:
+            delta = tl.load(head_stats + tl.cast(batch_heads * GROUP, tl.int64) * rows + tl.arange(0, TILE_M))
 
         if not LOOKAHEAD:
             s = tl.dot(k_tile, q_tile.T, input_precision="ieee")
@@ -158,9 +168,13 @@ def attention_bwd_dkdv(q, k, v, dout, stats, dk, dv, strides_q, strides_k, strid
         if query < edge:
             hidden_from = query + diagonal + tl.arange(0, TILE_M)[None, :]
             p = tl.where(first + tl.arange(0, TILE_N)[:, None] <= hidden_from, p, 0.0)
-        dp = tl.dot(v_tile, dout_tile.T, input_precision="ieee")
-        dv_acc = tl.dot(p.to(k.dtype.element_ty), dout_tile, dv_acc, input_precision="ieee")
-        ds = (p * (dp - delta[None, :])).to(k.dtype.element_ty)
+        if DK:
+            dp = tl.dot(v_tile, dout_tile.T, input_precision="ieee")
+            if DV:
+                dv_acc = tl.dot(p.to(k.dtype.element_ty), dout_tile, dv_acc, input_precision="ieee")
+            ds = p * (dp - delta[None, :])
+            if DV or not LOOKAHEAD:
+                ds = ds.to(k.dtype.element_ty)
         if LOOKAHEAD:  # the last step reads its own tile again, unused
             next_step = tl.minimum(step + 1, steps - 1)
             next_member = next_step // tiles if GROUP > 1 else 0
@@ -170,6 +184,15 @@ def attention_bwd_dkdv(q, k, v, dout, stats, dk, dv, strides_q, strides_k, strid
             q_next = load_rows(q_head, batch, next_head, next_query, seqlen_q, strides_q, HEAD_DIM, TILE_M, BLOCK_D,
                                TMA)
             s = tl.dot(k_tile, q_next.T, input_precision="ieee")
-        dk_acc = tl.dot(ds, q_tile, dk_acc, input_precision="ieee")
-    store_rows(dk, dk_acc * scale, batch, head_k, first, seqlen_k, strides_dk, HEAD_DIM, TILE_N, BLOCK_D)
-    store_rows(dv, dv_acc, batch, head_k, first, seqlen_k, strides_dk, HEAD_DIM, TILE_N, BLOCK_D)
+            if DK and not DV:  # with both, the product dP waits for the last dS; here S does
+                ds = round_here(ds, k.dtype.element_ty)
+            if not DK:
+                p = round_here(p, k.dtype.element_ty)
+        if DK:
+            dk_acc = tl.dot(ds, q_tile, dk_acc, input_precision="ieee")
+        else:
+            dv_acc = tl.dot(p.to(k.dtype.element_ty), dout_tile, dv_acc, input_precision="ieee")
+    if DK:
+        store_rows(dk, dk_acc * scale, batch, head_k, first, seqlen_k, strides_dk, HEAD_DIM, TILE_N, BLOCK_D)
+    if DV:
+        store_rows(dv, dv_acc, batch, head_k, first, seqlen_k, strides_dk, HEAD_DIM, TILE_N, BLOCK_D)

@@ -19,12 +19,10 @@ from flashcore.backends.triton.configs import Tile, padded_head_dim
 from flashcore.problem import AttentionProblem
 
 _TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
-_FUNCTIONS = {"forward": attention_fwd, "dq": attention_bwd_dq, "dkdv": attention_bwd_dkdv}
-_STREAMS = {
-    "forward": ("k", "v"),
-    "dq": ("k", "v"),
-    "dkdv": ("q", "dout"),
-}  # read by the copy engine, with tma
+_FUNCTIONS = {
+    "forward": attention_fwd, "dq": attention_bwd_dq, "dkdv": attention_bwd_dkdv, "dk": attention_bwd_dkdv,
+    "dv": attention_bwd_dkdv,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,16 +37,20 @@ class Resources:
 def compile_kernel(
     kernel: str, problem: AttentionProblem, tile: Tile, arch: tuple[int, int], pack_gqa: bool = False
 ) -> CompiledKernel:
-    """Kernel "forward", "dq" or "dkdv" as the launcher would compile it for aligned tensors with dense rows."""
+    """Kernel "forward", "dq", "dkdv", or "dk" or "dv" alone, as the launcher compiles it for aligned, dense tensors."""
     function = _FUNCTIONS[kernel]
     element = _TYPES[problem.dtype]
     block_d = padded_head_dim(problem.head_dim)
     constants = {
         "GROUP": problem.group_size, "PACK": pack_gqa, "CAUSAL": problem.causal, "SIGN": 1,
         "HEAD_DIM": problem.head_dim, "BLOCK_D": block_d, "TILE_M": tile.tile_m, "TILE_N": tile.tile_n,
-        "LOOKAHEAD": tile.lookahead, "TMA": tile.tma, "Q_REGS": tile.q_registers,
+        "LOOKAHEAD": tile.lookahead, "TMA": tile.tma, "Q_REGS": tile.q_registers, "DK": "dk" in kernel,
+        "DV": "dv" in kernel,
     }  # fmt: skip
-    stream_rows = tile.tile_m if kernel == "dkdv" else tile.tile_n
+    # What the copy engine reads with tma.
+    streams, stream_rows = (
+        (("q", "dout"), tile.tile_m) if function is attention_bwd_dkdv else (("k", "v"), tile.tile_n)
+    )
     aligned = [["tt.divisibility", 16]]
     signature, values, attributes = {}, {}, {}
     for i, name in enumerate(function.arg_names):
@@ -61,7 +63,7 @@ def compile_kernel(
             signature[name] = ("i32",) * (4 - len(last)) + last
             attributes |= {(i, j): aligned for j in range(4 - len(last))}
             values |= {(i, 3): 1} if last else {}
-        elif name in _STREAMS[kernel] and tile.tma:
+        elif name in streams and tile.tma:
             signature[name] = f"tensordesc<{element}[1, 1, {stream_rows}, {block_d}]>"
         elif name in ("scale", "scale_log2"):
             signature[name] = "fp32"

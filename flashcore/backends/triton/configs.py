@@ -60,6 +60,7 @@ class TritonConfig:
     forward: Tile
     dq: Tile
     dkdv: Tile
+    dv: Tile | None = None  # dV has a pass of its own, and dkdv computes dK alone; None: both at once
     pack_gqa: bool = False  # one program handles all query heads of a key head
     splits: int = 1  # programs that share the keys of one row tile
     why: str = field(default="", compare=False)
@@ -68,14 +69,15 @@ class TritonConfig:
         grid = (", pack_gqa" if self.pack_gqa else "") + (
             f", {self.splits} splits" if self.splits > 1 else ""
         )
-        return f"tile {self.forward}{grid}; dq {self.dq}; dkdv {self.dkdv}"
+        dkdv = f"dkdv {self.dkdv}" if self.dv is None else f"dk {self.dkdv}; dv {self.dv}"
+        return f"tile {self.forward}{grid}; dq {self.dq}; {dkdv}"
 
 
 @dataclass(frozen=True)
 class Row:
     """A row of a table: the tile for problems it applies to, and the reason."""
 
-    kernel: str  # "forward", "dq" or "dkdv"
+    kernel: str  # "forward", "dq", "dkdv" or "dv"
     head_dim: int  # rounded up to a power of two
     applies: Callable[[AttentionProblem, int], bool]  # of the problem and its rows per program's head
     tile: Tile
@@ -226,7 +228,15 @@ _HOPPER = (  # sm_90: 227 KiB of shared memory, asynchronous matrix products of 
     Row("dq", 256, _16bit, Tile(128, 32, 8, 2, tma=True), 193, f"fastest {_MEASURED}"),
     Row("dkdv", 64, _16bit, Tile(64, 64, 4, 3, tma=True), 66, f"fastest {_MEASURED}"),
     Row("dkdv", 128, _16bit, Tile(64, 64, 4, 2, tma=True), 97, f"two programs per SM, fastest {_MEASURED}"),
-    Row("dkdv", 256, _16bit, Tile(64, 64, 8, 2, tma=True), 201, f"fastest {_MEASURED}"),
+    Row("dkdv", 256, _16bit, Tile(32, 128, 8, 2, tma=True), 193, f"no P through shared memory; {_UNTRIED}"),
+    Row(
+        "dv",
+        256,
+        _16bit,
+        Tile(64, 128, 8, 2, lookahead=True, tma=True),
+        225,
+        f"with dK they leave no registers for tiles of 128 keys; {_UNTRIED}",
+    ),
 )
 
 _BLACKWELL = (  # sm_100: 227 KiB of shared memory, accumulators in tensor memory, TMA
@@ -265,6 +275,7 @@ def choose(
     forward, why = _tile("forward", problem, rows, limit, user_table)
     dq, dq_why = _tile("dq", problem, rows, limit, user_table)
     dkdv, dkdv_why = _tile("dkdv", problem, rows, limit, user_table)
+    dv, dv_why = _tile("dv", problem, rows, limit, user_table)
     tiles = math.ceil(rows / forward.tile_m) * problem.batch * problem.heads_q // members
     splits = choose_splits(tiles, math.ceil(problem.seqlen_k / forward.tile_n), problem.sm_count, forward)
     if pack_gqa:
@@ -272,8 +283,8 @@ def choose(
     if splits > 1:
         why += f"; split: {tiles} tiles leave some of {problem.sm_count} SMs idle"
     if problem.needs_grad:
-        why += f"; dq: {dq_why}; dkdv: {dkdv_why}"
-    return TritonConfig(forward, dq, dkdv, pack_gqa, splits, why)
+        why += f"; dq: {dq_why}; " + (f"dkdv: {dkdv_why}" if dv is None else f"dk: {dkdv_why}; dv: {dv_why}")
+    return TritonConfig(forward, dq, dkdv, dv, pack_gqa, splits, why)
 
 
 def choose_splits(tiles: int, blocks: int, sm_count: int, tile: Tile) -> int:
@@ -282,9 +293,9 @@ def choose_splits(tiles: int, blocks: int, sm_count: int, tile: Tile) -> int:
     The smallest number that keeps the slots of all waves nearly as busy as the best one does. A split has two blocks or
     more: less is not worth the combination.
     """
-    if sm_count == 0 or tiles >= FULL_GRID * sm_count:
+    slots = sm_count * (3 if tile.tile_m == 16 else 1)  # decoding hides the latency of memory with programs
+    if sm_count == 0 or tiles >= FULL_GRID * slots:
         return 1
-    slots = sm_count * (3 if tile.tile_m == 16 else 1)
     most = max(1, min(MAX_SPLITS, blocks // 2))
     busy = {}
     for splits in range(1, most + 1):
@@ -309,13 +320,13 @@ def heads_per_section(problem: AttentionProblem, heads: int) -> int:
 
 def _tile(
     kernel: str, problem: AttentionProblem, rows: int, limit: int, user_table: Path | None
-) -> tuple[Tile, str]:
-    """The first tile for a kernel that applies and fits, and why."""
+) -> tuple[Tile | None, str]:
+    """The first tile for a kernel that applies and fits, and why. None for "dv" where it has no pass of its own."""
     head_dim = padded_head_dim(problem.head_dim)
     small = rows <= 16 or _small_grid(problem, rows)  # tiles are tuned on grids that fill the GPU
-    tuned = None if small or not user_table else _read_user_table(user_table).get(user_key(kernel, problem))
-    if tuned:
-        return tuned, f"tuned on this machine ({user_table})"
+    tuned = {} if small or not user_table else _read_user_table(user_table)
+    if user_key(kernel, problem) in tuned:
+        return tuned[user_key(kernel, problem)], f"tuned on this machine ({user_table})"
     for row in (*TABLES.get(problem.arch, ()), *_SAFE):
         if (
             row.kernel == kernel
@@ -324,6 +335,8 @@ def _tile(
             and row.smem_kib * 1024 <= limit
         ):
             return row.tile, row.why
+    if kernel == "dv":
+        return None, "computed with dK"
     raise LookupError(f"no tile for {kernel} with head_dim {head_dim} in {limit} bytes of shared memory")
 
 
@@ -335,16 +348,17 @@ def user_key(kernel: str, problem: AttentionProblem) -> str:
     return f"{gpu}, {kernel} {problem.dtype} head_dim {padded_head_dim(problem.head_dim)} {mask}"
 
 
-def write_user_table(path: Path, tiles: dict[str, Tile]) -> None:
+def write_user_table(path: Path, tiles: dict[str, Tile | None]) -> None:
     """Add `tiles`, by :func:`user_key`, to the table at `path`."""
     table = _read_user_table(path) | tiles
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({key: asdict(tile) for key, tile in sorted(table.items())}, indent=1) + "\n")
+    document = {key: tile and asdict(tile) for key, tile in sorted(table.items())}
+    path.write_text(json.dumps(document, indent=1) + "\n")
     _read_user_table.cache_clear()
 
 
 @lru_cache(maxsize=8)
-def _read_user_table(path: Path) -> dict[str, Tile]:
+def _read_user_table(path: Path) -> dict[str, Tile | None]:
     if not path.exists():
         return {}
-    return {key: Tile(**tile) for key, tile in json.loads(path.read_text()).items()}
+    return {key: tile and Tile(**tile) for key, tile in json.loads(path.read_text()).items()}

@@ -2,8 +2,11 @@
 
 Candidates are first compiled and checked, in several processes at once (each ends up in Triton's cache on disk): on a
 small problem against float64; and on one that gives every SM several tiles, against FlashAttention-2 and, bit for bit,
-against their own repetitions. Only those that are right are then timed, one after the other, until the time is up.
-``--install`` writes the winners to the user's own table, which `configure` prefers to the built-in one.
+against their own repetitions. Only those that are right are then timed, one after the other, what matters most first,
+until the time is up: tiles for forward and backward at two lengths, decoding, small grids, the other lengths, the
+host's time. ``--json`` keeps everything, with the winners by kind of problem and class of lengths; ``--rows`` makes
+rows of the built-in table from such a file; ``--install`` writes the winners to the user's own table, which `configure`
+prefers.
 """
 
 from __future__ import annotations
@@ -13,9 +16,10 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -31,27 +35,32 @@ from flashcore import env, gradients
 from flashcore.backends import reference
 from flashcore.backends import triton as backend
 from flashcore.backends.triton import attention
+from flashcore.backends.triton.compile import compile_kernel
 from flashcore.backends.triton.configs import (
     MAX_SPLITS,
     TABLES,
     Tile,
     TritonConfig,
     choose,
-    choose_splits,
     user_key,
     write_user_table,
 )
 from flashcore.problem import AttentionProblem
 
-KERNELS = ("forward", "dq", "dkdv")
-MATMULS = {"forward": 2, "dq": 3, "dkdv": 4}  # that each kernel does, counted with 2 FLOP per multiply-add
-SEQLENS = (512, 2048, 16384)
+MATMULS = {"forward": 2, "dq": 3, "dkdv": 4, "dk": 3, "dv": 2}  # of each kernel, 2 FLOP per multiply-add
+SEQLENS = (2048, 16384, 512, 1024, 4096, 8192)  # in this order
+# Of lengths, both ends included.
+CLASSES = {"short": (0, 1024), "middle": (2048, 4096), "long": (8192, math.inf)}
+WORTH_A_ROW = 1.03  # how much faster a tile must be in one class to have a row there
 DEVICE = "cuda"
 REPEATS = 10  # of a candidate under stress
 TOKENS = 16384
 WIDTH = 2048  # heads x head_dim
 SMALL_SHAPES = ((1, 8, 512, 64), (8, 16, 512, 64), (1, 32, 1024, 128), (1, 16, 4096, 128))  # (B, H, S, D)
-DECODE_SHAPES = ((8, 8192, 32, 8, 128), (1, 131072, 32, 8, 128), (1, 8192, 32, 8, 64))  # (B, Sk, H, Hk, D)
+DECODE_SHAPES = (  # (B, Sk, H, Hk, D)
+    (8, 8192, 32, 8, 128), (1, 131072, 32, 8, 128), (1, 8192, 32, 8, 128), (16, 4096, 32, 32, 128),
+    (8, 8192, 32, 8, 64),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -76,71 +85,71 @@ def short(tile: Tile) -> str:
     return f"{tile.tile_m}x{tile.tile_n} w{tile.warps} s{tile.stages} {flags}".strip()
 
 
-def _hopper(*tiles: tuple) -> list[Tile]:
-    """Tiles as (tile_m, tile_n, warps, stages, flags), with the flags of `short`."""
-    return [
-        Tile(
-            m, n, warps, stages, "L" in flags, "T" in flags, "Q" in flags, int(flags.partition("R")[2] or 0) or None
-        )
-        for m, n, warps, stages, flags in tiles
-    ]  # fmt: skip
+def parsed(text: str) -> Tile:
+    """The tile that `short` wrote like this."""
+    m, n, warps, stages, flags, registers = re.fullmatch(
+        r"(\d+)x(\d+) w(\d+) s(\d+) ?([LTQ]*)(?:R(\d+))?", text
+    ).groups()
+    on = ("L" in flags, "T" in flags, "Q" in flags)
+    return Tile(int(m), int(n), int(warps), int(stages), *on, int(registers) if registers else None)
 
 
-# By registers and shared memory as `compile.resources` reports them for sm_90: no candidate spills much. Those
-# that a run found far behind (docs/log/0013) are left out. One stage means one buffer: programs of 64 rows then fit an
-# SM in twos and threes, and fill each other's waits for memory.
+def _tiles(text: str) -> list[Tile]:
+    return [parsed(one.strip()) for one in text.split(",")]
+
+
+# By what docs/log/0013 found, and where that says nothing by registers and shared memory as `compile.resources` reports
+# them for sm_90: none spills much. One stage means one buffer: programs of 64 rows then fit an SM in twos and threes,
+# and fill each other's waits for memory.
 HOPPER = {
-    ("forward", 64): _hopper(
-        (128, 64, 8, 3, "T"), (128, 64, 8, 3, "LTR128"), (64, 64, 4, 3, "LT"), (64, 128, 4, 2, "LT"),
-        (64, 64, 4, 2, "T"), (64, 64, 4, 3, "T"), (64, 128, 4, 2, "T"), (128, 128, 8, 3, "T"),
+    ("forward", 64): _tiles(
+        "128x64 w8 s3 T, 64x64 w4 s3 LT, 128x64 w8 s3 LTR128, 64x128 w4 s2 LT, 64x64 w4 s3 T, 64x64 w4 s2 T, "
+        "64x128 w4 s2 T, 128x64 w8 s2 T, 128x128 w8 s3 T"
     ),
-    ("forward", 128): _hopper(
-        (64, 64, 4, 2, "LT"), (128, 128, 8, 2, "LT"), (64, 64, 4, 2, "T"), (128, 64, 8, 3, "LTQ"),
-        (64, 64, 4, 1, "T"), (64, 128, 4, 1, "T"), (64, 64, 4, 2, "LTR160"),
+    ("forward", 128): _tiles(
+        "64x64 w4 s2 LT, 128x128 w8 s2 LT, 64x64 w4 s2 T, 128x64 w8 s3 LTQ, 64x32 w4 s3 LT, 64x32 w4 s3 T, "
+        "64x64 w4 s1 T, 64x128 w4 s1 T, 64x64 w4 s2 LTR160"
     ),
-    ("forward", 256): _hopper(
-        (128, 64, 8, 2, "LT"), (64, 32, 4, 2, "LT"), (128, 64, 8, 2, "T"), (64, 64, 4, 1, "T"),
+    ("forward", 256): _tiles("128x64 w8 s2 LT, 128x64 w8 s2 T, 64x32 w4 s2 LT, 64x64 w4 s1 T"),
+    ("dq", 64): _tiles(
+        "128x64 w8 s3 T, 64x64 w4 s3 T, 64x64 w4 s2 T, 64x64 w4 s4 T, 128x64 w8 s4 T, 64x128 w4 s2 T"
     ),
-    ("dq", 64): _hopper(
-        (128, 64, 8, 3, "T"), (64, 64, 4, 3, "T"), (64, 64, 4, 2, "T"), (128, 64, 8, 4, "T"), (64, 128, 4, 2, "T"),
+    ("dq", 128): _tiles(
+        "64x64 w4 s2 T, 128x64 w8 s3 T, 64x64 w4 s1 T, 64x64 w4 s1 TR168, 64x128 w4 s1 T, 128x64 w8 s1 T, 64x32 w4 s3 T"
     ),
-    ("dq", 128): _hopper(
-        (64, 64, 4, 2, "T"), (128, 64, 8, 3, "T"), (64, 64, 4, 1, "T"), (64, 64, 4, 1, "TR168"), (64, 128, 4, 1, "T"),
-        (128, 64, 8, 1, "T"),
+    ("dq", 256): _tiles(
+        "128x32 w8 s2 T, 128x32 w8 s3 T, 64x64 w4 s2 T, 64x32 w4 s1 T, 64x32 w4 s3 T, 128x64 w8 s1 T, 64x64 w4 s1 T"
     ),
-    ("dq", 256): _hopper(
-        (128, 32, 8, 2, "T"), (64, 32, 4, 1, "T"), (128, 64, 8, 1, "T"), (64, 64, 4, 2, "T"), (64, 64, 4, 1, "T"),
+    ("dkdv", 64): _tiles(
+        "64x64 w4 s3 T, 64x64 w4 s2 T, 64x64 w4 s4 T, 64x64 w4 s3 TR168, 64x64 w4 s2 TR168, 32x64 w4 s3 T"
     ),
-    ("dkdv", 64): _hopper(
-        (64, 64, 4, 3, "T"), (64, 64, 4, 2, "T"), (64, 64, 4, 3, "TR168"), (64, 64, 4, 2, "TR168"), (32, 64, 4, 3, "T"),
-        (64, 64, 4, 4, "T"), (64, 128, 8, 3, "T"),
+    ("dkdv", 128): _tiles(
+        "64x64 w4 s2 T, 64x64 w4 s1 T, 32x64 w4 s3 T, 32x64 w4 s2 T, 32x64 w4 s3 LT, 32x128 w8 s3 T"
     ),
-    ("dkdv", 128): _hopper(
-        (64, 64, 4, 2, "T"), (64, 64, 4, 1, "T"), (32, 64, 4, 3, "T"), (32, 64, 4, 2, "T"), (32, 64, 4, 3, "LT"),
-        (32, 128, 8, 3, "T"), (64, 128, 8, 2, "LT"),
+    ("dkdv", 256): _tiles("64x64 w8 s2 T, 64x64 w8 s1 T, 32x64 w8 s1 T"),
+    ("dk", 256): _tiles(
+        "32x128 w8 s2 T, 32x128 w8 s3 T, 64x64 w4 s2 T, 64x128 w8 s1 T, 32x64 w4 s1 T, 64x64 w4 s1 T"
     ),
-    ("dkdv", 256): _hopper(
-        (64, 64, 8, 2, "T"), (64, 64, 8, 1, "T"), (32, 64, 8, 1, "T"), (32, 64, 8, 2, "LT"),
+    ("dv", 256): _tiles(
+        "64x128 w8 s2 LT, 64x128 w8 s2 T, 32x128 w8 s3 LT, 64x128 w8 s1 T, 32x64 w4 s2 T, 64x64 w4 s1 T"
     ),
-}  # fmt: skip
+}
 
 
-# 38 to 102 KiB of shared memory at head_dim 128: two to five programs per SM, 48 KiB or more on their way to it.
-DECODE = [
-    Tile(16, n, warps, stages, "L" in flags, "T" in flags)
-    for n, warps, stages, flags in (
-        (64, 4, 3, "T"), (128, 4, 2, "T"), (64, 2, 3, "T"), (64, 4, 2, "T"), (32, 2, 4, "T"), (64, 4, 4, "T"),
-        (128, 8, 2, "T"), (64, 4, 3, "LT"), (64, 2, 2, "T"), (128, 4, 3, "T"), (64, 4, 3, ""), (32, 4, 4, ""),
-    )
-]  # fmt: skip
-TRIALS = ("decode", "small", "gqa", "order")  # the first words of what a trial is called
+# 26 to 102 KiB of shared memory at head_dim 128. What counts is how many bytes of keys are on their way to an SM (48 to
+# 64 KiB saturate the memory of an H200), and for how long each program stops them: one warp keeps scores and P to
+# itself, without barriers; four take turns but need fewer programs.
+DECODE = _tiles(
+    "16x64 w4 s3 T, 16x64 w4 s4 T, 16x128 w4 s2 T, 16x128 w4 s3 T, 16x64 w2 s3 T, 16x32 w2 s4 T, 16x64 w2 s2 T, "
+    "16x32 w1 s4 T, 16x32 w1 s6 T, 16x64 w1 s3 T, 16x64 w4 s3 LT, 16x64 w4 s3, 16x32 w4 s4"
+)
 PROGRAMS_PER_SM = (1, 2, 3, 4, 6, 8)  # that splits make of a decoding problem
 
 
 def candidates(kernel: str, head_dim: int, arch: tuple[int, int]) -> list[Tile]:
     """What to try: a list of its own for Hopper; elsewhere every tile that some table has, deeper and shallower too."""
     if arch == (9, 0):
-        return HOPPER[kernel, head_dim]
+        return HOPPER.get((kernel, head_dim), [])
     rows = {
         row.tile
         for table in TABLES.values()
@@ -180,22 +189,29 @@ class Tensors:
         self.out, self.lse = attention.forward(problem, self.config, self.q, self.k, self.v)
 
     def with_tile(self, kernel: str, tile: Tile) -> TritonConfig:
-        config = replace(self.config, **{kernel: tile})
-        return replace(config, splits=1) if kernel == "forward" else config
+        if kernel == "forward":
+            return replace(self.config, forward=tile, splits=1)
+        if kernel == "dkdv":
+            return replace(self.config, dkdv=tile, dv=None)
+        return replace(self.config, **{{"dq": "dq", "dk": "dkdv", "dv": "dv"}[kernel]: tile})
 
     def call(self, kernel: str, tile: Tile) -> Callable[[], object]:
-        """A launch of one kernel with one tile. For dkdv the row statistics are there already."""
+        """A launch of one kernel with one tile. For dK and dV the row statistics are there already."""
         config = self.with_tile(kernel, tile)
-        q, k, v, out, lse, dout = self.q, self.k, self.v, self.out, self.lse, self.dout
+        problem, q, k, v, out, lse, dout = (
+            self.problem, self.q, self.k, self.v, self.out, self.lse, self.dout,
+        )  # fmt: skip
         if kernel == "forward":
-            return partial(attention.forward, self.problem, config, q, k, v)
-        stats = attention.empty_stats(self.problem, config, q)
+            return partial(attention.prepare_forward(problem, config), q, k, v)
+        shape = attention.stats_shape_of(problem, config)
+        stats = torch.empty(shape, dtype=torch.float32, device=DEVICE)
         dq = torch.empty_like(q)
+        fill = partial(attention.prepare_dq(problem, config.dq, shape[3]), q, k, v, out, dout, lse, stats, dq)
         if kernel == "dq":
-            return partial(attention.launch_dq, self.problem, tile, q, k, v, out, dout, lse, stats, dq)
-        attention.launch_dq(self.problem, config.dq, q, k, v, out, dout, lse, stats, dq)
-        dk, dv = torch.empty_like(k), torch.empty_like(v)
-        return partial(attention.launch_dkdv, self.problem, tile, q, k, v, dout, stats, dk, dv)
+            return fill
+        fill()
+        launch = attention.prepare_dkdv(problem, tile, shape[3], dk=kernel != "dv", dv=kernel != "dk")
+        return partial(launch, q, k, v, dout, stats, torch.empty_like(k), torch.empty_like(v))
 
 
 # --- is a candidate right?
@@ -306,12 +322,22 @@ def graph_microseconds(call: Callable[[], object]) -> float:
     return 1e3 * triton.testing.do_bench_cudagraph(call, rep=5, return_mode="median")
 
 
-def time_jobs(jobs: list[Job], seqlens: tuple[int, ...], deadline: float) -> Iterator[dict]:
+def replay_microseconds(call: Callable[[], object]) -> float:
+    """Device time of a CUDA graph that holds one call, L2 flushed before each replay."""
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return 1e3 * milliseconds(graph.replay, rep=20)
+
+
+def time_jobs(jobs: list[Job], seqlens: Sequence[int], deadline: float) -> Iterator[dict]:
     """A record per job and length, as long as there is time; and PyTorch's FlashAttention-2."""
     groups = defaultdict(list)
     for job in jobs:
         groups[job.group[1:]].append(job)
-    for seqlen in sorted(seqlens, key=lambda s: s != 2048):
+    for seqlen in seqlens:
         for (head_dim, causal), members in groups.items():
             if time.monotonic() > deadline:
                 return
@@ -319,20 +345,20 @@ def time_jobs(jobs: list[Job], seqlens: tuple[int, ...], deadline: float) -> Ite
             problem = problem_for(head_dim, causal, TOKENS // seqlen, seqlen, heads, heads)
             tensors = Tensors(problem)
             flops = 2 * problem.batch * heads * seqlen**2 * head_dim / (2 if causal else 1)  # of one product
-            common = {"head_dim": head_dim, "causal": causal, "seqlen": seqlen}
-            for direction, call in _flash_attention_2(tensors).items():
+            calls = [
+                (direction, "fa2", 2 if direction == "forward" else 5, call)
+                for direction, call in _flash_attention_2(tensors).items()
+            ]
+            calls += [
+                (job.kernel, short(job.tile), MATMULS[job.kernel], tensors.call(job.kernel, job.tile))
+                for job in members
+            ]
+            for kernel, tile, products, call in calls:
                 ms = milliseconds(call)
-                products = 2 if direction == "forward" else 5
-                yield common | {
-                    "kernel": direction,
-                    "tile": "fa2",
-                    "ms": ms,
-                    "tflops": products * flops / ms / 1e9,
-                }
-            for job in members:
-                ms = milliseconds(tensors.call(job.kernel, job.tile))
-                record = common | {"kernel": job.kernel, "tile": short(job.tile), "ms": ms}
-                yield record | {"tflops": MATMULS[job.kernel] * flops / ms / 1e9}
+                yield {
+                    "kernel": kernel, "head_dim": head_dim, "causal": causal, "seqlen": seqlen, "tile": tile,
+                    "ms": ms, "tflops": products * flops / ms / 1e9,
+                }  # fmt: skip
 
 
 def _flash_attention_2(t: Tensors) -> dict[str, Callable[[], object]]:
@@ -360,50 +386,55 @@ class Trial:
     how: str
     problem: AttentionProblem
     config: TritonConfig
-    graph: bool = False  # time it inside a CUDA graph
+    warm: bool = False  # L2 holds the inputs
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         p = self.problem
         return tuple(torch.randn(s, device=DEVICE).bfloat16() for s in (p.q_shape, p.k_shape, p.v_shape))
 
 
-def trials() -> list[Trial]:
-    """Decoding, small grids, and the packing of grouped heads."""
+def decode_trials() -> list[Trial]:
+    """Tiles and numbers of splits for one query against many keys; first what the table chooses."""
     found = []
     for batch, seqlen, heads, heads_k, head_dim in DECODE_SHAPES:
         problem = replace(
             problem_for(head_dim, True, batch, seqlen, heads, heads_k), seqlen_q=1, needs_grad=False
         )
         what = f"decode {(batch, seqlen, heads, heads_k, head_dim)}"
+        chosen = choose(problem)
+        found.append(Trial(what, f"table: {short(chosen.forward)} /{chosen.splits}", problem, chosen))
         for tile in DECODE:
-            chosen = choose_splits(batch * heads_k, math.ceil(seqlen / tile.tile_n), problem.sm_count, tile)
-            full = {max(1, n * problem.sm_count // (batch * heads_k)) for n in PROGRAMS_PER_SM}
-            for splits in sorted({min(MAX_SPLITS, splits) for splits in full | {chosen}}):
-                config = replace(choose(problem), forward=tile, splits=splits, pack_gqa=True)
-                how = f"{short(tile)} /{splits}" + (" (table)" if config == choose(problem) else "")
-                found.append(Trial(what, how, problem, config, graph=True))
+            blocks = math.ceil(seqlen / tile.tile_n)
+            whole = {n * problem.sm_count // (batch * heads_k) for n in PROGRAMS_PER_SM}
+            for splits in sorted(n for n in whole if 1 <= n <= min(MAX_SPLITS, blocks // 2)):
+                config = replace(chosen, forward=tile, splits=splits)
+                found.append(Trial(what, f"{short(tile)} /{splits}", problem, config))
+    return found
+
+
+def small_trials() -> list[Trial]:
+    """Small grids, with and without splits, and the packing of grouped heads."""
+    found = []
     for batch, heads, seqlen, head_dim in SMALL_SHAPES:
         for causal in (False, True):
             problem = problem_for(head_dim, causal, batch, seqlen, heads, heads)
             what = f"small {(batch, heads, seqlen, head_dim)} {'causal' if causal else 'full'}"
-            tiles = [
-                Tile(64, 64, 4, 3, tma=True),
-                Tile(32, 64, 4, 3, tma=True),
-                Tile(64, 128, 4, 2, tma=True),
-            ]
-            tiles += HOPPER["forward", head_dim][:10]
+            chosen = choose(problem)
+            found.append(
+                Trial(what, f"table: {short(chosen.forward)} /{chosen.splits}", problem, chosen, True)
+            )
+            tiles = _tiles("64x64 w4 s3 T, 64x64 w4 s2, 32x64 w4 s3 T") + HOPPER["forward", head_dim][:6]
             for tile in dict.fromkeys(tiles):
                 few = batch * heads * math.ceil(seqlen / tile.tile_m) < problem.sm_count
-                for splits in (1, 2, 4) if few and tile.tile_m >= 64 else (1,):
-                    config = replace(choose(problem), forward=tile, splits=splits)
-                    found.append(Trial(what, f"{short(tile)} /{splits}", problem, config, graph=True))
+                for splits in (1, 2, 4) if few and tile.tile_m == 64 else (1,):
+                    config = replace(chosen, forward=tile, splits=splits)
+                    found.append(Trial(what, f"{short(tile)} /{splits}", problem, config, True))
     for head_dim in (64, 128):
         heads = WIDTH // head_dim
-        for batch, seqlen in ((8, 2048), (1, 16384)):
-            problem = problem_for(head_dim, True, batch, seqlen, heads, heads // 4)
-            for pack in (False, True):
-                config = replace(choose(problem), pack_gqa=pack)
-                found.append(Trial(f"gqa 4:1 causal d{head_dim} s{seqlen}", f"pack={pack}", problem, config))
+        problem = problem_for(head_dim, True, 1, 16384, heads, heads // 4)
+        for pack in (False, True):
+            config = replace(choose(problem), pack_gqa=pack)
+            found.append(Trial(f"gqa 4:1 causal d{head_dim} s16384", f"pack={pack}", problem, config))
     return found
 
 
@@ -426,130 +457,226 @@ def check_trial(trial: Trial) -> str | None:
 
 
 def time_trials(trials: list[Trial], deadline: float) -> Iterator[dict]:
-    """A record per trial, as long as there is time; FlashAttention-2 beside those in a CUDA graph."""
-    seen = set()
+    """A record per trial, as long as there is time; FlashAttention-2 beside those whose inputs are in L2."""
+    tensors, what = None, None
     for trial in trials:
         if time.monotonic() > deadline:
             return
-        problem = trial.problem
-        q, k, v = trial.tensors()
-        call = partial(attention.forward, problem, trial.config, q, k, v)
-        record = {"what": trial.what, "how": trial.how}
-        if trial.graph and problem.seqlen_q == problem.seqlen_k and trial.what not in seen:
-            seen.add(trial.what)
-            yield {"what": trial.what, "how": "fa2", "us": graph_microseconds(_fa2_forward(problem, q, k, v))}
-        us = graph_microseconds(call) if trial.graph else 1e3 * milliseconds(call)
-        yield record | {"us": us, "tbps": 2 * k.numel() * k.element_size() / us / 1e6}
+        time_one = graph_microseconds if trial.warm else replay_microseconds
+        if trial.what != what:
+            what, tensors = trial.what, trial.tensors()
+            if trial.warm:
+                yield {"what": what, "how": "fa2", "us": time_one(_fa2_forward(trial.problem, *tensors))}
+        us = time_one(partial(attention.forward, trial.problem, trial.config, *tensors))
+        k = tensors[1]
+        yield {"what": what, "how": trial.how, "us": us, "tbps": 2 * k.numel() * k.element_size() / us / 1e6}
 
 
-def time_order_and_host(deadline: float) -> Iterator[dict]:
-    """The order of heads, with the table's tiles, and the host's time per call."""
-    by_table = attention.heads_per_section
-    for head_dim in (64, 128):
-        for batch, seqlen in ((8, 2048), (1, 16384)):
-            if time.monotonic() > deadline:
-                return
-            tensors = Tensors(
-                problem_for(head_dim, True, batch, seqlen, WIDTH // head_dim, WIDTH // head_dim)
-            )
-            for section in ("L2", 1):
-                attention.heads_per_section = by_table if section == "L2" else lambda problem, heads: 1
-                for kernel in KERNELS:
-                    us = 1e3 * milliseconds(tensors.call(kernel, getattr(tensors.config, kernel)))
-                    yield {
-                        "what": f"{kernel} causal d{head_dim} s{seqlen}",
-                        "how": f"section={section}",
-                        "us": us,
-                    }
-            attention.heads_per_section = by_table
+def time_host(deadline: float) -> Iterator[dict]:
+    """The host's time per call: forward, decoding in splits, backward; and PyTorch's SDPA."""
     tensors = Tensors(problem_for(64, False, 1, 64, 2, 2))
-    for name, tma in (("TMA", True), ("pointers", False)):
-        config = tensors.with_tile("forward", Tile(64, 64, 4, 2, tma=tma))
-        call = partial(backend.forward, tensors.problem, config, tensors.q, tensors.k, tensors.v)
+    problem, config, q, k, v = tensors.problem, tensors.config, tensors.q, tensors.k, tensors.v
+    calls = {
+        f"forward, {name}": partial(
+            backend.prepare(problem, tensors.with_tile("forward", Tile(64, 64, 4, 2, tma=tma))), q, k, v
+        )
+        for name, tma in (("TMA", True), ("pointers", False))
+    }
+    split = replace(tensors.with_tile("forward", Tile(16, 16, 4, 2, tma=True)), splits=4)
+    calls["forward, 4 splits"] = partial(backend.prepare(problem, split), q, k, v)
+    calls["backward"] = partial(
+        backend.backward, problem, config, q, k, v, tensors.out, tensors.lse, tensors.dout
+    )
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    calls["SDPA forward"] = partial(torch.nn.functional.scaled_dot_product_attention, q, k, v)
+    for how, call in calls.items():
+        if time.monotonic() > deadline:
+            return
         call()
         torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(300):
-            call()
-        yield {"what": "host time per call", "how": name, "us": (time.perf_counter() - start) / 300 * 1e6}
-        torch.cuda.synchronize()
+        times = []
+        for _ in range(20):
+            start = time.perf_counter()
+            for _ in range(50):
+                call()
+            times.append((time.perf_counter() - start) / 50 * 1e6)
+            torch.cuda.synchronize()
+        yield {"what": "host time per call", "how": how, "us": sorted(times)[len(times) // 2]}
 
 
 # --- the report
 
 
-def report(records: list[dict], small: list[dict], most: int = 4) -> str:
-    """The best candidates per kind of problem, and how their sum compares with FlashAttention-2."""
-    lines = []
-    seqlens = sorted({r["seqlen"] for r in records})
-    times = defaultdict(dict)  # (kernel, head_dim, causal) -> tile -> seqlen -> record
+Rates = dict[str, dict[tuple[bool, int], float]]  # tile -> (causal, seqlen) -> TFLOP/s
+
+
+def rates(records: list[dict]) -> dict[tuple[str, int], Rates]:
+    """By kernel and head_dim."""
+    found: dict[tuple[str, int], Rates] = defaultdict(lambda: defaultdict(dict))
     for r in records:
-        times[r["kernel"], r["head_dim"], r["causal"]].setdefault(r["tile"], {})[r["seqlen"]] = r
-    for (kernel, head_dim, causal), tiles in sorted(times.items()):
-        lines.append(
-            f"{kernel} d{head_dim} {'causal' if causal else 'full'}, TFLOP/s at S = {', '.join(map(str, seqlens))}"
-        )
-        ranked = sorted(tiles.items(), key=lambda item: -_mean(item[1]))
-        shown = [item for item in ranked if item[0] != "fa2"][:most] + [
-            item for item in ranked if item[0] == "fa2"
-        ]
-        for tile, by_seqlen in shown:
-            cells = "".join(
-                f"{by_seqlen[s]['tflops']:7.0f}" if s in by_seqlen else "      -" for s in seqlens
-            )
-            lines.append(f"  {tile:<22}{cells}")
-    lines.append("fastest tiles of each length against fa2: forward, backward (dq + dkdv)")
-    for head_dim in sorted({r["head_dim"] for r in records}):
+        found[r["kernel"], r["head_dim"]][r["tile"]][r["causal"], r["seqlen"]] = r["tflops"]
+    return found
+
+
+def ranked(tiles: Rates, kinds: Iterable[tuple[bool, int]]) -> list[tuple[float, str]]:
+    """(geometric mean of the rates over these kinds of problem, tile), best first; tiles timed in all of them."""
+    kinds = list(kinds)
+    means = [
+        (math.exp(sum(math.log(by_kind[kind]) for kind in kinds) / len(kinds)), tile)
+        for tile, by_kind in tiles.items()
+        if tile != "fa2" and kinds and all(kind in by_kind for kind in kinds)
+    ]
+    return sorted(means, reverse=True)
+
+
+def kinds_timed(tiles: Rates) -> list[tuple[bool, int]]:
+    return sorted({kind for by_kind in tiles.values() for kind in by_kind})
+
+
+def winners(records: list[dict]) -> list[dict]:
+    """The fastest tile of each kernel by head_dim, mask and class of lengths, and its rate over the second's."""
+    found = []
+    for (kernel, head_dim), tiles in sorted(rates(records).items()):
         for causal in (False, True):
-            cells = []
-            for seqlen in seqlens:
-                best = {k: _fastest(times[k, head_dim, causal], seqlen) for k in KERNELS}
-                fa2 = {
-                    k: times[k, head_dim, causal].get("fa2", {}).get(seqlen, {}).get("ms")
-                    for k in ("forward", "backward")
-                }
-                forward = fa2["forward"] / best["forward"] if fa2["forward"] and best["forward"] else math.nan
-                both = best["dq"] and best["dkdv"] and best["dq"] + best["dkdv"]
-                backward = fa2["backward"] / both if fa2["backward"] and both else math.nan
-                cells.append(f"S={seqlen} {forward:.2f} {backward:.2f}")
-            lines.append(f"  d{head_dim} {'causal' if causal else 'full  '}  " + "   ".join(cells))
+            for name, (least, most) in CLASSES.items():
+                kinds = [k for k in kinds_timed(tiles) if k[0] == causal and least <= k[1] <= most]
+                best = ranked(tiles, kinds)
+                if best:
+                    found.append({
+                        "kernel": kernel, "head_dim": head_dim, "causal": causal, "lengths": name,
+                        "tile": best[0][1], "tflops": best[0][0],
+                        "over_second": best[0][0] / best[1][0] if len(best) > 1 else None,
+                    })  # fmt: skip
+    return found
+
+
+def against_fa2(records: list[dict]) -> list[dict]:
+    """Per shape, how many times FlashAttention-2's time the fastest tiles take, and which: dV together or apart."""
+    best: dict[tuple, tuple[float, str]] = {}
+    for r in records:
+        key = (r["head_dim"], r["causal"], r["seqlen"], r["kernel"], r["tile"] == "fa2")
+        best[key] = min(best.get(key, (math.inf, "")), (r["ms"], r["tile"]))
+    found = []
+    for shape in sorted({key[:3] for key in best}):
+
+        def ms(kernel: str, fa2: bool = False, shape: tuple = shape) -> float:
+            return best.get((*shape, kernel, fa2), (math.inf, ""))[0]
+
+        apart = ms("dk") + ms("dv")
+        found.append({
+            "head_dim": shape[0], "causal": shape[1], "seqlen": shape[2],
+            "forward": ms("forward", True) / ms("forward"),
+            "backward": ms("backward", True) / (ms("dq") + min(ms("dkdv"), apart)),
+            "dv": "apart" if apart < ms("dkdv") else "with dk",
+        })  # fmt: skip
+    return found
+
+
+def report(records: list[dict], small: list[dict], most: int = 4) -> str:
+    """The best candidates per kind of problem, and how they compare with FlashAttention-2."""
+    lines = []
+    for (kernel, head_dim), tiles in sorted(rates(records).items()):
+        for causal in (False, True):
+            kinds = [k for k in kinds_timed(tiles) if k[0] == causal]
+            lengths = [length for _, length in kinds]
+            lines.append(f"{kernel} d{head_dim} {'causal' if causal else 'full'}, TFLOP/s at S = {lengths}")
+            shown = [tile for _, tile in ranked(tiles, kinds)[:most]] + ["fa2"] * ("fa2" in tiles)
+            lines += [
+                f"  {t:<22}" + "".join(f"{tiles[t].get(k, math.nan):7.0f}" for k in kinds) for t in shown
+            ]
+    lines.append("time of fa2 over that of the fastest tiles: forward, backward")
+    for r in against_fa2(records):
+        mask = "causal" if r["causal"] else "full  "
+        shape = f"  d{r['head_dim']:<4}{mask} S={r['seqlen']:<6}"
+        lines.append(f"{shape} {r['forward']:.2f} {r['backward']:.2f} dv {r['dv']}")
     by_what = defaultdict(list)
     for r in small:
         by_what[r["what"]].append(r)
     for what, tried in by_what.items():
         tried.sort(key=lambda r: r["us"])
-        shown = tried[:5] + [r for r in tried[5:] if r["how"] == "fa2" or "table" in r["how"]]
-        cells = (
-            f"{r['how']} {r['us']:.1f} us" + (f" {r['tbps']:.2f} TB/s" if "tbps" in r else "") for r in shown
-        )
-        lines.append(f"{what}: " + " | ".join(cells))
+        shown = tried[:6] + [r for r in tried[6:] if r["how"].startswith(("fa2", "table"))]
+        lines += [what] + [
+            f"  {r['how']:<28}{r['us']:8.1f} us" + (f" {r['tbps']:6.2f} TB/s" if "tbps" in r else "")
+            for r in shown
+        ]
     return "\n".join(lines)
 
 
-def _mean(by_seqlen: dict[int, dict]) -> float:
-    return math.exp(sum(math.log(r["tflops"]) for r in by_seqlen.values()) / len(by_seqlen))
+def table_rows(records: list[dict]) -> str:
+    """Rows for `configs.TABLES`: the best tile over all masks and lengths; in comments what is faster in one class."""
+    lines = []
+    found = rates(records)
+    for (kernel, head_dim), tiles in sorted(found.items()):
+        kinds = kinds_timed(tiles)
+        best = ranked(tiles, kinds)
+        if not best:
+            continue
+        tile = parsed(best[0][1])
+        flags = "".join(
+            f", {name}=True" for name in ("lookahead", "tma", "q_registers") if getattr(tile, name)
+        )
+        flags += f", registers={tile.registers}" if tile.registers else ""
+        built = f"Tile({tile.tile_m}, {tile.tile_n}, {tile.warps}, {tile.stages}{flags})"
+        row_kernel = "dkdv" if kernel == "dk" else kernel
+        comment = f"  # {best[0][0]:.0f} TFLOP/s" + (
+            f", next {best[1][1]} {best[1][0]:.0f}" if best[1:] else ""
+        )
+        lines.append(
+            f'Row("{row_kernel}", {head_dim}, _16bit, {built}, {_kib(kernel, head_dim, tile)}, "..."),{comment}'
+        )
+        for r in winners([r for r in records if (r["kernel"], r["head_dim"]) == (kernel, head_dim)]):
+            least, most = CLASSES[r["lengths"]]
+            here = [k for k in kinds if k[0] == r["causal"] and least <= k[1] <= most]
+            gain = r["tflops"] / dict((t, rate) for rate, t in ranked(tiles, here))[best[0][1]]
+            if gain > WORTH_A_ROW:
+                mask = "causal" if r["causal"] else "full"
+                lines.append(
+                    f"#   {mask}, {r['lengths']} ({least} to {most}): {r['tile']} is {gain:.3f} times as fast"
+                )
+    for head_dim in sorted({d for kernel, d in found if kernel == "dk"}):
+        apart = [r for r in against_fa2(records) if r["head_dim"] == head_dim and r["dv"] == "apart"]
+        shapes = [r for r in against_fa2(records) if r["head_dim"] == head_dim]
+        lines.append(
+            f"# head_dim {head_dim}: dk and dv apart are faster than dkdv in {len(apart)} of {len(shapes)} shapes"
+        )
+    return "\n".join(lines)
 
 
-def _fastest(tiles: dict[str, dict[int, dict]], seqlen: int) -> float | None:
-    return min(
-        (by[seqlen]["ms"] for tile, by in tiles.items() if tile != "fa2" and seqlen in by), default=None
+def _kib(kernel: str, head_dim: int, tile: Tile) -> int:
+    """Shared memory of a program for sm_90; compiles it, which takes no GPU."""
+    problem = AttentionProblem(
+        "bfloat16", "cuda", (9, 0), 132, 2, 2048, 2048, 4, 4, head_dim, head_dim, True, head_dim**-0.5
     )
+    return math.ceil(compile_kernel(kernel, problem, tile, (9, 0)).metadata.shared / 1024)
 
 
-def winners(jobs: list[Job], records: list[dict]) -> dict[str, Tile]:
-    """The tile with the best geometric mean over the lengths, by user_key."""
-    rates = defaultdict(dict)
-    for r in records:
-        rates[r["kernel"], r["head_dim"], r["causal"], r["tile"]][r["seqlen"]] = r
-    best: dict[tuple, tuple[float, Tile]] = {}
-    for job in jobs:
-        measured = rates.get((*job.group, short(job.tile)))
-        if measured and _mean(measured) > best.get(job.group, (0.0,))[0]:
-            best[job.group] = _mean(measured), job.tile
-    return {
-        user_key(kernel, problem_for(head_dim, causal, 1, 1, 1, 1)): tile
-        for (kernel, head_dim, causal), (_, tile) in best.items()
-    }
+def installed(records: list[dict]) -> dict[str, Tile | None]:
+    """The tiles with the best geometric mean over the lengths, by user_key. dV apart where that is faster."""
+    found: dict[str, Tile | None] = {}
+    by_kernel = rates(records)
+    for head_dim in sorted({head_dim for _, head_dim in by_kernel}):
+        for causal in (False, True):
+            best = {}
+            for kernel in MATMULS:
+                tiles = by_kernel.get((kernel, head_dim), {})
+                order = ranked(tiles, [k for k in kinds_timed(tiles) if k[0] == causal])
+                if order:
+                    best[kernel] = order[0]
+            problem = problem_for(head_dim, causal, 1, 1, 1, 1)
+            for kernel in ("forward", "dq"):
+                if kernel in best:
+                    found[user_key(kernel, problem)] = parsed(best[kernel][1])
+
+            def cost(*kernels: str, best: dict = best) -> float:
+                return sum(MATMULS[k] / best[k][0] if k in best else math.inf for k in kernels)
+
+            if cost("dk", "dv") < cost("dkdv"):
+                found[user_key("dkdv", problem)] = parsed(best["dk"][1])
+                found[user_key("dv", problem)] = parsed(best["dv"][1])
+            elif "dkdv" in best:
+                found[user_key("dkdv", problem)] = parsed(best["dkdv"][1])
+                found[user_key("dv", problem)] = None
+    return found
 
 
 def main() -> None:
@@ -557,32 +684,36 @@ def main() -> None:
         prog="flashcore.backends.triton.tune", description=__doc__.splitlines()[0]
     )
     parser.add_argument(
-        "--seconds", type=float, default=140, help="stop timing this long after the start (default 140)"
+        "--seconds", type=float, default=150, help="stop timing this long after the start (default 150)"
     )
-    parser.add_argument("--kernels", default=",".join(KERNELS), help="some of forward,dq,dkdv")
+    parser.add_argument("--kernels", default=",".join(MATMULS), help=f"some of {','.join(MATMULS)}")
     parser.add_argument("--head-dims", default="256,128,64", help="some of 64,128,256, in this order")
     parser.add_argument(
-        "--seqlens", default=",".join(map(str, SEQLENS)), help=f"that divide {TOKENS} (default %(default)s)"
+        "--parts", default="tiles,decode,small,host", help="what to time: some of tiles,decode,small,host"
     )
     parser.add_argument(
         "--processes", type=int, default=min(14, os.cpu_count() or 1), help="that compile and check"
     )
-    parser.add_argument("--json", type=Path, help="where to write all records")
+    parser.add_argument("--json", type=Path, help="where to write all records and the winners")
+    parser.add_argument(
+        "--rows", type=Path, help="time nothing: print rows of the table from this --json file"
+    )
     parser.add_argument(
         "--install", action="store_true", help="prefer the winners from now on, for this user"
     )
-    parser.add_argument(
-        "--trials",
-        default=",".join(TRIALS),
-        help="other choices to time afterwards: none, or some of %(default)s",
-    )
     arguments = parser.parse_args()
+    if arguments.rows:
+        document = json.loads(arguments.rows.read_text())
+        print(report(document["rows"], document["small"]))
+        print(table_rows(document["rows"]))
+        return
     reason = backend.unavailable()
     if reason or backend.interpreted():
         raise SystemExit(f"nothing to tune: {reason or 'kernels run in the interpreter'}")
 
-    seqlens = tuple(map(int, arguments.seqlens.split(",")))
-    deadline = time.monotonic() + arguments.seconds
+    start = time.monotonic()
+    deadline = start + arguments.seconds
+    parts = arguments.parts.split(",")
     arch = torch.cuda.get_device_capability()
     jobs = [
         Job(kernel, head_dim, causal, tile)
@@ -590,36 +721,45 @@ def main() -> None:
         for head_dim in map(int, arguments.head_dims.split(","))
         for causal in (True, False)
         for tile in candidates(kernel, head_dim, arch)
+        if "tiles" in parts
     ]
-    start = time.monotonic()
+    trials = {"decode": decode_trials() if "decode" in parts else []}
+    trials["small"] = small_trials() if "small" in parts else []
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.processes, mp_context=context) as pool:
         right, wrong = checked(check, jobs, pool)
-        chosen = [trial for trial in trials() if trial.what.split()[0] in arguments.trials.split(",")]
-        right_trials, wrong_trials = checked(check_trial, chosen, pool)
-    done = f"{len(right)} of {len(jobs)} candidates and {len(right_trials)} trials"
+        right_trials, wrong_trials = checked(check_trial, trials["decode"] + trials["small"], pool)
+    done = f"{len(right)} of {len(jobs)} candidates, {len(right_trials)} of {sum(map(len, trials.values()))} trials"
     print(f"{done} compiled and right, in {time.monotonic() - start:.0f} s", flush=True)
     left_out = [
         f"{job.kernel} d{job.head_dim} causal={job.causal} {short(job.tile)}: {why}"
         for job, why in wrong.items()
     ]
     left_out += [f"{trial.what} {trial.how}: {why}" for trial, why in wrong_trials.items()]
-    print("".join(f"  left out: {line}\n" for line in left_out), end="")
-    records = list(time_jobs(right, seqlens, deadline))
-    small = list(time_trials(right_trials, deadline))
-    if "order" in arguments.trials.split(","):
-        small += time_order_and_host(deadline)
+    print("".join(f"  left out: {line}\n" for line in left_out), end="", flush=True)
+    ok = set(right_trials)
+    decode, small = ([trial for trial in trials[part] if trial in ok] for part in ("decode", "small"))
+    records = list(time_jobs(right, SEQLENS[:2], deadline))
+    others = list(time_host(deadline)) if "host" in parts else []
+    others += list(time_trials(decode, deadline))
+    others += list(time_trials(small, deadline))
+    records += list(time_jobs(right, SEQLENS[2:], deadline))
+    if time.monotonic() > deadline:
+        print("the time was up before everything was timed")
     if arguments.json:
         meta = {
             "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
             "seconds": time.monotonic() - start,
         }  # fmt: skip
-        document = {"meta": meta, "left_out": left_out, "rows": records, "small": small}
+        document = {
+            "meta": meta, "winners": winners(records), "against_fa2": against_fa2(records), "left_out": left_out,
+            "rows": records, "small": others,
+        }  # fmt: skip
         arguments.json.write_text(json.dumps(document, indent=1) + "\n")
-    print(report(records, small))
+    print(report(records, others))
     if arguments.install:
         path = env.cache_dir() / backend.USER_TABLE
-        write_user_table(path, winners(right, records))
+        write_user_table(path, installed(records))
         print(f"written: {path}")
 
 

@@ -26,6 +26,11 @@ PLAIN = TritonConfig(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 128, 8, 
 AHEAD = TritonConfig(
     *(replace(tile, lookahead=True, tma=True) for tile in (PLAIN.forward, PLAIN.dq, PLAIN.dkdv))
 )
+# dK and dV in passes of their own.
+APART = replace(PLAIN, dkdv=Tile(32, 64, 4, 2), dv=Tile(64, 32, 4, 2))
+APART_AHEAD = replace(
+    AHEAD, dkdv=replace(APART.dkdv, lookahead=True), dv=replace(APART.dv, lookahead=True, tma=True)
+)
 # Small ones, so that short problems have many tiles.
 SMALL = TritonConfig(Tile(32, 16, 4, 2), Tile(32, 16, 4, 2), Tile(16, 32, 4, 2))
 SMALL_AHEAD = TritonConfig(
@@ -78,11 +83,11 @@ def check_backward(case: Case, config: TritonConfig, device: str) -> None:
     assert_gradients(grads, q, k, v, dout, causal=case.causal, scale=case.scale)
 
 
-def test_what_is_left_out_is_rejected():
+def test_what_is_left_out_is_rejected(device):
     for name in UNSUPPORTED:
-        assert backend.rejects(BY_NAME[name].problem())
+        assert backend.rejects(BY_NAME[name].problem(device))
     for case in RUNNABLE:
-        assert backend.rejects(case.problem()) is None, case
+        assert backend.rejects(case.problem(device)) is None, case
 
 
 @alternating
@@ -118,6 +123,14 @@ def test_many_tiles(name, config, device):
     check_backward(case, config, device)
 
 
+@pytest.mark.parametrize("config", [APART, APART_AHEAD], ids=["plain", "ahead"])
+@pytest.mark.parametrize(
+    "name", ["causal_more_keys", "causal_empty_rows", "gqa_3_to_1_more_keys", "full_65x193"]
+)
+def test_dk_and_dv_apart(name, config, device):
+    check_backward(replace(BY_NAME[name], batch=1, head_dim=16), config, device)
+
+
 # Groups of 4, 3 and 7 query heads: with 3 or 7, tiles of packed rows end inside a group.
 GROUPED = [
     Case("full", batch=2, seqlen_q=19, seqlen_k=90, heads_q=4, heads_k=1, head_dim=40),
@@ -151,7 +164,7 @@ def test_one_split_and_many_agree(device):
 @pytest.mark.parametrize("seqlen_q", [1, 2, 5])
 def test_decoding(seqlen_q, device):
     """A few queries against a long cache, as `configure` sets it up for a GPU with many SMs."""
-    case = Case("decode", seqlen_q=seqlen_q, seqlen_k=333, heads_q=8, heads_k=2, head_dim=64, causal=True)
+    case = Case("decode", seqlen_q=seqlen_q, seqlen_k=555, heads_q=8, heads_k=2, head_dim=64, causal=True)
     config = backend.choose(replace(case.problem(device), sm_count=132))
     assert config.pack_gqa
     assert config.splits > 1
@@ -199,6 +212,29 @@ def test_same_bits_every_time(config, device):
         runs.append((out, lse, *backend.backward(problem, config, q, k, v, out, lse, dout)))
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+
+
+@pytest.mark.parametrize(
+    "config", [SMALL, SMALL_AHEAD, replace(SMALL_AHEAD, splits=3)], ids=["plain", "ahead", "splits"]
+)
+def test_later_calls_read_their_own_tensors(config, device):
+    """From the second call on a kernel is launched without Triton's launcher: other tensors, strides, alignments."""
+    case = replace(BY_NAME["causal_65"], batch=1, heads_q=2, heads_k=1, head_dim=16)
+    problem = case.problem(device, needs_grad=True)
+    inputs = [case.inputs(device)] * 2
+    inputs += [tuple(torch.randn_like(t) for t in case.inputs(device)) for _ in range(2)]
+    inputs += [tuple(t.transpose(1, 2).contiguous().transpose(1, 2) for t in inputs[-1])]
+    for offset in (1, 8, 1):  # elements: addresses that are and that are not multiples of 16 bytes
+        flat = tuple(torch.randn(t.numel() + offset, device=device).to(t.dtype) for t in inputs[0])
+        inputs.append(tuple(f[offset:].view(t.shape) for f, t in zip(flat, inputs[0], strict=True)))
+    run = backend.prepare(problem, config)
+    for q, k, v in inputs:
+        with poisoned_outputs():
+            out, lse = run(q, k, v)
+        assert_forward(out, lse, q, k, v, causal=True)
+        dout = torch.randn_like(out)
+        grads = backend.backward(problem, config, q, k, v, out, lse, dout)
+        assert_gradients(grads, q, k, v, dout, causal=True)
 
 
 def test_gradient_of_an_expanded_tensor(device):

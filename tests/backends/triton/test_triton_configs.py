@@ -36,7 +36,8 @@ def test_every_problem_has_a_tile():
                         seqlen_q=seqlen_q,
                     )
                     config = choose(problem)
-                    assert config.why.count("; d") == 2, config.why  # forward; dq; dkdv
+                    parts = 3 + bool(config.dv)  # forward; dq; dkdv or dk; dv
+                    assert config.why.count("; d") == parts - 1, config.why
                     assert config.forward.tile_m >= 16
 
 
@@ -78,6 +79,7 @@ def test_splits_when_the_grid_is_small():
     assert config.pack_gqa
     assert config.splits > 1
     assert "idle" in config.why
+    assert choose(replace(decode, batch=16)).splits > 1  # 128 tiles: one per SM, where three fit
     assert choose(replace(decode, batch=64)).splits == 1  # 512 tiles fill the GPU
 
 
@@ -91,6 +93,27 @@ def test_splits_are_worth_it(tiles, blocks):
     assert splits == 1 or blocks // splits >= 2
     per_split = -(-blocks // splits)
     assert -(-tiles * splits // 132) * per_split <= -(-tiles // 132) * blocks
+
+
+def test_dv_has_a_pass_of_its_own_where_the_table_says_so():
+    problem = replace(H200, head_dim=256, head_dim_v=256)
+    config = choose(problem)
+    assert f"dk {config.dkdv}; dv {config.dv}" in str(config)
+    assert "; dk: " in config.why
+    assert "; dv: " in config.why
+    assert choose(H200).dv is None
+    assert choose(replace(problem, dtype="float32")).dv is None
+
+
+def test_user_table_puts_dv_back(tmp_path):
+    problem = replace(H200, head_dim=256, head_dim_v=256)
+    path = tmp_path / "table.json"
+    mine = Tile(64, 64, 8, 2)
+    configs.write_user_table(
+        path, {configs.user_key("dkdv", problem): mine, configs.user_key("dv", problem): None}
+    )
+    config = choose(problem, user_table=path)
+    assert (config.dkdv, config.dv) == (mine, None)
 
 
 def test_user_table(tmp_path):
@@ -144,7 +167,10 @@ from flashcore.backends.triton.sass import disassemble, overwritten_operands
 from flashcore.problem import AttentionProblem
 
 arch = tuple(json.loads(sys.argv[1]))
-for row in TABLES[arch] if sys.argv[2] == "table" else _SAFE:
+rows = TABLES[arch] if sys.argv[2] == "table" else _SAFE
+apart = {row.head_dim for row in rows if row.kernel == "dv"}
+for row in rows:
+    kernel = "dk" if row.kernel == "dkdv" and row.head_dim in apart else row.kernel
     decode = row.kernel == "forward" and row.tile.tile_m == 16
     variants = [("float32" if row.applies is _float32 else "bfloat16", True)]
     if row.tile.lookahead:  # registers are allotted anew
@@ -153,13 +179,13 @@ for row in TABLES[arch] if sys.argv[2] == "table" else _SAFE:
         problem = AttentionProblem(
             dtype, "cuda", arch, 132, 2, 2048, 2048, 16 if decode else 4, 4, row.head_dim, row.head_dim, causal, 0.1,
         )
-        compiled = compile_kernel(row.kernel, problem, row.tile, arch, pack_gqa=decode)
+        compiled = compile_kernel(kernel, problem, row.tile, arch, pack_gqa=decode)
         ttgir = compiled.asm["ttgir"]
         loop = ttgir[ttgir.rindex("scf.for"):ttgir.rindex("scf.yield %")]
         order = re.findall(r"math.exp2|warp_group_dot_wait|warp_group_dot ", loop)
         hazards = overwritten_operands(disassemble(compiled.asm["cubin"])) if arch == (9, 0) else []
         print(json.dumps({
-            "row": f"{row.kernel} {row.head_dim} {dtype} {causal} {row.tile}", "kib": row.smem_kib,
+            "row": f"{kernel} {row.head_dim} {dtype} {causal} {row.tile}", "kib": row.smem_kib,
             **asdict(resources(compiled)), "lookahead": row.tile.lookahead, "order": order, "hazards": hazards[:3],
         }))
 """
