@@ -82,12 +82,16 @@ def bench(
     fa3_so: Annotated[
         Path | None, typer.Option(envvar="FLASHCORE_FA3_SO", help="Shared object with vLLM's FA3 op, for fa3-varlen.")
     ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Put a run of some cases into the record, instead of replacing it.")
+    ] = False,
     list_all: Annotated[bool, typer.Option("--list", help="Only list suites, cases and implementations.")] = False,
 ) -> None:
     """Measure FlashCore beside its peers: check each against float64, time them in turns, record the result.
 
-    Without --case and --impl the record goes to benchmarks/results; a partial run is only recorded with --out. Exits
-    with 1 if an implementation of FlashCore's failed.
+    Without --case and --impl the record goes to benchmarks/results; a partial run is only recorded with --out or
+    --merge, which adds it to the record that is there if that was made on the same machine with the same software and
+    sources. Exits with 1 if an implementation of FlashCore's failed.
     """
     from flashcore.bench import record, report, suites
     from flashcore.bench.cases import OURS, SUITES
@@ -127,16 +131,21 @@ def bench(
         for table in report.tables(data, anchors):
             _show(table)
         _show_skipped(data["skipped"])
+        failed |= any("failed" in row and row["impl"] in OURS for row in data["rows"])
         if name == "quick":
             _show_compiled()
-        if out is not None or not partial:
+        if out is not None or merge or not partial:
             path = record.path_for(data, out or _default_results())
+            if merge and path.exists():
+                try:
+                    data = record.merge(record.read(path), data, [one.name for one in cases])
+                except ValueError as error:
+                    raise _fail(f"cannot merge into {path}: {error}") from None
             record.write(data, path)
             _console().print(f"recorded in {path}")
             if plot and any("tflops" in row and "head_dim" in row for row in data["rows"]):
                 report.plot(data, anchors, path.with_suffix(".png"))
                 _console().print(f"plotted in {path.with_suffix('.png')}")
-        failed |= any("failed" in row and row["impl"] in OURS for row in data["rows"])
     raise typer.Exit(1 if failed else 0)
 
 
@@ -522,7 +531,7 @@ def report(
     Exits with 1 if a document does not show what the records say.
     """
     from flashcore.bench import record
-    from flashcore.bench.report import Documents
+    from flashcore.bench.report import Documents, not_recorded
 
     documents = Documents()
     if not (documents.root / "README.md").exists():
@@ -539,6 +548,8 @@ def report(
                 f"{f', {failed} failed' if failed else ''}: {state}",
                 markup=False,
             )
+        for name in not_recorded(suites):
+            console.print(f"{gpu}/{name}: not recorded", markup=False)
     if not documents.results:
         console.print("no records yet: flashcore bench --suite forward makes one")
     if update:

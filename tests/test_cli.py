@@ -76,6 +76,16 @@ def test_only_a_complete_run_replaces_a_record(tmp_path, no_kernels, monkeypatch
     assert len(list(tmp_path.rglob("*.json"))) == 1
 
 
+def test_bench_merges_parts_into_one_record(tmp_path, no_kernels):
+    into = ("--out", str(tmp_path), "--commit", "abc", "--merge")
+    for part in ("d64-s256-b2", "d64-s256-b1", "d64-s256-b1"):
+        flashcore(*BENCH, "--case", part, *into)
+    (path,) = tmp_path.rglob("quick.json")
+    assert [row["impl"] for row in record.read(path)["rows"]] == ["flashcore", "sdpa"] * 3
+    out = flashcore(*BENCH, "--case", "d64-s256-b1", *into[:2], "--merge", "--commit", "def", code=2)
+    assert "made with another commit" in " ".join(out.split())
+
+
 def test_bench_fails_when_flashcore_is_wrong(tmp_path, monkeypatch, no_kernels):
     wrong = Peer("flashcore", "wrong", lambda case, q, k, v: lambda: torch.zeros_like(q))
     monkeypatch.setitem(PEERS, "flashcore", wrong)

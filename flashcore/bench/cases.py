@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 
+from flashcore.bench.models import E2E, ModelCase
+
 # How far two correct implementations may lie apart, relative to 1 + |value|: about two units in the last place.
 APART = {"float16": 2e-3, "bfloat16": 1.6e-2, "float32": 1e-4, "float64": 1e-10}
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
+BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
 
 INPUTS = {
@@ -31,6 +34,7 @@ class Case:
     dtype: str = "bfloat16"
     inputs: str = "normal"  # of INPUTS
     backward: bool = False  # its gradients are computed, not its output
+    label: str = ""  # what a user would call it
 
     @property
     def name(self) -> str:
@@ -67,9 +71,23 @@ class Case:
         """TFLOP/s at ``ms`` milliseconds per call."""
         return self.flops / ms * 1e-9
 
+    @property
+    def kv_bytes(self) -> int:
+        """Of K and V together."""
+        return 2 * self.batch * self.seqlen_k * self.kv_heads * self.head_dim * BYTES[self.dtype]
+
+    def speed(self, ms: float) -> dict[str, float]:
+        """The recorded columns that say how fast ``ms`` milliseconds per call are.
+
+        With one query per sequence also TB (1e12 bytes) of K and V per second: reading them is all the work.
+        """
+        decode = {"tbps": self.kv_bytes / ms * 1e-9} if self.seqlen_q == 1 else {}
+        return {"tflops": self.tflops(ms)} | decode
+
     def fields(self) -> dict:
         """The columns that identify this case in a recorded row."""
         return {
+            **({"label": self.label} if self.label else {}),
             "dtype": self.dtype,
             "batch": self.batch,
             "heads": self.heads,
@@ -124,6 +142,10 @@ class GemmCase:
         """TFLOP/s at ``ms`` milliseconds per call."""
         return self.flops / ms * 1e-9
 
+    def speed(self, ms: float) -> dict[str, float]:
+        """The recorded columns that say how fast ``ms`` milliseconds per call are."""
+        return {"tflops": self.tflops(ms)}
+
     def fields(self) -> dict:
         """The columns that identify this case in a recorded row."""
         return asdict(self)
@@ -136,8 +158,8 @@ class Suite:
     name: str
     about: str
     op: str  # the recorded rows' op
-    mode: str  # "events", "graph", "host", "accuracy" or "startup"; suites.py runs each, timing.py explains them
-    cases: tuple[Case, ...] | tuple[GemmCase, ...]
+    mode: str  # "events", "graph", "host", "accuracy", "e2e" or "startup"; suites.py runs each, timing.py explains them
+    cases: tuple[Case, ...] | tuple[GemmCase, ...] | tuple[ModelCase, ...]
     peers: tuple[str, ...]  # what is measured when the caller names nothing
 
 
@@ -148,6 +170,11 @@ def square(batch: int, heads: int, seqlen: int, head_dim: int, causal: bool, dty
 OURS = ("flashcore", "flashcore-triton", "flashcore-matmul", "reference")  # implementations that are not peers
 MASKS = (False, True)
 FAST_PEERS = ("flashcore", "flashcore-triton", "cudnn", "fa2", "fa3", "fa4", "xformers", "flashinfer", "te")
+
+MATRIX_PEERS = (
+    "sdpa", "eager", "math", "efficient", "fa2", "cudnn", "flex", "fa3", "fa4", "xformers", "flashinfer", "te",
+    "flashcore-triton", "flashcore",
+)  # fmt: skip
 
 FORWARD = tuple(
     square(16384 // seqlen, 2048 // head_dim, seqlen, head_dim, causal, "bfloat16")
@@ -179,6 +206,24 @@ GQA = tuple(
         (2, 32, 4, 4096, 64, (True,)),
     )
     for causal in masks
+)
+DECODE = tuple(
+    Case(batch, 1, seqlen, heads, kv_heads, head_dim, False)
+    for batch, seqlen, heads, kv_heads, head_dim in (
+        (8, 8192, 32, 8, 128),
+        (1, 131072, 32, 8, 128),
+        (64, 2048, 32, 32, 128),
+        (16, 4096, 32, 8, 64),
+        (1, 8192, 32, 8, 128),
+        (128, 1024, 32, 8, 128),
+    )
+)
+MATRIX = (
+    Case(1, 512, 512, 8, 8, 64, False, "float16", label="one short sequence"),
+    Case(16, 512, 512, 12, 12, 64, False, label="BERT-base, batch 16"),
+    Case(1, 4608, 4608, 24, 24, 128, False, label="FLUX.1, an image of 1024 x 1024"),
+    Case(1, 4096, 4096, 32, 8, 128, True, label="Llama 3 8B, prompt of 4096"),
+    Case(8, 1, 8192, 32, 8, 128, False, label="Llama 3 8B, decoding a batch of 8 at 8192"),
 )
 HOSTCALL = tuple(square(1, 8, 128, head_dim, False, "bfloat16") for head_dim in (64, 128))
 ACCURACY = tuple(
@@ -260,6 +305,22 @@ SUITES = {
         Suite("long", "bf16, causal, 64K and 128K tokens", "attention_fwd", "events", LONG, FAST_PEERS),
         Suite("gqa", "bf16, grouped query heads", "attention_fwd", "events", GQA, FAST_PEERS),
         Suite(
+            "decode",
+            "bf16, one query per sequence on top of a cache, K and V from memory",
+            "attention_decode",
+            "graph",
+            DECODE,
+            ("flashcore", "flashcore-triton", "cudnn", "fa2", "fa3", "fa4", "flashinfer"),
+        ),
+        Suite(
+            "matrix",
+            "everything that can run it, at five shapes that people ask about",
+            "attention_fwd",
+            "graph",
+            MATRIX,
+            MATRIX_PEERS,
+        ),
+        Suite(
             "hostcall",
             "host time per eager call without gradients",
             "attention_fwd_host",
@@ -283,6 +344,7 @@ SUITES = {
             GEMM,
             ("flashcore-matmul", "cublas"),
         ),
+        Suite("e2e", "whole models, random weights", "e2e", "e2e", E2E, ("flashcore", "cudnn", "fa2", "eager")),
         Suite("startup", "cold compile, and start to first result of a warm process", "startup", "startup", (), ()),
     )
 }

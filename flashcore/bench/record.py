@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Iterable
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -66,6 +67,40 @@ def write(record: dict, path: Path) -> None:
         text += f',\n "{key}": [\n{lines}\n ]' if rows else f',\n "{key}": []'
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text + "\n}\n")
+
+
+# The columns that say what a row is about; the others are what was found.
+_IDENTITY = {
+    "op", "impl", "kernel", "dtype", "batch", "heads", "kv_heads", "seqlen_q", "seqlen_k", "head_dim", "causal",
+    "inputs", "group", "m", "n", "k", "out_dtype", "weight", "activation", "model", "phase", "tokens", "new_tokens",
+}  # fmt: skip
+_OF_THE_MOMENT = {"date", "method"}
+
+
+def merge(old: dict, new: dict, cases: Iterable[str]) -> dict:
+    """The record `old` with what `new` measured put in its place or added: a long suite need not run in one go.
+
+    :param cases: the names of those that `new` is about.
+
+    :raises ValueError: the two do not describe one state of machine, software and sources, measured in one way.
+    """
+    metas = old["meta"], new["meta"]
+    keys = sorted((metas[0].keys() | metas[1].keys()) - _OF_THE_MOMENT)
+    differing = [key for key in keys if metas[0].get(key) != metas[1].get(key)]
+    if metas[0]["method"]["about"] != metas[1]["method"]["about"]:
+        differing.append("method")
+    if differing:
+        raise ValueError(f"the record that is there was made with another {', '.join(differing)}")
+    rows = {_identity(row): row for row in (*old["rows"], *new["rows"])}
+    tried = {entry.get("impl") for entry in (*new["rows"], *new["skipped"])}
+    again = set(cases)
+    kept = [s for s in old["skipped"] if s.get("impl") not in tried or s.get("case", "") not in again | {""}]
+    skipped = kept + new["skipped"]
+    return {**new, "rows": list(rows.values()), "skipped": skipped}
+
+
+def _identity(row: dict) -> tuple:
+    return tuple(sorted((key, value) for key, value in row.items() if key in _IDENTITY))
 
 
 def read(path: Path) -> dict:

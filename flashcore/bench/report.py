@@ -112,8 +112,8 @@ def summary(found: list[Shape]) -> list[str]:
         groups = {"all": known}
         for head_dim in sorted({case.head_dim for case, _ in known}):
             groups[f"head_dim {head_dim}"] = [(c, r) for c, r in known if c.head_dim == head_dim]
-        groups["S <= 1024"] = [(c, r) for c, r in known if c.seqlen_q <= 1024]
-        groups["S >= 2048"] = [(c, r) for c, r in known if c.seqlen_q >= 2048]
+        groups["S <= 1024"] = [(c, r) for c, r in known if c.seqlen_k <= 1024]
+        groups["S >= 2048"] = [(c, r) for c, r in known if c.seqlen_k >= 2048]
         means = [f"{name} {geomean(r for _, r in group):.2f}" for name, group in groups.items() if group]
         worst, least = min(known, key=lambda pair: pair[1])
         lines.append(
@@ -139,11 +139,17 @@ def tables(data: dict, anchors: dict[tuple, dict]) -> list[Table]:
         return startup_tables(data)
     if data["suite"] == "gemm":
         return [gemm_table(title, data)] if data["rows"] else []
+    if data["suite"] == "e2e":
+        from flashcore.bench import e2e
+
+        return e2e.tables(title, data)
     found = shapes(data, anchors)
     if not found:
         return []
     if data["suite"] == "accuracy":
         return [accuracy_table(title, found)]
+    if data["suite"] == "matrix":
+        return matrix_tables(found, data["skipped"])
     return [timing_table(title, found, data["meta"]["method"]["mode"])]
 
 
@@ -171,6 +177,9 @@ def timing_table(title: str, found: list[Shape], mode: str) -> Table:
         "host": ("us", lambda row: f"{1e3 * row['ms_p50']:.1f}"),
         "wall": ("ms", lambda row: f"{row['ms_p50']:.2f}"),
     }[mode]
+    decode = mode != "host" and all(shape.case.seqlen_q == 1 for shape in found)
+    if decode:
+        unit, show = "TB/s", lambda row: f"{row['tbps']:.2f}"
     impls = _impls(found)
     timed = mode != "host"
     headers = ["head_dim", "mask", "S", "batch", "heads", *(f"{impl}, {unit}" for impl in impls)]
@@ -188,15 +197,18 @@ def timing_table(title: str, found: list[Shape], mode: str) -> Table:
             cells.append(f"{ours['rel_err']:.2e}" if ours else "")
         rows.append(tuple(cells))
     headers += ["over best peer", "std %", "rel. error"] if timed else []
-    notes = (*summary(found), *_backward_passes(found)) if timed else ()
-    return Table(title, tuple(headers), tuple(rows), notes)
+    notes = summary(found) if timed else []
+    if decode:
+        notes += _picked(found, "backend")
+    return Table(title, tuple(headers), tuple(rows), (*notes, *_picked(found, "backward")))
 
 
-def _backward_passes(found: list[Shape]) -> list[str]:
-    """Which backward pass `flashcore` stands for: the plan need not pick one of FlashCore's own."""
-    picked = [shape.ours["backward"] for shape in found if shape.ours and "backward" in shape.ours]
+def _picked(found: list[Shape], field: str) -> list[str]:
+    """Which "backend" or "backward" pass `flashcore` stands for: a plan's backward need not be FlashCore's own."""
+    picked = [shape.ours[field] for shape in found if shape.ours and field in shape.ours]
     counts = (f"{name} ({picked.count(name)} shapes)" for name in dict.fromkeys(picked))
-    return [f"The backward pass that FlashCore's plan picked: {', '.join(counts)}."] if picked else []
+    what = "backend" if field == "backend" else "backward pass"
+    return [f"The {what} that FlashCore's plan picked: {', '.join(counts)}."] if picked else []
 
 
 def compact_table(found: list[Shape]) -> Table:
@@ -234,6 +246,35 @@ def accuracy_table(title: str, found: list[Shape]) -> Table:
     headers = ("head_dim", "mask", "S", "dtype", "inputs", *impls, "flashcore / fa2")
     failures = [line for line in summary(found) if line.startswith("FAILED")]
     return Table(f"{title}: relative error", headers, tuple(rows), tuple(failures))
+
+
+def matrix_tables(found: list[Shape], skipped: list[dict]) -> list[Table]:
+    """One table per shape, the fastest first: what PyTorch does by default, and what one gains by another choice."""
+    tables = []
+    for shape in found:
+        case = shape.case
+        default = shape.rows.get("sdpa", {}).get("ms_p50")
+        label = next(iter(shape.rows.values())).get("label", case.name)
+        rows = []
+        for impl, row in sorted(shape.rows.items(), key=lambda item: item[1].get("ms_p50", math.inf)):
+            ms = row.get("ms_p50")
+            cells = ["failed", ""] if ms is None else [f"{1e3 * ms:.1f}", f"{default / ms:.2f}" if default else ""]
+            errors = (f"{row[key]:.2e}" if key in row else "" for key in ("rel_err", "max_abs_err"))
+            rows.append((impl, *cells, *errors, str(row.get("backend", ""))))
+        headers = ("implementation", "us", "speed over sdpa", "rel. error", "max. abs. error", "FlashCore's backend")
+        notes = [f"FAILED: {impl}: {row['failed']}" for impl, row in shape.rows.items() if "failed" in row]
+        left_out = [f"{s['impl']} ({s['reason']})" for s in skipped if s.get("case", case.name) == case.name]
+        if left_out:
+            notes.append(f"Not measured: {', '.join(left_out)}.")
+        size = f"batch {case.batch}, S = {_length(case)}, heads {_heads(case)}, head_dim {case.head_dim}"
+        title = f"matrix: {label} ({size}, {_mask(case)}, {SHORT[case.dtype]})"
+        tables.append(Table(title, headers, tuple(rows), tuple(notes)))
+    return tables
+
+
+def not_recorded(recorded: Iterable[str]) -> list[str]:
+    """The suites that have no record on a GPU which has some. `quick` is for any machine and publishes nothing."""
+    return [name for name in SUITES if name not in recorded and name != "quick"]
 
 
 def gemm_table(title: str, data: dict) -> Table:
@@ -432,6 +473,9 @@ class Documents:
     def _tables_block(self) -> str:
         parts = []
         for gpu, suites in self.results.items():
+            if absent := not_recorded(suites):
+                name = next(iter(suites.values()))["meta"]["gpu"]
+                parts.append(f"Not recorded on {name}: {', '.join(absent)}.\n")
             for name in SUITES:
                 if data := suites.get(name):
                     parts.append(f"### {data['meta']['gpu']}: {name}\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import os
 import statistics
@@ -37,6 +38,7 @@ METHODS = {
     "startup": "compile: NVRTC's seconds per kernel with an empty cache, one at a time; start: wall seconds of a fresh "
     "process from its start to its first result, kernels on disk, median of {repeats}, processes in turns",
 }
+NO_KERNEL = ("No available kernel", "No viable backend")  # how PyTorch's errors begin when a forced backend declines
 STARTUP_REPEATS = 3
 DEFAULT_EFFORT = Effort()
 
@@ -54,6 +56,11 @@ def run(
         rows, skipped = startup(on_case)
         method = {"mode": "startup", "about": METHODS["startup"].format(repeats=STARTUP_REPEATS)}
         return _record(suite, method, rows, skipped, commit)
+    if suite.mode == "e2e":
+        from flashcore.bench import e2e
+
+        chosen = suite.cases if cases is None else cases
+        return _record(suite, *e2e.run(chosen, peers or suite.peers, on_case), commit)
 
     operation = OPERATIONS.get(suite.op, OPERATIONS["attention"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -139,7 +146,11 @@ def run_case(
             elif mode != "accuracy":
                 bursts[peer.name] = _burst(mode, call, peer, partial(sensors.watch, readings[peer.name]))
         except Exception as error:  # a peer that breaks must not end the run of the others
-            row |= {"failed": _one_line(error)}
+            if str(error).startswith(NO_KERNEL):
+                del rows[peer.name]
+                skipped.append({"impl": peer.name, "case": case.name, "reason": "PyTorch has no such kernel for it"})
+            else:
+                row |= {"failed": _one_line(error)}
     del pytorch, truth
     try:
         rounds = timing.interleave(bursts, effort)
@@ -150,7 +161,7 @@ def run_case(
     for name in bursts:
         rows[name] |= timing.summarize(rounds[name])
         if mode != "host":
-            rows[name]["tflops"] = case.tflops(rows[name]["ms_p50"])
+            rows[name] |= case.speed(rows[name]["ms_p50"])
         if readings[name]:
             rows[name]["sm_mhz"] = statistics.median(reading.sm_mhz for reading in readings[name])
     return list(rows.values()), skipped
@@ -197,6 +208,14 @@ class Operation:
     judge: Callable[..., tuple] = check.judge
 
 
+def _in_turns(peer: Peer, case: Case, q, k, v) -> Callable[[], object]:
+    """Calls take turns on copies of K and V that together exceed L2: a model's other layers displace a cache there."""
+    copies = min(64, -(-timing.FLUSH_BYTES // case.kv_bytes))
+    kv = [(k, v), *((k.clone(), v.clone()) for _ in range(copies - 1))]
+    turns = itertools.cycle([peer.prepare(case, q, *one) for one in kv])
+    return lambda: next(turns)()
+
+
 _ATTENTION = Operation(
     "attention",
     "random N(0, 1), (batch, seqlen, heads, head_dim)",
@@ -220,6 +239,9 @@ OPERATIONS = {
         prepare=backward.prepare,
         result=lambda peer, case, returned: returned,
         judge=backward.judge,
+    ),
+    "attention_decode": replace(
+        _ATTENTION, inputs=f"{_ATTENTION.inputs}; K and V in turn from copies that L2 cannot hold", prepare=_in_turns
     ),
     "gemm": Operation(
         "gemm",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 
 import pytest
@@ -117,3 +118,42 @@ def test_nvidia_smi_answers_where_nvml_is_missing(monkeypatch):
     kept = []
     sensors.watch(kept)
     assert kept == []  # starting a process per reading would disturb what is measured
+
+
+def test_a_run_of_some_cases_joins_the_others(forward_record):
+    """Cases of the new run replace their old selves; reasons of those who were tried again, too."""
+    old = copy.deepcopy(forward_record)
+    old["rows"], (again, *_) = old["rows"][:-3], old["rows"]
+    old["skipped"] += [
+        {"impl": "te", "case": "first", "reason": "too long"},
+        {"impl": "te", "case": "other", "reason": "too long"},
+    ]
+    new = copy.deepcopy(forward_record)
+    new["rows"] = [{**again, "ms_p50": 7.0}, *forward_record["rows"][-3:], {**again, "impl": "te", "ms_p50": 9.0}]
+    new["skipped"] = [{"impl": "fa4", "reason": "still not installed"}]
+    new["meta"]["date"] = "2030-01-03T03:04:05+00:00"
+
+    merged = record.merge(old, new, ["first"])
+    assert merged["meta"]["date"] == new["meta"]["date"]
+    assert len(merged["rows"]) == len(forward_record["rows"]) + 1
+    assert merged["rows"][0]["ms_p50"] == 7.0
+    assert merged["rows"][1:-1] == forward_record["rows"][1:]
+    assert merged["skipped"] == [
+        {"impl": "te", "case": "other", "reason": "too long"},
+        {"impl": "fa4", "reason": "still not installed"},
+    ]
+
+
+@pytest.mark.parametrize(("key", "value"), [("commit", "fedc"), ("kernel_digest", "0" * 64), ("driver", "570.0")])
+def test_runs_of_different_states_are_not_one_record(forward_record, key, value):
+    new = copy.deepcopy(forward_record)
+    new["meta"][key] = value
+    with pytest.raises(ValueError, match=f"another {key}"):
+        record.merge(forward_record, new, [])
+
+
+def test_runs_by_different_methods_are_not_one_record(forward_record):
+    new = copy.deepcopy(forward_record)
+    new["meta"]["method"]["about"] = "in a hurry"
+    with pytest.raises(ValueError, match="another method"):
+        record.merge(forward_record, new, [])
