@@ -6,6 +6,7 @@ each row is one implementation on one case; ``skipped`` says who was not measure
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 from collections.abc import Iterable
@@ -20,11 +21,20 @@ BENCHMARKS = PACKAGE.parent / "benchmarks"  # of the clone that this package run
 RESULTS = BENCHMARKS / "results"
 
 
+# The suites in which plans may pick Triton's kernels, or that are about them.
+WITH_TRITON = ("backward", "decode", "matrix", "e2e")
+
+
 def kernel_digest(suite: str) -> str:
     """Names the kernel sources that the suite measures, as this package would compile them; a record keeps it."""
     from flashcore.backends.hopper import jit
 
-    return jit.source_digest("gemm" if suite == "gemm" else "attention")
+    digest = jit.source_digest("gemm" if suite == "gemm" else "attention")
+    if suite not in WITH_TRITON:
+        return digest
+    sources = sorted((PACKAGE / "backends" / "triton").glob("attention*.py"))
+    sources += [PACKAGE / "backends" / "triton" / name for name in ("tiles.py", "configs.py")]
+    return hashlib.sha256("\0".join([digest, *(path.read_text() for path in sources)]).encode()).hexdigest()
 
 
 def commit(root: Path = PACKAGE.parent) -> dict:
@@ -87,7 +97,7 @@ def merge(old: dict, new: dict, cases: Iterable[str]) -> dict:
     metas = old["meta"], new["meta"]
     keys = sorted((metas[0].keys() | metas[1].keys()) - _OF_THE_MOMENT)
     differing = [key for key in keys if metas[0].get(key) != metas[1].get(key)]
-    if metas[0]["method"]["about"] != metas[1]["method"]["about"]:
+    if metas[0]["method"].get("about") != metas[1]["method"].get("about"):
         differing.append("method")
     if differing:
         raise ValueError(f"the record that is there was made with another {', '.join(differing)}")

@@ -157,3 +157,11 @@ def test_runs_by_different_methods_are_not_one_record(forward_record):
     new["meta"]["method"]["about"] = "in a hurry"
     with pytest.raises(ValueError, match="another method"):
         record.merge(forward_record, new, [])
+
+
+def test_records_with_triton_name_its_sources_too():
+    """A change of Triton's kernels must not leave a record of theirs looking current, nor outdate one of Hopper's."""
+    suites = "forward", "small", "gemm", "backward", "decode", "e2e"
+    digests = {suite: record.kernel_digest(suite) for suite in suites}
+    assert digests["forward"] == digests["small"] != digests["gemm"]
+    assert digests["backward"] == digests["decode"] == digests["e2e"] != digests["forward"]
