@@ -19,6 +19,7 @@ import torch
 
 from flashcore.bench import check, timing
 from flashcore.bench.cases import OURS
+from flashcore.bench.machine import Sensors
 from flashcore.bench.models import Model, ModelCase
 from flashcore.bench.peers import PEERS
 from flashcore.errors import FlashCoreWarning
@@ -28,6 +29,8 @@ ATTENTION = {"flashcore": "fcore", "cudnn": "sdpa", "fa2": "sdpa", "sdpa": "sdpa
 # Whose answer the others are compared with: the first that has one. The next that has one is the measure of distance.
 REFERENCES = ("fa2", "cudnn", "sdpa", "eager")
 WATCHED = "watched"  # the name, for Transformers, of an attention with a stopwatch around it
+# How warnings begin that say that a call came to FlashCore and was computed by something else, or by less than it has.
+NOT_OURS = "attn_implementation=|attention: backend"
 LEAD_CYCLES = 200_000_000  # about 0.1 s in which the host runs ahead: no gaps on the device while it is watched
 CPU_PARAMETERS = 10**8  # larger models take too long there
 
@@ -83,6 +86,8 @@ def run(
             _free_memory(device)
         del network
         _free_memory(device)
+    if after := Sensors().read():
+        method |= {"sm_mhz_after": after.sm_mhz, "power_w_after": after.power_w}
     return method, rows, skipped
 
 
@@ -215,7 +220,7 @@ def _compare(network: torch.nn.Module, case: ModelCase, ids: torch.Tensor, rows:
             torch.cuda.reset_peak_memory_stats()
         try:
             with _attending(network, name), warnings.catch_warnings():
-                warnings.simplefilter("error", FlashCoreWarning)  # it would not be FlashCore that is measured
+                warnings.filterwarnings("error", NOT_OURS, FlashCoreWarning)
                 answer = _ask(network, case, ids)
         except Exception as error:  # one that breaks must not end the run of the others
             row |= {"failed": _one_line(error)}
@@ -480,7 +485,7 @@ def tables(title: str, data: dict) -> list:
         table(
             f"{title}: tokens/s",
             number("tokens_per_s", 0),
-            {"over the faster SDPA": _over_sdpa, "std %": lambda by_impl: _of_ours(by_impl, "std_pct", "{:.1f}")},
+            {"over the faster SDPA": _over_sdpa, "std %": _spread},
             (*absent, *failures),
         ),
         table("Attention's share of the device's time, %", number("attention_pct", 1), {"backend": _backend}),
@@ -495,9 +500,9 @@ def _over_sdpa(by_impl: dict[str, dict]) -> str:
     return f"{speeds['flashcore'] / max(peers):.3f}" if peers and "flashcore" in speeds else ""
 
 
-def _of_ours(by_impl: dict[str, dict], key: str, form: str) -> str:
+def _spread(by_impl: dict[str, dict]) -> str:
     row = by_impl.get("flashcore", {})
-    return form.format(row[key]) if key in row else ""
+    return f"{row['std_pct']:.1f}" if row.get("samples", 1) > 1 else ""
 
 
 def _backend(by_impl: dict[str, dict]) -> str:

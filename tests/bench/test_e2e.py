@@ -15,7 +15,7 @@ from flashcore.errors import FlashCoreWarning
 
 transformers = pytest.importorskip("transformers")
 from flashcore.bench import e2e  # noqa: E402
-from flashcore.integrations.transformers import attention_forward  # noqa: E402
+from flashcore.integrations import transformers as integration  # noqa: E402
 
 TINY = Model("tiny", 97, 64, 96, 2, 4, 2)
 PREFILL, GENERATE, TRAIN = CASES = (
@@ -25,17 +25,20 @@ PREFILL, GENERATE, TRAIN = CASES = (
 )
 IMPLS = ("flashcore", "sdpa", "eager")
 
-# Tiny models on a GPU would test nothing of e2e's own that these do not: the suite itself runs there.
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="about the CPU; the suite is for a GPU")
-
 
 def run(cases, names=IMPLS):
     return suites.run(SUITES["e2e"], cases, names, commit="abc")
 
 
 @pytest.fixture(autouse=True)
-def few_calls(monkeypatch):
-    monkeypatch.setattr(ModelCase, "calls", 2)
+def few_calls(monkeypatch, request):
+    if torch.cuda.is_available() and "gpu" not in request.keywords:
+        pytest.skip("about the CPU")
+    monkeypatch.setattr(ModelCase, "calls", property(lambda case: 1 if case.phase == "generate" else 2))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # for models as small as these
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -76,7 +79,7 @@ def test_every_phase_is_measured():
         assert 0 < row["ms_p10"] <= row["ms_p50"] <= row["ms_p90"]
         counted = 6 if row["phase"] == "generate" else row["tokens"]
         assert row["tokens_per_s"] == pytest.approx(1e3 * counted / row["ms_p50"])
-        assert row["samples"] == (2 if row["phase"] == "generate" else 6)
+        assert row["samples"] == (1 if row["phase"] == "generate" else 6)
         assert 0 < row["attention_pct"] < 100
         if row["impl"] == "sdpa":
             assert row["reference"] is True
@@ -100,7 +103,7 @@ def test_a_wrong_answer_is_failed_and_not_timed(attend, case):
 
     def wrong(module, query, key, value, *args, **kwargs):
         calls.append(1)
-        out, weights = attention_forward(module, query, key, value, *args, **kwargs)
+        out, weights = integration.attention_forward(module, query, key, value, *args, **kwargs)
         return 0.9 * out, weights
 
     attend(wrong)
@@ -120,13 +123,31 @@ def test_nan_is_failed_and_can_be_recorded(attend):
 
 
 def test_what_somebody_else_computed_is_not_taken_for_flashcore(attend):
+    """A mask makes PyTorch compute it; a warning of another kind changes nothing."""
+
+    def masked(module, query, key, value, mask, **kwargs):
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
+        return integration.attention_forward(module, query, key, value, mask, **kwargs)
+
+    integration._warn_once.cache_clear()
+    attend(masked)
+    row = run([PREFILL])["rows"][0]
+    assert row["failed"].startswith("FlashCoreWarning: attn_implementation")
+
     def warns(*args, **kwargs):
-        warnings.warn("PyTorch computes", FlashCoreWarning, stacklevel=2)
-        return attention_forward(*args, **kwargs)
+        warnings.warn("kernels are not kept on disk", FlashCoreWarning, stacklevel=2)
+        return integration.attention_forward(*args, **kwargs)
 
     attend(warns)
-    row = run([PREFILL])["rows"][0]
-    assert row["failed"] == "FlashCoreWarning: PyTorch computes"
+    with pytest.warns(FlashCoreWarning, match="not kept"):
+        assert "failed" not in run([PREFILL])["rows"][0]
+
+
+def test_the_other_warning_that_counts_begins_as_expected():
+    from flashcore import plan
+
+    with pytest.warns(FlashCoreWarning, match=e2e.NOT_OURS):
+        plan._warn_that_the_gpu_could_do_better("a test's", "a reason")
 
 
 @pytest.mark.parametrize(("good", "when"), [(3, "while it was timed"), (10, "while attention was watched")])
@@ -138,7 +159,7 @@ def test_one_that_breaks_later_has_no_number(attend, good, when):
         calls.append(1)
         if len(calls) > TINY.layers * good:
             raise RuntimeError("later")
-        return attention_forward(*args, **kwargs)
+        return integration.attention_forward(*args, **kwargs)
 
     attend(breaks)
     broken, *others = run([PREFILL])["rows"]
@@ -264,3 +285,22 @@ def test_the_record_becomes_tables(monkeypatch):
     assert distance.rows[1][4] == "reference"
     assert distance.rows[1][3].endswith(", 6 of 6 tokens")
     assert "e2e: whole models" in speed.title
+    assert speed.rows[1][7] == ""  # one sample has no spread
+    assert float(speed.rows[2][7]) >= 0
+
+
+@pytest.mark.gpu
+def test_every_phase_on_a_gpu():
+    model = Model("small", 1000, 512, 1024, 2, 8, 2)
+    cases = (
+        ModelCase(model, "prefill", 1024),
+        ModelCase(model, "generate", 512, 8),
+        ModelCase(model, "train", 1024),
+    )
+    data = run(cases, ("flashcore", "cudnn", "fa2", "eager", "sdpa"))
+    assert data["skipped"] == []
+    for row in data["rows"]:
+        assert "failed" not in row, row
+        assert 0 < row["attention_pct"] < 100
+        assert 0 < row["peak_gib"] < 4
+        assert row.get("reference") == (True if row["impl"] == "fa2" else None)
