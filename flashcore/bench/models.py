@@ -59,7 +59,7 @@ class ModelCase:
     @property
     def calls(self) -> int:
         """Timed calls in a turn."""
-        return 1 if self.phase == "generate" else max(1, 8192 // self.tokens)
+        return 1 if self.phase == "generate" else max(1, 6144 // self.tokens)
 
     @property
     def lead_ins(self) -> int:
