@@ -7,11 +7,12 @@ import torch
 
 from flashcore.backends.hopper import tma
 from flashcore.backends.hopper.attention import _current_stream, _launch
-from flashcore.backends.hopper.gemm_configs import TILE_K, TILES, GemmConfig, GemmSchedule, choose_gemm
+from flashcore.backends.hopper.gemm_configs import TILES, GemmConfig, GemmSchedule, choose_gemm, k_blocks
 from flashcore.backends.hopper.jit import compile_kernel
 from flashcore.gemm_problem import HALF_TYPES, GemmProblem
 
 _MAX_MAPS = 1024  # tensor maps kept per operand: the caching allocator hands out the same few addresses
+_LEAST_FLAGS = 1024  # more than any kernel on 132 SMs needs
 
 
 def rejects(problem: GemmProblem) -> str | None:
@@ -48,9 +49,9 @@ class GemmLauncher:
             map(
                 numpy.int32,
                 (
-                    problem.m, problem.n, -(-problem.k // TILE_K), schedule.m_tiles, schedule.n_tiles, problem.batch,
-                    schedule.group, schedule.whole_tiles, schedule.splits, not problem.a_shared, not problem.b_shared,
-                    schedule.snake,
+                    problem.m, problem.n, k_blocks(problem), schedule.m_tiles, schedule.n_tiles, problem.batch,
+                    schedule.group, schedule.whole_tiles, schedule.parts, *schedule.shares(problem),
+                    not problem.a_shared, not problem.b_shared, schedule.snake,
                 ),
             )
         )  # fmt: skip
@@ -64,7 +65,7 @@ class GemmLauncher:
         problem, config = self._problem, self.config
         batched = a.dim() == 3 or b.dim() == 3
         out = torch.empty((problem.batch, problem.m, problem.n), dtype=self._out_dtype, device=a.device)
-        # Copies made on the way live until the launch is queued; the allocator orders their reuse after it.
+        # Copies and workspace live until the launch is queued; the allocator orders their reuse after it.
         a_map, a = self._operand(0, a, problem.a_shared, problem.a_mn_major)
         b_map, b = self._operand(1, b, problem.b_shared, not problem.b_mn_major)
         out_map = self._out_map(out) if config.tma_store else a_map
@@ -73,11 +74,13 @@ class GemmLauncher:
             bias = _paired(bias)
             bias_address = bias.data_ptr()
         device = out.device.index
-        partials, flags = self._workspace(device) if config.split else (0, 0)
+        partials = flags = None
+        if config.split:
+            partials, flags = _workspace(config, self.schedule.parts, device)
         kernel, launch_config = self._loaded.get(device) or self._load(device)
         _launch()(
             _current_stream(device), launch_config, kernel, a_map, b_map, out_map, out.data_ptr(), bias_address,
-            partials, flags, *self._out_strides, *self._integers,
+            _address(partials), _address(flags), *self._out_strides, *self._integers,
         )  # fmt: skip
         return out if batched else out[0]
 
@@ -113,12 +116,6 @@ class GemmLauncher:
             maps.clear()
         maps[key] = made
 
-    def _workspace(self, device: int) -> tuple[int, int]:
-        """Addresses of the partial accumulators and of their flags for the current stream."""
-        config, rest = self.config, self.schedule.rest(self._problem.batch)
-        parts = (self.schedule.splits - 1) * rest * config.cluster_size
-        return _workspace(device, parts * config.tile_m * config.tile_n, parts * config.consumers)
-
     def _load(self, device: int) -> tuple:
         from cuda.core import LaunchConfig
 
@@ -141,28 +138,28 @@ def _paired(bias: torch.Tensor) -> torch.Tensor:
     return bias
 
 
-_workspaces: dict[
-    tuple[int, int], tuple[torch.Tensor, torch.Tensor]
-] = {}  # (device, stream) -> partials, flags
+_flags: dict[tuple[int, int], torch.Tensor] = {}  # (device, stream) -> zeros
 
 
-def _workspace(device: int, partials: int, flags: int) -> tuple[int, int]:
-    """Addresses of at least so many floats and zeroed flags that only the current stream uses.
+def _workspace(config: GemmConfig, parts: int, device: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Memory for the partial accumulators of so many clusters, and their flags, which are zero.
 
-    Kernels of one stream follow each other and leave the flags at zero. A CUDA graph may run beside anything, so what
-    it captures gets a workspace of its own, zeroed by a node of the graph.
+    A kernel leaves the flags at zero. Kernels of one stream follow each other and share them; those of different
+    streams may run at once and must not. Nor may a CUDA graph, which can run beside anything: what it captures gets
+    flags of its own, zeroed by a node of the graph.
     """
+    accumulators = parts * config.cluster_size
+    where = f"cuda:{device}"
+    partials = torch.empty(accumulators * config.tile_m * config.tile_n, dtype=torch.float32, device=where)
+    count = accumulators * config.consumers
     if torch.cuda.is_current_stream_capturing():
-        return tuple(t.data_ptr() for t in _new_workspace(device, partials, flags))
+        return partials, torch.zeros(count, dtype=torch.int32, device=where)
     key = (device, torch._C._cuda_getCurrentRawStream(device))
-    found = _workspaces.get(key)
-    if found is None or found[0].numel() < partials or found[1].numel() < flags:
-        found = _workspaces[key] = _new_workspace(device, partials, flags)
-    return found[0].data_ptr(), found[1].data_ptr()
+    flags = _flags.get(key)
+    if flags is None or flags.numel() < count:
+        flags = _flags[key] = torch.zeros(max(count, _LEAST_FLAGS), dtype=torch.int32, device=where)
+    return partials, flags
 
 
-def _new_workspace(device: int, partials: int, flags: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return (
-        torch.empty(partials, dtype=torch.float32, device=f"cuda:{device}"),
-        torch.zeros(flags, dtype=torch.int32, device=f"cuda:{device}"),
-    )
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

@@ -37,7 +37,7 @@ class GemmConfig:
     out_float: bool = False  # float32 output
     bias: bool = False
     activation: str | None = None
-    split: bool = False  # some tiles are split along the reduction
+    split: bool = False  # some tiles are shared out along the reduction
     tma_store: bool = True  # False: rows of the output are not aligned to 16 bytes
     a_policy: int = 0  # how long L2 keeps a: 0 as usual, 1 least, 2 longest
     b_policy: int = 0
@@ -134,7 +134,7 @@ class GemmConfig:
             "float32 output" if self.out_float else "",
             "bias" if self.bias else "",
             self.activation or "",
-            "split reduction" if self.split else "",
+            "shared tiles" if self.split else "",
             "" if self.tma_store else "unaligned output",
         ]
         majors = f"a along {'m' if self.a_mn_major else 'k'}, b along {'n' if self.b_mn_major else 'k'}"
@@ -157,17 +157,25 @@ class GemmSchedule:
     n_tiles: int
     clusters: int  # of the grid
     group: int  # tiles along m that are walked together
-    whole_tiles: int  # the rest is split along the reduction
-    splits: int
+    whole_tiles: int  # the other tiles are shared out by blocks of the reduction
+    parts: int  # to that many clusters; 0 if there are none
     snake: int = 0  # bit 0: every other round goes backwards along k, bit 1: every other group along n
 
     def rest(self, batch: int) -> int:
-        """Tiles that are split."""
+        """Tiles that are shared out."""
         return self.m_tiles * self.n_tiles * batch - self.whole_tiles
 
+    def shares(self, problem: GemmProblem) -> tuple[int, int]:
+        """Blocks of the reduction per part, and how many parts have one more."""
+        return divmod(self.rest(problem.batch) * k_blocks(problem), self.parts) if self.parts else (0, 0)
+
     def __str__(self) -> str:
-        split = f", all but {self.whole_tiles} in {self.splits} parts" if self.splits > 1 else ""
-        return f"{self.m_tiles} x {self.n_tiles} tiles on {self.clusters} clusters, {self.group} rows at a time{split}"
+        shared = f", all but {self.whole_tiles} shared by {self.parts} clusters" if self.parts else ""
+        return f"{self.m_tiles} x {self.n_tiles} tiles on {self.clusters} clusters, {self.group} rows at a time{shared}"
+
+
+def k_blocks(problem: GemmProblem) -> int:
+    return -(-problem.k // TILE_K)
 
 
 # ---- tiles ---------------------------------------------------------------------------------------------------------
@@ -201,7 +209,8 @@ TILES: tuple[Tile, ...] = (
     Tile(64, 128, 1, 1, 1, 8, 2, "few rows: reads b at memory speed, with many bytes in flight"),
 )
 
-MAX_SPLITS = 8
+MAX_PARTS = 8  # per tile
+LEAST_PART = 4  # blocks of the reduction: less of a tile is not handed over (``TileScheduler::least_part``)
 
 # What estimated_seconds knows of an H200 (docs/log). Only the order of the candidates depends on it.
 _CLOCK = 1.6e9  # Hz, under the power cap
@@ -209,85 +218,106 @@ _L2_BYTES_PER_CLOCK = 38  # per SM, of reads that no other CTA of the cluster sh
 _SMEM_BYTES_PER_CLOCK = 64  # per SM, delivered
 _HBM_BYTES_PER_SECOND = 4.4e12
 _TILE_CLOCKS = 1500  # start and end of a tile that no other work covers
-_HAND_OVER_SECONDS = 2.5e-6  # of a split: write, signal, read, beyond the traffic
+_HAND_OVER_SECONDS = 2.5e-6  # of a shared tile: write, signal, read, beyond the traffic
 _PARTIAL_BYTES_PER_SECOND = 2.5e12  # written and read
-_SPLIT_HURDLE = 1.01  # a split that promises less is not worth its workspace
+_SPLIT_HURDLE = 1.01  # sharing that promises less is not worth its workspace
 
 
-def schedule(problem: GemmProblem, config: GemmConfig, splits: int = 1) -> GemmSchedule:
-    """Deals out the tiles; those after the last full wave are split, or all if there are fewer than a wave."""
+def schedule(problem: GemmProblem, config: GemmConfig, parts: int = 0) -> GemmSchedule:
+    """Deals out the tiles. `parts` clusters share those after the last full wave, or all if there are fewer."""
     rows, columns = config.tile_m * config.cluster_m, config.out_n * config.cluster_n
     m_tiles, n_tiles = -(-problem.m // rows), -(-problem.n // columns)
     tiles = m_tiles * n_tiles * problem.batch
     most = max(1, problem.sm_count // config.cluster_size)
-    whole = tiles if splits == 1 else tiles // most * most
-    units = whole + (tiles - whole) * splits
+    whole = tiles // most * most if parts else tiles
+    clusters = most if whole >= most else max(whole, parts)
     group = max(1, round(math.sqrt(most * columns / rows)))
-    return GemmSchedule(m_tiles, n_tiles, min(most, units), min(group, m_tiles), whole, splits)
+    return GemmSchedule(m_tiles, n_tiles, clusters, min(group, m_tiles), whole, parts)
+
+
+def candidate_parts(problem: GemmProblem, config: GemmConfig) -> list[int]:
+    """Numbers of clusters that could share the tiles after the last full wave: two to eight per tile, or all."""
+    most = max(1, problem.sm_count // config.cluster_size)
+    rest = schedule(problem, config, most).rest(problem.batch)
+    blocks = rest * k_blocks(problem)
+    if rest == 0:
+        return []
+    limit = min(most, MAX_PARTS * rest)
+    tried = [*range(2 * rest, limit, rest), limit]
+    return [parts for parts in tried if rest < parts and parts * LEAST_PART <= blocks < 2**31]
+
+
+def first_block(problem: GemmProblem, dealt: GemmSchedule, part: int) -> int:
+    """``TileScheduler::first_block`` in Python."""
+    share, extra = dealt.shares(problem)
+    block, blocks = part * share + min(part, extra), k_blocks(problem)
+    within = block % blocks
+    if within < LEAST_PART:
+        return block - within
+    return block - within + blocks if blocks - within < LEAST_PART else block
 
 
 def deal_units(
     problem: GemmProblem, dealt: GemmSchedule, cluster: int
-) -> list[tuple[int, int, int, int, int, int]]:
-    """A cluster's units in order, (batch, m_tile, n_tile, k_begin, k_end, split): ``TileScheduler`` in Python."""
-    plane, k_blocks = dealt.m_tiles * dealt.n_tiles, -(-problem.k // TILE_K)
-    rest = dealt.rest(problem.batch)
+) -> list[tuple[int, int, int, int, int]]:
+    """A cluster's units in order, (batch, m_tile, n_tile, k_begin, k_end): ``TileScheduler`` in Python."""
+    plane, blocks = dealt.m_tiles * dealt.n_tiles, k_blocks(problem)
+    pieces = [(index, 0, blocks) for index in range(cluster, dealt.whole_tiles, dealt.clusters)]
+    if cluster < dealt.parts:
+        begin, end = (first_block(problem, dealt, part) for part in (cluster, cluster + 1))
+        while begin < end:
+            rest = (end - 1) // blocks
+            middle = max(begin, rest * blocks)
+            pieces.append((dealt.whole_tiles + rest, middle - rest * blocks, end - rest * blocks))
+            end = middle
     units = []
-    for unit in range(cluster, dealt.whole_tiles + rest * dealt.splits, dealt.clusters):
-        index, split, k_begin, k_end = unit, dealt.splits - 1, 0, k_blocks
-        if unit >= dealt.whole_tiles:
-            split, index = divmod(unit - dealt.whole_tiles, rest)
-            index += dealt.whole_tiles
-            k_begin, k_end = split * k_blocks // dealt.splits, (split + 1) * k_blocks // dealt.splits
+    for index, k_begin, k_end in pieces:
         batch, index = divmod(index, plane)
         strip = index // (dealt.group * dealt.n_tiles)
         first = strip * dealt.group
         n_tile, m_tile = divmod(index - first * dealt.n_tiles, min(dealt.group, dealt.m_tiles - first))
         if strip & dealt.snake >> 1:
             n_tile = dealt.n_tiles - 1 - n_tile
-        units.append((batch, first + m_tile, n_tile, k_begin, k_end, split))
+        units.append((batch, first + m_tile, n_tile, k_begin, k_end))
     return units
 
 
 def estimated_seconds(problem: GemmProblem, config: GemmConfig, dealt: GemmSchedule) -> float:
-    """A model of the kernel's time, to choose among configs and splits."""
+    """A model of the kernel's time, to choose among configs and schedules."""
     rows = min(config.tile_m, problem.m)
-    k_blocks = -(-problem.k // TILE_K)
     read = (rows / config.cluster_n + config.tile_n / config.cluster_m) * 128
     delivered = (rows + config.tile_n) * 128
     block_clocks = max(
         config.tile_m * config.tile_n / 32, read / _L2_BYTES_PER_CLOCK, delivered / _SMEM_BYTES_PER_CLOCK
     )
-    whole_waves = -(-dealt.whole_tiles // dealt.clusters)
+    waves = -(-dealt.whole_tiles // dealt.clusters)
     rest = dealt.rest(problem.batch)
-    part_waves = -(-rest * dealt.splits // dealt.clusters)
-    blocks = (whole_waves + part_waves / dealt.splits) * k_blocks
-    compute = (blocks * block_clocks + (whole_waves + part_waves) * _TILE_CLOCKS) / _CLOCK
+    blocks = waves * k_blocks(problem) + (rest * k_blocks(problem) / dealt.parts if dealt.parts else 0)
+    pieces = waves + (2 if rest and dealt.parts % rest else bool(rest))
+    compute = (blocks * block_clocks + pieces * _TILE_CLOCKS) / _CLOCK
     out_size = 4 if config.out_float else 2
     operands = (problem.m + problem.b_columns) * problem.k * 2 + problem.m * problem.n * out_size
     memory = problem.batch * operands / _HBM_BYTES_PER_SECOND
     hand_over = 0.0
-    if rest and dealt.splits > 1:
-        partials = (dealt.splits - 1) * rest * config.cluster_size * config.tile_m * config.tile_n * 4
+    if dealt.parts:
+        cuts = dealt.parts - math.gcd(dealt.parts, rest)  # between two parts of one tile
+        partials = cuts * config.cluster_size * config.tile_m * config.tile_n * 4
         hand_over = _HAND_OVER_SECONDS + 2 * partials / _PARTIAL_BYTES_PER_SECOND
     return max(compute, memory) + 0.1 * min(compute, memory) + hand_over
 
 
 def choose_gemm(problem: GemmProblem) -> tuple[GemmConfig, GemmSchedule]:
     """The config and schedule for a problem that the backend accepts: the least estimated time."""
-    k_blocks = -(-problem.k // TILE_K)
     best: tuple[float, GemmConfig, GemmSchedule] | None = None
     for tile in TILES:
         config = tile.config(problem)
         if config.infeasible():
             continue
-        for splits in range(1, min(MAX_SPLITS, k_blocks) + 1):
-            dealt = schedule(problem, config, splits)
-            if splits > 1 and dealt.rest(problem.batch) == 0:
-                continue
-            seconds = estimated_seconds(problem, config, dealt) * (_SPLIT_HURDLE if splits > 1 else 1)
+        for parts in (0, *candidate_parts(problem, config)):
+            dealt = schedule(problem, config, parts)
+            seconds = estimated_seconds(problem, config, dealt) * (_SPLIT_HURDLE if parts else 1)
             if best is None or seconds < best[0]:
-                best = seconds, replace(config, split=splits > 1), dealt
+                best = seconds, replace(config, split=parts > 0), dealt
     if best is None:
         raise LookupError(f"no tile of TILES is feasible for {problem}")
     return best[1:]

@@ -5,7 +5,7 @@
 //            the operands' type or fp32. TMA fills with zeros and drops what lies past m, n and k.
 // Grid       persistent, one CTA per SM, in clusters of cluster_m x cluster_n. A cluster takes tiles in an order that
 //            keeps concurrent tiles in a compact area (schedule.cuh); tiles that would leave SMs idle at the end are
-//            split along k and summed in a fixed order.
+//            shared out along k, evenly, and summed in a fixed order.
 // Data flow  global --TMA, multicast to the cluster--> ring --WGMMA--> registers --round--> registers
 //            --stmatrix--> staging --TMA--> global
 // Roles      warpgroup 0: producer, one thread. Warpgroups 1 .. consumers: tile_m / consumers rows each, all columns.
@@ -22,7 +22,7 @@
 //            of the tile before. At the end of a tile only rounding (64 conversions per thread) lies between its last
 //            product and the first of the next tile. fp32 output, or two fragments per warpgroup, do not fit in
 //            registers twice: then the output is stored before the next tile starts.
-// Numerics   sums in fp32, k in order; a split tile adds its parts in order of k, last part first. Bias is added in
+// Numerics   sums in fp32, k in order; a shared tile adds its parts backwards in k, last part first. Bias is added in
 //            fp32. A 16-bit result is rounded, then activated in fp32, then rounded again, as separate operations would
 //            do. Deterministic.
 // Evidence   docs/log.
@@ -263,7 +263,7 @@ template <class Config> struct GemmKernel {
       for (int f = 0; f < fragments; ++f) pin(acc[f]);
       release(previous);
       if constexpr (Config::bias) {
-        if (!Config::split || tile.split == params.splits - 1) add_bias(bias);
+        if (tile.k_end == params.k_blocks) add_bias(bias);
       }
     }
 
@@ -295,17 +295,16 @@ template <class Config> struct GemmKernel {
       }
     }
 
-    // ---- split tiles: partial sums go through global memory, and are added in a fixed order ----
+    // ---- shared tiles: partial sums go through global memory, and are added in a fixed order ----
 
     static constexpr int partial_size = tile_m / consumers * tile_n;
 
-    u64 partial_index(const Tile& tile, int split) const {
-      const int rest = params.m_tiles * params.n_tiles * params.batch - params.whole_tiles;
-      return (u64(split * rest + tile.rest) * Scheduler::cluster_size + scheduler.rank) * consumers + wg;
+    u64 partial_index(int cluster) const {
+      return (u64(cluster) * Scheduler::cluster_size + scheduler.rank) * consumers + wg;
     }
 
-    __forceinline__ void hand_over(const Tile& tile) {
-      const u64 index = partial_index(tile, tile.split);
+    __forceinline__ void hand_over() {
+      const u64 index = partial_index(scheduler.cluster);
       float* p = params.partials + index * partial_size + thread * 4;
 #pragma unroll
       for (int f = 0; f < fragments; ++f)
@@ -318,8 +317,8 @@ template <class Config> struct GemmKernel {
     }
 
     __forceinline__ void collect(const Tile& tile) {
-      for (int split = 0; split < tile.split; ++split) {
-        const u64 index = partial_index(tile, split);
+      for (int cluster = scheduler.cluster - 1;; --cluster) {
+        const u64 index = partial_index(cluster);
         if (thread == 0) {
           for (int tries = 0; load_acquire(params.flags + index) == 0; ++tries)
             if (Config::wait_limit > 0 && tries == Config::wait_limit) __trap();
@@ -338,6 +337,7 @@ template <class Config> struct GemmKernel {
             acc[f][i + 2] += z;
             acc[f][i + 3] += w;
           }
+        if (scheduler.first_block(cluster) <= tile.rest * params.k_blocks) break;
       }
     }
 
@@ -439,8 +439,8 @@ template <class Config> struct GemmKernel {
       while (scheduler.next(tile)) {
         multiply(tile);
         if constexpr (Config::split) {
-          if (tile.split < params.splits - 1) {
-            hand_over(tile);
+          if (tile.k_end < params.k_blocks) {
+            hand_over();
             for (u32& pair : kept) pair = 0;  // frees the registers: nothing in them is needed any more
             continue;
           }
@@ -463,9 +463,9 @@ __launch_bounds__(Config::threads, 1)
 gemm_sm90(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b,
           const __grid_constant__ TensorMap c, void* out, const u16* bias, float* partials, u32* flags, u64 out_row,
           u64 out_batch, int m, int n, int k_blocks, int m_tiles, int n_tiles, int batch, int group, int whole_tiles,
-          int splits, int a_batch, int b_batch, int snake) {
+          int parts, int part_blocks, int part_extra, int a_batch, int b_batch, int snake) {
   const GemmParams params{out, bias, partials, flags, out_row, out_batch, m, n, k_blocks, m_tiles, n_tiles, batch,
-                          group, whole_tiles, splits, a_batch, b_batch, snake};
+                          group, whole_tiles, parts, part_blocks, part_extra, a_batch, b_batch, snake};
   extern __shared__ __align__(1024) u8 raw_smem[];
   using Kernel = GemmKernel<Config>;
   constexpr int sharers = Config::cluster_m + Config::cluster_n - 1;  // CTAs that read what one of them loads
