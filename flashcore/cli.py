@@ -514,6 +514,8 @@ def _profiled_cases(suite: str, pattern: str | None, shape: str | None, causal: 
         raise _fail(f"no such suite: {suite} (there are: {', '.join(SUITES)})")
     if SUITES[suite].mode == "e2e":
         raise _fail("suite e2e has whole models; profile one of their layers by its shape")
+    if SUITES[suite].op == "attention_bwd":
+        raise _fail("suite backward cannot be profiled: only forward passes can, yet")
     if not (found := [one for one in SUITES[suite].cases if re.search(pattern, one.name)]):
         raise _fail(f"no case of suite {suite} matches {pattern!r}; flashcore bench --list shows them")
     return found

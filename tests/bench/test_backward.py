@@ -7,12 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from flashcore.bench import backward, check, report, suites
 from flashcore.bench.cases import SUITES, Case
 from flashcore.bench.peers import PEERS, Peer
 from flashcore.bench.report import load_anchors, shapes
 from flashcore.bench.timing import Effort
+from flashcore.cli import app
 
 FAST = Effort(rounds=2, round_ms=1, warmup_ms=0, lead_in_ms=0)
 CASE = Case(2, 48, 48, 4, 2, 32, True, "bfloat16", backward=True)
@@ -98,6 +100,23 @@ def test_a_peer_without_gradients_is_recorded_as_failed(add_peer):
     bad, good = run(names=("forward only", "sdpa"))["rows"]
     assert "does not require grad" in bad["failed"]
     assert "ms_p50" in good
+
+
+def test_where_pytorch_has_no_flash_kernel_its_own_choice_is_what_counts(add_peer):
+    def prepare(case, q, k, v):
+        raise RuntimeError("No available kernel. Aborting execution.")
+
+    tensors = backward.make_inputs(CASE, "cpu")
+    add_peer("fa2", prepare)
+    answer = backward.pytorch_answer(CASE, "cuda", *tensors)
+    for ours, theirs in zip(answer, backward.prepare(PEERS["sdpa"], CASE, *tensors)(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_its_cases_are_not_profiled_as_forward_passes():
+    result = CliRunner().invoke(app, ["profile", "--suite", "backward", "--case", "d64-s512"])
+    assert result.exit_code != 0
+    assert "only forward passes" in result.output
 
 
 @pytest.fixture
