@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
@@ -31,6 +31,7 @@ REFERENCES = ("fa2", "cudnn", "sdpa", "eager")
 WATCHED = "watched"  # the name, for Transformers, of an attention with a stopwatch around it
 # How warnings begin that say that a call came to FlashCore and was computed by something else, or by less than it has.
 NOT_OURS = "attn_implementation=|attention: backend"
+LAUNCH_BOUND = 0.8  # of a token's time: a device that works for less of it waits for the host
 LEAD_CYCLES = 200_000_000  # about 0.1 s in which the host runs ahead: no gaps on the device while it is watched
 CPU_PARAMETERS = 10**8  # larger models take too long there
 
@@ -39,7 +40,8 @@ ABOUT = (
     "after; implementations in turns, 2 or 3 rounds (generation: timed once, after one of the same lengths); prefill "
     "fills the cache and computes the last logits; generation counts new tokens over all its time, prompt included; "
     "training is forward and backward without an optimizer; attention's share by CUDA events around each attention "
-    "call, forward and backward, while the host runs ahead (generation: in one decoding step); peak memory as "
+    "call, forward and backward, while the host runs ahead (generation: in one decoding step); time per token without "
+    "the first, which is timed alone; what a step takes the device: the same decoding step; peak memory as "
     "torch.cuda.max_memory_allocated, weights included; rel_err of last logits, of the logits of all steps up to the "
     "first other token, or of the gradients of the first layer's query, key and value weights"
 )
@@ -133,6 +135,8 @@ def run_case(
         if "failed" not in row:
             try:
                 row |= _share(network, case, ids, name)
+                if case.phase == "generate":
+                    row |= _pace(network, case, ids, row)
                 if name == "flashcore":
                     row |= _plan(case, device)
             except Exception as error:
@@ -366,7 +370,21 @@ def _share(network: torch.nn.Module, case: ModelCase, ids: torch.Tensor, name: s
         call()
         total.mark()
         attention_ms, total_ms = attention.milliseconds(), total.milliseconds()
-    return {"attention_ms": attention_ms, "attention_pct": 100 * attention_ms / total_ms}
+    return {
+        "attention_ms": attention_ms,
+        "attention_pct": 100 * attention_ms / total_ms,
+        **({"step_device_ms": total_ms} if case.phase == "generate" else {}),
+    }
+
+
+def _pace(network: torch.nn.Module, case: ModelCase, ids: torch.Tensor, row: dict) -> dict:
+    """Of a generation that took ``ms_p50``: the time to its first token, then per token, and who sets that pace."""
+    first = replace(case, new_tokens=1)
+    with _attending(network, row["impl"]):
+        first_ms = _milliseconds(lambda: _generate(network, first, ids), ids.device)
+    token_ms = (row["ms_p50"] - first_ms) / (case.new_tokens - 1)
+    launch_bound = row["step_device_ms"] < LAUNCH_BOUND * token_ms
+    return {"first_token_ms": first_ms, "token_ms": token_ms, "launch_bound": launch_bound}
 
 
 @torch.no_grad()
@@ -489,9 +507,28 @@ def tables(title: str, data: dict) -> list:
             (*absent, *failures),
         ),
         table("Attention's share of the device's time, %", number("attention_pct", 1), {"backend": _backend}),
+        *_pace_tables(data["rows"]),
         table("Peak memory, GiB", number("peak_gib", 1), {}),
         table("Relative error of logits, or of gradients; generated tokens before the first other one", distance, {}),
     ]
+
+
+def _pace_tables(rows: Sequence[dict]) -> list:
+    """One row per generation and implementation, and who waited for the host; none without generations."""
+    from flashcore.bench.report import Table
+
+    paced = [row for row in rows if "token_ms" in row]
+    if not paced:
+        return []
+    keys = "first_token_ms", "token_ms", "step_device_ms"
+    cells = tuple((row["model"], row["impl"], *(f"{row[key]:.2f}" for key in keys)) for row in paced)
+    bound = [f"{row['impl']} on {row['model']}" for row in paced if row["launch_bound"]]
+    note = (
+        f"Launch-bound, the device works for less than {100 * LAUNCH_BOUND:.0f} % of a token's time and then waits for "
+        f"the host: {', '.join(bound)}."
+    )
+    headers = ("model", "implementation", "first token, ms", "each further token, ms", "of which the device works, ms")
+    return [Table("Generation: the pace of tokens", headers, cells, (note,) if bound else ())]
 
 
 def _over_sdpa(by_impl: dict[str, dict]) -> str:

@@ -267,7 +267,7 @@ def test_the_record_becomes_tables(monkeypatch):
     data = run(CASES)
     data["rows"][0]["failed"] = "as the test likes it"
     del data["rows"][0]["tokens_per_s"]
-    speed, share, memory, distance = report.tables(data, {})
+    speed, share, pace, memory, distance = report.tables(data, {})
     assert speed.headers[:6] == ("model", "phase", "tokens", *IMPLS)
     assert {row[0] for row in speed.rows} == {"tiny"}
     assert [row[1:3] for row in speed.rows] == [("prefill", "48"), ("generate", "40 + 6"), ("train", "40")]
@@ -281,6 +281,7 @@ def test_the_record_becomes_tables(monkeypatch):
         "FAILED: flashcore on tiny-prefill-48: as the test likes it",
     )
     assert share.rows[2][-1] == "sdpa, backward autograd"
+    assert [row[:2] for row in pace.rows] == [("tiny", impl) for impl in IMPLS]
     assert memory.rows[1][3] == ""  # of the CPU nobody knows
     assert distance.rows[1][4] == "reference"
     assert distance.rows[1][3].endswith(", 6 of 6 tokens")
