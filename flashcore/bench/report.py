@@ -49,7 +49,8 @@ def load_anchors(gpu: str, benchmarks: Path = record.BENCHMARKS) -> dict[tuple, 
 
 def _anchor_row(row: dict) -> dict:
     op = "attention_bwd" if row["suite"] == "backward" else "attention_fwd"
-    return {**row, "seqlen_q": row["seqlen"], "seqlen_k": row["seqlen"], "inputs": "normal", "op": op}
+    lengths = {"seqlen_q": row["seqlen"], "seqlen_k": row["seqlen"]} if "seqlen" in row else {}
+    return {**row, **lengths, "inputs": "normal", "op": op}
 
 
 def _key(row: dict) -> tuple:

@@ -28,7 +28,10 @@ def test_names_tell_the_cases_of_a_suite_apart(suite):
     assert len(set(names)) == len(names)
 
 
-@pytest.mark.parametrize("row", ANCHORS, ids=lambda r: f"{r['suite']}-d{r['head_dim']}-s{r['seqlen']}-{r['causal']}")
+SQUARE = [row for row in ANCHORS if row["suite"] != "decode"]
+
+
+@pytest.mark.parametrize("row", SQUARE, ids=lambda r: f"{r['suite']}-d{r['head_dim']}-s{r['seqlen']}-{r['causal']}")
 def test_flops_follow_the_convention_of_the_anchors(row):
     case = Case(
         row["batch"], row["seqlen"], row["seqlen"], row["heads"], row["kv_heads"], row["head_dim"], row["causal"],
@@ -44,7 +47,7 @@ def test_flops_follow_the_convention_of_the_anchors(row):
 def test_every_case_has_an_anchor(suite):
     anchors = {
         (r["dtype"], r["batch"], r["heads"], r["kv_heads"], r["seqlen"], r["head_dim"], r["causal"])
-        for r in ANCHORS
+        for r in SQUARE
         if (r["suite"] == "backward") == (suite == "backward")
     }
     for c in SUITES[suite].cases:

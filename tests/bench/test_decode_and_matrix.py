@@ -10,6 +10,7 @@ import torch
 from flashcore.bench import report, suites, timing
 from flashcore.bench.cases import SUITES, Case
 from flashcore.bench.peers import PEERS, Peer
+from flashcore.bench.report import load_anchors
 from flashcore.bench.timing import Effort
 
 FAST = Effort(rounds=2, round_ms=1, warmup_ms=0, lead_in_ms=0)
@@ -61,6 +62,21 @@ def test_decoding_takes_turns_on_copies_of_the_cache(add_peer, monkeypatch):
     assert "failed" not in row
     assert len(set(seen)) == 3
     assert seen[:3] == seen[3:6]
+
+
+def test_bytes_follow_the_convention_of_the_anchors():
+    """Three of the cases have anchors, of FlashAttention-3 beside cuDNN; their milliseconds have 5 decimals."""
+    anchored = [(case, load_anchors("h200").get(report._key(row(case)))) for case in SUITES["decode"].cases]
+    found = [(case, anchor) for case, anchor in anchored if anchor]
+    assert len(found) == 3
+    for case, anchor in found:
+        best = min(anchor["ms"].values())
+        assert case.speed(best)["tbps"] == pytest.approx(anchor["best_TBps"], rel=1e-3)
+        assert anchor["ms"]["cudnn"] / best == pytest.approx(anchor["cudnn_over_best"], abs=2e-3)
+
+
+def row(case):
+    return {"op": "attention_decode", **case.fields()}
 
 
 @pytest.mark.parametrize("name", ["decode", "matrix"])
