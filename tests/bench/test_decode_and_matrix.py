@@ -136,3 +136,24 @@ def test_decoding_is_shown_in_bytes_per_second():
     assert table.headers[5:7] == ("flashcore, TB/s", "cudnn, TB/s")
     assert table.rows[0][2:8] == ("1 x 8192", "8", "32:8", "3.36", "2.68", "1.25")
     assert table.notes[-1] == "The backend that FlashCore's plan picked: triton (1 shapes), hopper (1 shapes)."
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [
+        ("decode", Case(2, 1, 4096, 8, 2, 64, False)),
+        ("matrix", Case(1, 256, 256, 8, 8, 64, True, "float16", label="a small one")),
+        ("matrix", Case(2, 1, 1024, 8, 2, 128, False, label="a small step")),
+    ],
+    ids=["decode", "matrix", "matrix-step"],
+)
+def test_graphs_of_everybody_on_a_gpu(name, case):
+    """In CUDA graphs, as the suites run; FlexAttention would compile for a while."""
+    impls = [impl for impl in SUITES[name].peers if impl != "flex"]
+    data = suites.run(SUITES[name], [case], impls, FAST)
+    rows = {row["impl"]: row for row in data["rows"]}
+    assert {impl: row["failed"] for impl, row in rows.items() if "failed" in row} == {}
+    assert {"flashcore", "flashcore-triton", "cudnn", "fa2"} <= rows.keys()
+    assert all(0 < row["ms_p50"] < 1 for row in rows.values())
+    assert report.tables(data, {})
