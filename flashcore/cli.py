@@ -76,6 +76,7 @@ def bench(
     plot: Annotated[bool, typer.Option(help="Also draw TFLOP/s over sequence length, beside the record.")] = False,
     rounds: Annotated[int, typer.Option(min=2, help="Rounds in which implementations take turns.")] = 5,
     round_ms: Annotated[float, typer.Option(min=1, help="Milliseconds per implementation and round.")] = 40.0,
+    rest_ms: Annotated[float, typer.Option(min=0, help="Idle milliseconds of a GPU before each case.")] = 2000.0,
     commit: Annotated[
         str | None, typer.Option(envvar="FLASHCORE_COMMIT", help="What to record as commit, where there is no clone.")
     ] = None,
@@ -124,7 +125,7 @@ def bench(
             def on_case(what: str, progress=progress, task=task, name=name) -> None:
                 progress.update(task, description=f"{name}: {what}", advance=1)
 
-            effort = Effort(rounds=rounds, round_ms=round_ms)
+            effort = Effort(rounds=rounds, round_ms=round_ms, rest_ms=rest_ms)
             data = suites.run(chosen, cases, impl, effort, commit, on_case)
         gpu = slug(data["meta"]["gpu"])
         anchors = report.load_anchors(gpu)

@@ -161,6 +161,7 @@ class Suite:
     mode: str  # "events", "graph", "host", "accuracy", "e2e" or "startup"; suites.py runs each, timing.py explains them
     cases: tuple[Case, ...] | tuple[GemmCase, ...] | tuple[ModelCase, ...]
     peers: tuple[str, ...]  # what is measured when the caller names nothing
+    sustained: bool = False  # every implementation at the power cap for seconds, instead of after a rest
 
 
 def square(batch: int, heads: int, seqlen: int, head_dim: int, causal: bool, dtype: str, **more) -> Case:
@@ -303,6 +304,10 @@ SUITES = {
         ),
         Suite("small", "fp16 latency, CUDA-graph replay, L2 warm", "attention_fwd", "graph", SMALL, FAST_PEERS),
         Suite("long", "bf16, causal, 64K and 128K tokens", "attention_fwd", "events", LONG, FAST_PEERS),
+        Suite(
+            "sustained", "bf16, S = 8192, after seconds at the power cap", "attention_fwd", "events",
+            tuple(case for case in FORWARD if case.seqlen_q == 8192), FAST_PEERS, sustained=True,
+        ),
         Suite("gqa", "bf16, grouped query heads", "attention_fwd", "events", GQA, FAST_PEERS),
         Suite(
             "decode",

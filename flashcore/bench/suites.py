@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import torch
@@ -26,8 +26,8 @@ from flashcore.bench.timing import Effort
 OnCase = Callable[[str], None]  # told the name of each case before it is measured
 
 _TURNS = (
-    "implementations in turns, {rounds} rounds of {round_ms:g} ms each; ms_* over all samples, std_pct over the "
-    "rounds' medians"
+    "implementations in turns, {rounds} rounds of {round_ms:g} ms each after {lead_in_ms:g} ms untimed, a GPU resting "
+    "{rest_ms:g} ms before each case; ms_* over all samples, std_pct over the rounds' medians"
 )
 METHODS = {
     "events": f"CUDA events around each call, L2 flushed before it; {_TURNS}",
@@ -63,11 +63,13 @@ def run(
         return _record(suite, *e2e.run(chosen, peers or suite.peers, on_case), commit)
 
     operation = OPERATIONS.get(suite.op, OPERATIONS["attention"])
+    if suite.sustained:
+        effort = replace(timing.SUSTAINED, rounds=effort.rounds)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     mode = "wall" if device == "cpu" and suite.mode == "events" else suite.mode
     method = {
         "mode": mode,
-        "about": METHODS[mode].format(rounds=effort.rounds, round_ms=effort.round_ms),
+        "about": METHODS[mode].format(**asdict(effort)),
         "inputs": operation.inputs,
     }
     if device == "cpu" and mode in ("graph", "host"):
@@ -152,6 +154,9 @@ def run_case(
             else:
                 row |= {"failed": _one_line(error)}
     del pytorch, truth
+    if device == "cuda" and mode in ("events", "graph"):
+        torch.cuda.synchronize()
+        time.sleep(effort.rest_ms / 1e3)
     try:
         rounds = timing.interleave(bursts, effort)
     except Exception as error:  # nobody knows whose fault it was: no number of this case is to be trusted

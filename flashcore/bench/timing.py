@@ -33,10 +33,15 @@ class Effort:
     round_ms: float = 40.0
     warmup_ms: float = 40.0
     lead_in_ms: float = 60.0  # untimed start of each turn: at its power cap a GPU must find the clock for a kernel
+    rest_ms: float = 2000.0  # idle time of a GPU before each case, so that none pays for the heat of the one before
 
     def samples(self, ms: float) -> int:
         """How many samples fill a round when one takes ``ms`` of wall time. At least 3, for a round has a median."""
         return max(3, int(self.round_ms / ms))
+
+
+# For the suite that asks what is left after seconds at the power cap.
+SUSTAINED = Effort(round_ms=100.0, warmup_ms=800.0, lead_in_ms=150.0, rest_ms=0.0)
 
 
 def interleave(
