@@ -42,7 +42,7 @@ class Tile:
     stages: int  # tiles of each stream held in shared memory
     lookahead: bool = False  # compute the next scores before this tile's last product; see attention_fwd.py
     tma: bool = False  # read the streams by the copy engine, where the tensors allow it
-    q_registers: bool = False  # forward: keep Q in registers instead of shared memory
+    q_registers: bool = False  # forward with lookahead: keep Q in registers
     registers: int | None = (
         None  # per thread at most, so that more programs fit on an SM; None: what it takes
     )
