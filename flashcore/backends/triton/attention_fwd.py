@@ -68,7 +68,7 @@ def attention_fwd(q, k, v, out, lse, strides_q, strides_k, strides_v, strides_ou
     q_tile = tl.load(q_rows[:, None] + (col * strides_q[3])[None, :], mask=inside, other=0.0)
     if SIGN != 1:
         q_tile = (q_tile.to(tl.float32) * SIGN).to(q.dtype.element_ty)
-    if Q_REGS:  # an operand that is computed, not just loaded, stays in registers; but only with LOOKAHEAD (docs/log/0015)
+    if Q_REGS:  # a computed operand stays in registers, where a product before the loop uses it too (docs/log/0015)
         q_tile = tl.where((row < rows)[:, None], q_tile, 0.0)
 
     # Row r sees the keys below visible[r]; no row sees `limit`; all rows see the keys below `full`.
