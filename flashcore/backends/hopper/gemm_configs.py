@@ -42,6 +42,8 @@ class GemmConfig:
     a_policy: int = 0  # how long L2 keeps a: 0 as usual, 1 least, 2 longest
     b_policy: int = 0
     out_policy: int = 0
+    in_flight: int = 1  # blocks whose products a warpgroup has queued before the ones it waits for
+    lag: int = 0  # blocks by which warpgroup 1 starts behind warpgroup 0, so that their tiles end at different times
     prefetch: int = 0  # blocks of the reduction that are brought to L2 ahead of the loads
     wait_limit: int = 0  # > 0: a wait traps after so many tries (development)
     why: str = field(default="", compare=False)  # the reason of the tile it came from

@@ -199,6 +199,7 @@ template <class Config> struct GemmKernel {
     int stored = all_chunks;              // chunks of the previous tile that were stored
     int row, col, batch;                  // of that tile's first element
     int buffer = 0;
+    int head_start = Config::lag;  // blocks that warpgroup 0 computes before warpgroup 1 begins
 
     // Low words of the matrix descriptors for step `step` of a slot's tiles. tests/.../test_gemm_layout.py evaluates them.
     static constexpr u32 a_word(u32 a, int wg, int fragment, int step) {
@@ -237,9 +238,11 @@ template <class Config> struct GemmKernel {
       }
     }
 
-    // The sums of a tile, or of a part of it. What is left of the tile before is stored under the matrix products.
-    __forceinline__ void multiply(const Tile& tile) {
+    // The sums of a tile, or of a part of it. What is left of the tile before is stored under the matrix products, and
+    // the next tile is found there. False if there is none.
+    __forceinline__ bool multiply(const Tile& tile, Tile& next) {
       int previous = 0;
+      bool more = false;
       for (int k_block = tile.k_begin; k_block < tile.k_end || stored < all_chunks; ++k_block) {
         const int stage = cursor.stage;
         if (k_block < tile.k_end) {
@@ -247,13 +250,21 @@ template <class Config> struct GemmKernel {
           cursor.advance();
           issue(stage, k_block > tile.k_begin);
         }
+        if (k_block == tile.k_end - 1) more = scheduler.next(next);
         if constexpr (deferred) {
           if (stored < all_chunks) store_kept();
         }
-        wgmma_wait<1>();
+        wgmma_wait<Config::in_flight>();
         if (k_block < tile.k_end) {
-          if (k_block > tile.k_begin) release(previous);
-          previous = stage;
+          if constexpr (Config::in_flight == 0) {
+            release(stage);
+          } else {
+            if (k_block > tile.k_begin) release(previous);
+            previous = stage;
+          }
+          if constexpr (Config::lag > 0) {
+            if (wg == 0 && head_start > 0 && --head_start == 0) named_barrier_arrive(1 + consumers, 256);
+          }
         }
       }
       u32 bias[Config::bias ? tile_n / 8 : 1];
@@ -261,10 +272,11 @@ template <class Config> struct GemmKernel {
       wgmma_wait<0>();
 #pragma unroll
       for (int f = 0; f < fragments; ++f) pin(acc[f]);
-      release(previous);
+      if constexpr (Config::in_flight > 0) release(previous);
       if constexpr (Config::bias) {
         if (tile.k_end == params.k_blocks) add_bias(bias);
       }
+      return more;
     }
 
     // ---- bias: two columns per eight, the same for all rows ----
@@ -435,9 +447,14 @@ template <class Config> struct GemmKernel {
     }
 
     void run() {
-      Tile tile;
-      while (scheduler.next(tile)) {
-        multiply(tile);
+      if constexpr (Config::lag > 0) {
+        if (wg == 1) named_barrier_sync(1 + consumers, 256);
+      }
+      Tile next;
+      bool more = scheduler.next(next);
+      while (more) {
+        const Tile tile = next;
+        more = multiply(tile, next);
         if constexpr (Config::split) {
           if (tile.k_end < params.k_blocks) {
             hand_over();
@@ -447,6 +464,9 @@ template <class Config> struct GemmKernel {
           if (tile.k_begin > 0) collect(tile);
         }
         close(tile);
+      }
+      if constexpr (Config::lag > 0) {
+        if (wg == 0 && head_start > 0) named_barrier_arrive(1 + consumers, 256);
       }
       if constexpr (deferred) {
         while (stored < all_chunks) store_kept();
