@@ -173,7 +173,7 @@ MASKS = (False, True)
 FAST_PEERS = ("flashcore", "flashcore-triton", "cudnn", "fa2", "fa3", "fa4", "xformers", "flashinfer", "te")
 
 MATRIX_PEERS = (
-    "sdpa", "eager", "math", "efficient", "fa2", "cudnn", "flex", "fa3", "fa4", "xformers", "flashinfer", "te",
+    "sdpa", "math", "efficient", "fa2", "cudnn", "flex", "fa3", "fa4", "xformers", "flashinfer", "te",
     "flashcore-triton", "flashcore",
 )  # fmt: skip
 

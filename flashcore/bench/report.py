@@ -264,13 +264,18 @@ def matrix_tables(found: list[Shape], skipped: list[dict]) -> list[Table]:
             rows.append((impl, *cells, *errors, str(row.get("backend", ""))))
         headers = ("implementation", "us", "speed over sdpa", "rel. error", "max. abs. error", "FlashCore's backend")
         notes = [f"FAILED: {impl}: {row['failed']}" for impl, row in shape.rows.items() if "failed" in row]
-        left_out = [f"{s['impl']} ({s['reason']})" for s in skipped if s.get("case", case.name) == case.name]
-        if left_out:
-            notes.append(f"Not measured: {', '.join(left_out)}.")
+        notes += _left_out("Not measured", [s for s in skipped if s.get("case") == case.name])
         size = f"batch {case.batch}, S = {_length(case)}, heads {_heads(case)}, head_dim {case.head_dim}"
         title = f"matrix: {label} ({size}, {_mask(case)}, {SHORT[case.dtype]})"
+        if shape is found[-1]:
+            notes += _left_out("Not measured at any shape", [s for s in skipped if "case" not in s])
         tables.append(Table(title, headers, tuple(rows), tuple(notes)))
     return tables
+
+
+def _left_out(what: str, skipped: list[dict]) -> list[str]:
+    reasons = [f"{entry['impl']} ({entry['reason']})" for entry in skipped]
+    return [f"{what}: {', '.join(reasons)}."] if reasons else []
 
 
 def not_recorded(recorded: Iterable[str]) -> list[str]:
