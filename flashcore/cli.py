@@ -435,7 +435,7 @@ def _plan_elsewhere(problem, backend: str):
     for name in backends.BACKENDS if backend == "auto" else (backend,):
         module = backends.load(name)
         if (reason := module.rejects(problem)) is None:
-            backward, backward_why = planning._choose_backward(problem, name, module, None)
+            backward, backward_why = planning._choose_backward(problem, name, module, None, anywhere=True)
             why = "requested" if backend != "auto" else "the first that can, where every backend's libraries are there"
             config = module.configure(problem)
             return planning.Plan(problem, name, config, backward, why, backward_why, tuple(rejected))

@@ -29,7 +29,7 @@ class Plan:
     problem: AttentionProblem
     backend: str  # a name of backends.BACKENDS, or "empty" when there is nothing to multiply
     config: Any  # the backend's frozen config, or None where it has no choice
-    backward: str  # "none", "autograd", the backend's name for its own, "torch-flash" or "sdpa-recompute"
+    backward: str  # "none", "autograd", the name of a backend with a backward, "torch-flash" or "sdpa-recompute"
     why: str  # of the backend
     backward_why: str
     rejected: tuple[tuple[str, str], ...]  # (backend, the one feature it lacks), in order of preference
@@ -138,10 +138,21 @@ def _unsupported(problem: AttentionProblem, requested: str, rejected: list[tuple
     return f"attention: {who} compute this: {problem}.{reasons}{advice}"
 
 
+def _others_with_a_backward(problem: AttentionProblem, name: str, anywhere: bool) -> dict[str, str | None]:
+    """Backends whose backward can follow another's forward, and why they cannot here (or `anywhere`)."""
+    others = {other: backends.load(other) for other in backends.BACKENDS if other != name}
+    reasons = {
+        other: (None if anywhere else module.unavailable()) or module.rejects(problem)
+        for other, module in others.items()
+        if module.HAS_BACKWARD
+    }
+    return {other: reason and f"{other} cannot: {reason}" for other, reason in reasons.items()}
+
+
 def _choose_backward(
-    problem: AttentionProblem, name: str, module: Backend, forced: str | None
+    problem: AttentionProblem, name: str, module: Backend, forced: str | None, anywhere: bool = False
 ) -> tuple[str, str]:
-    """The backward pass and why."""
+    """The backward pass and why. `anywhere`: where every backend's libraries are there."""
     if not problem.needs_grad:
         return NO_GRAD, "no input requires a gradient"
     if module.NATIVE_GRAD:
@@ -149,6 +160,7 @@ def _choose_backward(
     no_flash = gradients.torch_flash_rejects(problem)
     possible = {
         name: None if module.HAS_BACKWARD else f"{name} has no backward of its own yet",
+        **_others_with_a_backward(problem, name, anywhere),
         TORCH_FLASH: no_flash and f"PyTorch's flash backward does not take {no_flash}",
         SDPA_RECOMPUTE: None,
     }

@@ -109,7 +109,7 @@ def test_memoised(add_backend):
     assert asked == [PROBLEM]
 
 
-def test_printed(add_backend):
+def test_printed(add_backend, no_triton):
     add_backend("fake", configure=lambda problem: Config(64, "small tiles fill the machine"))
     add_backend("shy", rejects=lambda problem: "causal")
     text = str(plan(replace(PROBLEM, needs_grad=True)))
@@ -127,6 +127,12 @@ def test_printed(add_backend):
 # ---- backward ----------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def no_triton(monkeypatch):
+    """Whose backward would be taken on a machine with a GPU."""
+    monkeypatch.setattr(backends, "BACKENDS", tuple(name for name in backends.BACKENDS if name != "triton"))
+
+
 def backward(problem: AttentionProblem) -> str:
     return plan(replace(problem, needs_grad=True)).backward
 
@@ -140,10 +146,35 @@ def test_autograd_for_torch_operations():
     assert backward(PROBLEM) == "autograd"
 
 
-def test_own_backward_first(add_backend):
+def test_own_backward_first(add_backend, no_triton):
+    add_backend("other", HAS_BACKWARD=True)
     add_backend("fake", HAS_BACKWARD=True)
     chosen = plan(replace(ON_HOPPER, needs_grad=True))
     assert (chosen.backward, chosen.backward_why) == ("fake", "the backend's own")
+
+
+def test_the_backward_of_another_backend(add_backend, no_triton):
+    add_backend("next", HAS_BACKWARD=True)
+    add_backend("other", HAS_BACKWARD=True, rejects=lambda problem: "causal" if problem.causal else None)
+    add_backend("fake")
+    none = "fake has no backward of its own yet"
+    chosen = plan(replace(ON_HOPPER, needs_grad=True, causal=False))
+    assert (chosen.backend, chosen.backward, chosen.backward_why) == ("fake", "other", none)
+    chosen = plan(replace(ON_HOPPER, needs_grad=True, causal=True))
+    assert (chosen.backward, chosen.backward_why) == ("next", f"{none}; other cannot: causal")
+    with override(backward="next"):
+        assert backward(replace(ON_HOPPER, causal=False)) == "next"
+    with override(backward="other"), pytest.raises(UnsupportedError, match="other cannot: causal"):
+        backward(replace(ON_HOPPER, causal=True))
+
+
+def test_training_on_hopper_takes_the_backward_of_triton(monkeypatch):
+    hopper, triton = backends.load("hopper"), backends.load("triton")
+    monkeypatch.setattr(hopper, "unavailable", lambda: None)
+    monkeypatch.setattr(triton, "unavailable", lambda: None)
+    chosen = plan(replace(ON_HOPPER, needs_grad=True))
+    assert (chosen.backend, chosen.backward) == ("hopper", "triton")
+    assert plan(replace(ON_HOPPER, needs_grad=True, arch=(8, 0))).backward == "triton"
 
 
 @pytest.mark.parametrize(
@@ -165,7 +196,7 @@ def test_own_backward_first(add_backend):
         ({"device": "cpu", "arch": None}, "a tensor that is not on an NVIDIA GPU"),
     ],
 )
-def test_torch_flash_where_it_can(add_backend, change, reason):
+def test_torch_flash_where_it_can(add_backend, no_triton, change, reason):
     add_backend("fake")
     chosen = plan(replace(ON_HOPPER, needs_grad=True, **change))
     why = "fake has no backward of its own yet"
@@ -225,7 +256,7 @@ def test_override_backward(add_backend):
         ("magic", "none of fake, torch-flash, sdpa-recompute"),
     ],
 )
-def test_override_backward_that_cannot(add_backend, choice, message):
+def test_override_backward_that_cannot(add_backend, no_triton, choice, message):
     add_backend("fake")
     with override(backward=choice), pytest.raises(UnsupportedError, match=message):
         backward(replace(ON_HOPPER, dtype="float32"))

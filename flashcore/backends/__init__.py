@@ -16,9 +16,7 @@ if TYPE_CHECKING:
 
     from flashcore.problem import AttentionProblem
 
-# reference takes every problem, so triton behind it runs only when asked for: some of its kernels gave wrong results in
-# their first run on a GPU (docs/log/0009), and none has run on anything but an H200.
-BACKENDS: tuple[str, ...] = ("hopper", "sdpa", "reference", "triton")
+BACKENDS: tuple[str, ...] = ("hopper", "triton", "sdpa", "reference")
 
 Run = Callable[["torch.Tensor", "torch.Tensor", "torch.Tensor"], "tuple[torch.Tensor, torch.Tensor | None]"]
 
@@ -63,7 +61,8 @@ class Backend(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Optional, see HAS_BACKWARD: compute ``(dq, dk, dv)``, shaped like q, k and v.
 
-        ``dout`` may have any strides, 0 included.
+        ``out`` and ``lse`` may be another backend's, and ``config`` is that one's then. ``dout`` may have any strides, 0
+        included.
         """
 
 
