@@ -20,6 +20,7 @@ from flashcore.problem import AttentionProblem
 MAX_HEAD_DIM = 256
 FULL_GRID = 0.8  # of the SMs: a grid that fills fewer is cut into splits
 MAX_SPLITS = 128
+COMBINATION = 512  # keys that a program reads in the time that combining splits takes, more or less
 L2_SHARE = 24 * 2**20  # bytes of the L2 cache that K and V of one section of heads may fill
 
 # Largest shared memory of one program in bytes, by compute capability, where the device itself cannot be asked.
@@ -104,12 +105,11 @@ def _few_rows(limit: int) -> Callable[[AttentionProblem, int], bool]:
     return lambda problem, rows: rows <= limit and problem.dtype != "float32"
 
 
-def _keys_from(least: int) -> Callable[[AttentionProblem, int], bool]:
-    return lambda problem, rows: problem.seqlen_k >= least and problem.dtype != "float32"
-
-
-def _keys_up_to(most: int) -> Callable[[AttentionProblem, int], bool]:
-    return lambda problem, rows: problem.seqlen_k <= most and problem.dtype != "float32"
+def _when(causal: bool | None = None, most_keys: float = math.inf) -> Callable[[AttentionProblem, int], bool]:
+    """16-bit problems with this mask (None: any) and at most so many keys."""
+    return lambda problem, rows: (
+        problem.dtype != "float32" and causal in (None, problem.causal) and problem.seqlen_k <= most_keys
+    )
 
 
 def _small_grid(problem: AttentionProblem, rows: int) -> bool:
@@ -119,11 +119,10 @@ def _small_grid(problem: AttentionProblem, rows: int) -> bool:
 
 
 _NO_TENSOR_CORES = "IEEE float32 runs without tensor cores: small tiles keep the operands in registers"
-_DECODE = (
-    "as few rows as a product allows: reading keys takes the time, three programs per SM keep many in flight"
-)
+_DECODE = "as few rows as a product allows: reading keys takes the time"
 _SMALL_GRID = "128 rows per tile would leave SMs idle"
-_MEASURED = "on an H200 (docs/log/0013)"
+_MEASURED = "fastest on an H200 (docs/log/0016)"
+_ONE_PER_SM = f"{_DECODE}; two tiles of keys and values under way keep one program per SM busy, {_MEASURED}"
 _UNTRIED = "chosen by registers and shared memory, not measured"
 
 _FLOAT32 = (
@@ -186,58 +185,29 @@ _SMALL_SMEM = (  # sm_86, sm_89, sm_120: 99 KiB of shared memory
 )
 
 _HOPPER = (  # sm_90: 227 KiB of shared memory, asynchronous matrix products of 64 rows per warpgroup, TMA
-    Row("forward", 64, _few_rows(16), Tile(16, 128, 4, 3, tma=True), 71, _DECODE),
+    Row("forward", 64, _few_rows(16), Tile(16, 128, 4, 3, tma=True), 71, _ONE_PER_SM),
+    Row("forward", 64, _small_grid, Tile(64, 128, 4, 2, lookahead=True, tma=True), 89, f"{_SMALL_GRID}; {_MEASURED}"),
+    Row("forward", 64, _when(True, 4096), Tile(64, 64, 4, 3, lookahead=True, tma=True), 65, _MEASURED),
+    Row("forward", 64, _16bit, Tile(64, 128, 4, 2, tma=True), 73, f"three programs per SM, {_MEASURED}"),
+    Row("forward", 128, _few_rows(16), Tile(16, 128, 4, 3, tma=True), 137, _ONE_PER_SM),
+    Row("forward", 128, _when(False), Tile(64, 128, 4, 1, tma=True), 50, f"three programs per SM, {_MEASURED}"),
+    Row("forward", 128, _16bit, Tile(64, 64, 4, 2, lookahead=True, tma=True), 97, f"two programs per SM, {_MEASURED}"),
+    Row("forward", 256, _few_rows(16), Tile(16, 64, 4, 3, tma=True), 139, f"{_DECODE}; not measured"),
+    Row("forward", 256, _16bit, Tile(128, 64, 8, 2, lookahead=True, tma=True), 225, f"the widest, {_MEASURED}"),
+    Row("dq", 64, _when(None, 512), Tile(64, 64, 4, 3, tma=True), 65, _MEASURED),
+    Row("dq", 64, _16bit, Tile(128, 64, 8, 3, tma=True), 81, _MEASURED),
+    Row("dq", 128, _16bit, Tile(64, 64, 4, 2, tma=True), 97, f"two programs per SM, {_MEASURED}"),
+    Row("dq", 256, _16bit, Tile(128, 32, 8, 3, tma=True), 225, _MEASURED),
+    Row("dkdv", 64, _when(True), Tile(64, 64, 4, 4, tma=True), 82, _MEASURED),
+    Row("dkdv", 64, _16bit, Tile(64, 64, 4, 3, tma=True, registers=168), 66, f"three programs per SM, {_MEASURED}"),
+    Row("dkdv", 128, _when(True), Tile(32, 64, 4, 3, tma=True), 81, f"two programs per SM, {_MEASURED}"),
+    Row("dkdv", 128, _16bit, Tile(64, 64, 4, 2, tma=True), 97, f"two programs per SM, {_MEASURED}"),
+    Row("dkdv", 256, _16bit, Tile(32, 128, 8, 3, tma=True), 225, f"no P through shared memory, {_MEASURED}"),
     Row(
-        "forward",
-        64,
-        _small_grid,
-        Tile(64, 64, 4, 3, lookahead=True, tma=True),
-        65,
-        _SMALL_GRID,
+        "dv", 256, _16bit, Tile(64, 128, 8, 2, lookahead=True, tma=True), 225,
+        f"with dK they leave no registers for 128 keys, {_MEASURED}",
     ),
-    Row(
-        "forward",
-        64,
-        _keys_from(8192),
-        Tile(64, 128, 4, 2, lookahead=True, tma=True),
-        89,
-        f"3 to 4 % faster than 128 rows at 16384 keys {_MEASURED}",
-    ),
-    Row("forward", 64, _16bit, Tile(128, 64, 8, 3, tma=True), 65, f"fastest {_MEASURED}"),
-    Row("forward", 128, _few_rows(16), Tile(16, 64, 4, 3, tma=True), 71, _DECODE),
-    Row(
-        "forward",
-        128,
-        _16bit,
-        Tile(64, 64, 4, 2, lookahead=True, tma=True),
-        97,
-        f"two programs per SM, fastest {_MEASURED}",
-    ),
-    Row("forward", 256, _few_rows(16), Tile(16, 32, 4, 3, tma=True), 74, _DECODE),
-    Row(
-        "forward",
-        256,
-        _16bit,
-        Tile(128, 64, 8, 2, lookahead=True, tma=True),
-        225,
-        f"the widest tile of which two stages fit, fastest {_MEASURED}",
-    ),
-    Row("dq", 64, _keys_up_to(1024), Tile(64, 64, 4, 3, tma=True), 65, f"4 % faster at 512 keys {_MEASURED}"),
-    Row("dq", 64, _16bit, Tile(128, 64, 8, 3, tma=True), 81, f"fastest {_MEASURED}"),
-    Row("dq", 128, _16bit, Tile(64, 64, 4, 2, tma=True), 97, f"two programs per SM, fastest {_MEASURED}"),
-    Row("dq", 256, _16bit, Tile(128, 32, 8, 2, tma=True), 193, f"fastest {_MEASURED}"),
-    Row("dkdv", 64, _16bit, Tile(64, 64, 4, 3, tma=True), 66, f"fastest {_MEASURED}"),
-    Row("dkdv", 128, _16bit, Tile(64, 64, 4, 2, tma=True), 97, f"two programs per SM, fastest {_MEASURED}"),
-    Row("dkdv", 256, _16bit, Tile(32, 128, 8, 2, tma=True), 193, f"no P through shared memory; {_UNTRIED}"),
-    Row(
-        "dv",
-        256,
-        _16bit,
-        Tile(64, 128, 8, 2, lookahead=True, tma=True),
-        225,
-        f"with dK they leave no registers for tiles of 128 keys; {_UNTRIED}",
-    ),
-)
+)  # fmt: skip
 
 _BLACKWELL = (  # sm_100: 227 KiB of shared memory, accumulators in tensor memory, TMA
     Row("forward", 64, _few_rows(16), Tile(16, 64, 4, 3, tma=True), 37, _DECODE),
@@ -290,20 +260,21 @@ def choose(
 def choose_splits(tiles: int, blocks: int, sm_count: int, tile: Tile) -> int:
     """Into how many splits to cut the `blocks` key tiles of each of `tiles` row tiles; 1 when they fill the GPU.
 
-    The smallest number that keeps the slots of all waves nearly as busy as the best one does. A split has two blocks or
-    more: less is not worth the combination.
+    The smallest number that keeps the SMs of all waves nearly as busy as the best one does: one program per SM is
+    enough to read keys at full speed (docs/log/0016). Splits must save each program more keys than combining them is
+    worth, and have two blocks or more. Tiles of 16 rows, which do little but read keys, are split for a last wave of
+    few programs too.
     """
-    slots = sm_count * (3 if tile.tile_m == 16 else 1)  # decoding hides the latency of memory with programs
-    if sm_count == 0 or tiles >= FULL_GRID * slots:
+    if sm_count == 0 or (tiles >= FULL_GRID * sm_count and tile.tile_m > 16):
         return 1
-    most = max(1, min(MAX_SPLITS, blocks // 2))
     busy = {}
-    for splits in range(1, most + 1):
+    for splits in range(1, max(1, min(MAX_SPLITS, blocks // 2)) + 1):
         per_split = math.ceil(blocks / splits)
-        waves = math.ceil(tiles * splits / slots)
-        busy[splits] = tiles * blocks / (waves * slots * per_split)  # work done over room taken
+        if splits == 1 or (blocks - per_split) * tile.tile_n >= COMBINATION:
+            waves = math.ceil(tiles * splits / sm_count)
+            busy[splits] = tiles * blocks / (waves * sm_count * per_split)  # work done over room taken
     best = max(busy.values())
-    return next(splits for splits, value in busy.items() if value >= 0.9 * best)
+    return next(splits for splits, value in busy.items() if value >= 0.95 * best)
 
 
 def heads_per_section(problem: AttentionProblem, heads: int) -> int:

@@ -164,7 +164,7 @@ def test_one_split_and_many_agree(device):
 @pytest.mark.parametrize("seqlen_q", [1, 2, 5])
 def test_decoding(seqlen_q, device):
     """A few queries against a long cache, as `configure` sets it up for a GPU with many SMs."""
-    case = Case("decode", seqlen_q=seqlen_q, seqlen_k=555, heads_q=8, heads_k=2, head_dim=64, causal=True)
+    case = Case("decode", seqlen_q=seqlen_q, seqlen_k=1555, heads_q=8, heads_k=2, head_dim=64, causal=True)
     config = backend.choose(replace(case.problem(device), sm_count=132))
     assert config.pack_gqa
     assert config.splits > 1

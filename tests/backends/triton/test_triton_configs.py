@@ -65,6 +65,7 @@ def test_the_number_of_keys_decides_where_it_was_measured_to():
     assert short.dq != middle.dq == long.dq
     assert short.forward == middle.forward != long.forward
     assert short.dkdv == middle.dkdv == long.dkdv
+    assert choose(replace(problem, causal=False)).dkdv != middle.dkdv
 
 
 def test_an_unknown_gpu_gets_safe_rows_and_no_tma():
@@ -79,7 +80,8 @@ def test_splits_when_the_grid_is_small():
     assert config.pack_gqa
     assert config.splits > 1
     assert "idle" in config.why
-    assert choose(replace(decode, batch=16)).splits > 1  # 128 tiles: one per SM, where three fit
+    assert choose(replace(decode, batch=16)).splits == 1  # 128 tiles: one per SM
+    assert choose(replace(decode, batch=17)).splits > 1  # 136: the last four would run alone
     assert choose(replace(decode, batch=64)).splits == 1  # 512 tiles fill the GPU
 
 
@@ -93,6 +95,22 @@ def test_splits_are_worth_it(tiles, blocks):
     assert splits == 1 or blocks // splits >= 2
     per_split = -(-blocks // splits)
     assert -(-tiles * splits // 132) * per_split <= -(-tiles // 132) * blocks
+
+
+def test_no_splits_where_combining_them_takes_longer():
+    """(1, 8, 512, 64) took 9.6 us in two splits and 7.3 in one (docs/log/0016)."""
+    small = replace(H200, batch=1, heads_q=8, heads_k=8, head_dim=64, head_dim_v=64)
+    assert choose(replace(small, seqlen_q=512, seqlen_k=512)).splits == 1
+    assert choose(replace(small, seqlen_q=64, seqlen_k=8192)).splits > 1
+
+
+@pytest.mark.parametrize(
+    ("batch", "seqlen_k", "splits"), [(8, 8192, 2), (1, 131072, 16), (1, 8192, 16), (1, 500, 1)]
+)
+def test_decoding_takes_one_program_per_sm(batch, seqlen_k, splits):
+    """The numbers of splits that were fastest on an H200."""
+    problem = replace(H200, batch=batch, seqlen_q=1, seqlen_k=seqlen_k, heads_q=32, heads_k=8)
+    assert choose(problem).splits == splits
 
 
 def test_dv_has_a_pass_of_its_own_where_the_table_says_so():
