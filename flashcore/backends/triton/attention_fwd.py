@@ -65,7 +65,7 @@ def attention_fwd(q, k, v, out, lse, strides_q, strides_k, strides_v, strides_ou
     inside = (row < rows)[:, None] & (col < HEAD_DIM)[None, :]
     q_rows = head_base(q, batch, 0, strides_q, False) + (query.to(tl.int64) * strides_q[1]
                                                          + head_q.to(tl.int64) * strides_q[2])
-    q_tile = tl.load(q_rows[:, None] + (col * strides_q[3])[None, :], mask=inside, other=0.0)
+    q_tile = tl.load(q_rows[:, None] + (col.to(tl.int64) * strides_q[3])[None, :], mask=inside, other=0.0)
     if SIGN != 1:
         q_tile = (q_tile.to(tl.float32) * SIGN).to(q.dtype.element_ty)
     if Q_REGS:  # a computed operand stays in registers, where a product before the loop uses it too (docs/log/0015)

@@ -8,8 +8,8 @@ by the constexpr TMA:
            fills with zeros what lies past seqlen or head_dim: no address registers, no predicates (Hopper and newer).
   pointers `source` points at the head's first element. Any strides, the last one included.
 
-Offsets of batches, heads and tiles are 64-bit, since a tensor may hold more than 2^31 elements; offsets inside a tile
-are 32-bit.
+Offsets into what callers pass are 64-bit, inside a tile too: rows of a view may lie any distance apart. (That takes no
+more registers, and leaves the vectors as wide.) Offsets inside a tile of a contiguous result are 32-bit.
 """
 
 # fmt: off
@@ -52,7 +52,8 @@ def load_rows(source, batch, head, start, stop, strides, HEAD_DIM: tl.constexpr,
     else:
         rows = tl.arange(0, TILE)[:, None]
         cols = tl.arange(0, BLOCK_D)[None, :]
-        pointers = source + tl.cast(start, tl.int64) * strides[1] + (rows * strides[1] + cols * strides[3])
+        offsets = rows.to(tl.int64) * strides[1] + cols.to(tl.int64) * strides[3]
+        pointers = source + tl.cast(start, tl.int64) * strides[1] + offsets
         inside = rows < stop - start
         if HEAD_DIM != BLOCK_D:
             inside = inside & (cols < HEAD_DIM)

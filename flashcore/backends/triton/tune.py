@@ -98,9 +98,9 @@ def _tiles(text: str) -> list[Tile]:
     return [parsed(one.strip()) for one in text.split(",")]
 
 
-# By what docs/log/0013 and 0016 found, and where that says nothing by registers and shared memory as `compile.resources` reports
-# them for sm_90: none spills much. One stage means one buffer: programs of 64 rows then fit an SM in twos and threes,
-# and fill each other's waits for memory.
+# By what docs/log/0013 and 0016 found, and where they say nothing by registers and shared memory as `compile.resources`
+# reports them for sm_90: none spills much. One stage means one buffer: programs of 64 rows then fit an SM in twos and
+# threes, and fill each other's waits for memory.
 HOPPER = {
     ("forward", 64): _tiles(
         "64x128 w4 s2 T, 128x64 w8 s3 T, 64x64 w4 s3 LT, 64x128 w4 s2 LT, 64x64 w4 s2 T, 64x128 w4 s1 T, "
@@ -110,30 +110,22 @@ HOPPER = {
         "64x64 w4 s2 LT, 64x128 w4 s1 T, 64x128 w4 s1 TR168, 64x64 w4 s1 TR128, 64x32 w4 s3 LT, 64x256 w4 s1 T, "
         "128x128 w8 s2 LT, 64x64 w4 s3 T"
     ),
-    ("forward", 256): _tiles("128x64 w8 s2 LT, 128x64 w8 s2 T, 64x32 w4 s2 LT, 64x128 w4 s1 T, 128x128 w8 s1 T"),
+    ("forward", 256): _tiles(
+        "128x64 w8 s2 LT, 128x64 w8 s2 T, 64x32 w4 s2 LT, 64x128 w4 s1 T, 128x128 w8 s1 T"
+    ),
     ("dq", 64): _tiles(
         "128x64 w8 s3 T, 64x64 w4 s3 T, 64x64 w4 s2 T, 128x64 w8 s4 T, 64x64 w4 s1 T, 64x128 w4 s1 T"
     ),
-    ("dq", 128): _tiles(
-        "64x64 w4 s2 T, 128x64 w8 s3 T, 64x64 w4 s1 TR168, 64x128 w4 s1 T, 64x32 w4 s3 T"
-    ),
-    ("dq", 256): _tiles(
-        "128x32 w8 s3 T, 64x64 w4 s2 T, 64x32 w4 s3 T, 128x16 w8 s6 T"
-    ),
+    ("dq", 128): _tiles("64x64 w4 s2 T, 128x64 w8 s3 T, 64x64 w4 s1 TR168, 64x128 w4 s1 T, 64x32 w4 s3 T"),
+    ("dq", 256): _tiles("128x32 w8 s3 T, 64x64 w4 s2 T, 64x32 w4 s3 T, 128x16 w8 s6 T"),
     ("dkdv", 64): _tiles(
         "64x64 w4 s3 TR168, 64x64 w4 s4 T, 64x64 w4 s3 T, 64x64 w4 s4 TR168, 32x64 w4 s3 T, 32x64 w4 s4 T, "
         "64x64 w4 s1 TR168"
     ),
-    ("dkdv", 128): _tiles(
-        "64x64 w4 s2 T, 32x64 w4 s3 T, 32x64 w4 s4 T, 32x64 w4 s3 LT"
-    ),
+    ("dkdv", 128): _tiles("64x64 w4 s2 T, 32x64 w4 s3 T, 32x64 w4 s4 T, 32x64 w4 s3 LT"),
     ("dkdv", 256): _tiles("64x64 w8 s2 T"),
-    ("dk", 256): _tiles(
-        "32x128 w8 s3 T, 64x64 w4 s2 T, 32x64 w4 s3 T, 16x128 w8 s6 T"
-    ),
-    ("dv", 256): _tiles(
-        "64x128 w8 s2 LT, 64x128 w8 s2 T, 32x128 w8 s3 LT, 32x128 w8 s4 LT, 32x64 w4 s2 T"
-    ),
+    ("dk", 256): _tiles("32x128 w8 s3 T, 64x64 w4 s2 T, 32x64 w4 s3 T, 16x128 w8 s6 T"),
+    ("dv", 256): _tiles("64x128 w8 s2 LT, 64x128 w8 s2 T, 32x128 w8 s3 LT, 32x128 w8 s4 LT, 32x64 w4 s2 T"),
 }
 
 

@@ -186,6 +186,29 @@ def test_nothing_past_the_end_or_behind_the_mask_is_read(values, device):
         torch.testing.assert_close(out, clean[0], atol=1e-2, rtol=1e-2)
 
 
+def test_rows_far_apart(device):
+    """Offsets inside one tile that 32 bits cannot hold."""
+    case = Case("far", batch=1, seqlen_q=40, seqlen_k=40, heads_q=1, heads_k=1, head_dim=16)
+    stride = 2**26
+    try:
+        storage = torch.empty(39 * stride + 16, dtype=torch.bfloat16, device=device)  # most of it stays untouched
+    except RuntimeError:
+        pytest.skip("needs 5 GB of address space")
+    far = storage.as_strided((1, 40, 1, 16), (0, stride, 16, 1))
+    q, k, v = case.inputs(device)
+    for i in range(3):
+        inputs = [q, k, v]
+        far.copy_(inputs[i])
+        inputs[i] = far
+        problem = case.problem(device, needs_grad=True)
+        config = TritonConfig(*[Tile(64, 64, 4, 2)] * 3)
+        out, lse = backend.forward(problem, config, *inputs)
+        assert_forward(out, lse, q, k, v, causal=False)
+        dout = torch.randn_like(out)
+        grads = backend.backward(problem, config, *inputs, out, lse, dout)
+        assert_gradients(grads, q, k, v, dout, causal=False)
+
+
 def test_nan_in_hidden_keys_stays_hidden(device):
     """Behind the causal diagonal, inside a tile that other rows see."""
     case = replace(BY_NAME["causal_65"], batch=1, heads_q=1, heads_k=1, head_dim=16)
