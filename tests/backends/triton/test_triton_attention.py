@@ -190,8 +190,8 @@ def test_rows_far_apart(device):
     """Offsets inside one tile that 32 bits cannot hold."""
     case = Case("far", batch=1, seqlen_q=40, seqlen_k=40, heads_q=1, heads_k=1, head_dim=16)
     stride = 2**26
-    try:
-        storage = torch.empty(39 * stride + 16, dtype=torch.bfloat16, device=device)  # most of it stays untouched
+    try:  # most of it stays untouched
+        storage = torch.empty(39 * stride + 16, dtype=torch.bfloat16, device=device)
     except RuntimeError:
         pytest.skip("needs 5 GB of address space")
     far = storage.as_strided((1, 40, 1, 16), (0, stride, 16, 1))
