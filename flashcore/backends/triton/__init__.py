@@ -11,6 +11,9 @@ import importlib.metadata
 import importlib.util
 import math
 import os
+import shutil
+import sysconfig
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flashcore import env
@@ -31,7 +34,7 @@ MIN_TRITON = "3.4"  # tensor descriptors made on the host
 
 def unavailable() -> str | None:
     """Why this machine cannot run the backend; None if it can."""
-    return _missing() or (None if interpreted() else _no_gpu())
+    return _missing() or (None if interpreted() else _no_gpu() or _no_compiler())
 
 
 def interpreted() -> bool:
@@ -66,6 +69,18 @@ def _no_gpu() -> str | None:
         return (
             f"needs compute capability 8.0 (found {', '.join(f'{a}.{b}' for a, b in sorted(capabilities))})"
         )
+    return None
+
+
+@functools.cache
+def _no_compiler() -> str | None:
+    """What Triton lacks to build the C code by which it starts kernels, looked for where Triton does."""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton needs a C compiler to start kernels: apt-get install gcc, or set CC"
+    scheme = "posix_prefix" if sysconfig.get_default_scheme() == "posix_local" else None
+    include = Path((sysconfig.get_paths(scheme) if scheme else sysconfig.get_paths())["include"])
+    if not (include / "Python.h").exists():
+        return f"Triton needs Python's headers to start kernels, and {include} has none: apt-get install python3-dev"
     return None
 
 

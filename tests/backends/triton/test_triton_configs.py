@@ -176,6 +176,19 @@ def test_rejects_the_cpu_outside_the_interpreter(monkeypatch):
     assert "cpu" in backend.rejects(replace(H200, device="cpu", arch=None))
 
 
+def test_needs_what_triton_builds_its_launchers_with(monkeypatch, tmp_path):
+    check = backend._no_compiler.__wrapped__
+    assert check() is None  # the tests of this folder compile with it
+    monkeypatch.setattr(backend.sysconfig, "get_paths", lambda *scheme: {"include": str(tmp_path)})
+    assert "python3-dev" in check()
+    (tmp_path / "Python.h").touch()
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "gcc" in check()
+    monkeypatch.setenv("CC", "/opt/cc")
+    assert check() is None
+
+
 COMPILE = """
 import json, re, sys
 from dataclasses import asdict
