@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
+import weakref
+from unittest import mock
 
 import pytest
 
@@ -109,6 +112,27 @@ def test_a_context_is_entered_once_per_burst():
 
     assert timing.within(Context, lambda n: [1.0] * n)(4) == [1.0] * 4
     assert len(entered) == 1
+
+
+def test_a_graph_keeps_what_its_calls_read(monkeypatch):
+    """Freed, it would be given back to the device by the next capture, and the next replay would read it."""
+    import torch
+
+    class Call:
+        def __call__(self):
+            pass
+
+    monkeypatch.setattr(torch, "cuda", mock.MagicMock())
+    monkeypatch.setattr(timing, "event_burst", lambda call: lambda n: [timing.GRAPH_CALLS_MS] * n)
+    call = Call()
+    held = weakref.ref(call)
+    burst = timing.graph_burst(call)
+    del call
+    gc.collect()
+    assert held() is not None
+    del burst
+    gc.collect()
+    assert held() is None
 
 
 @pytest.mark.gpu
