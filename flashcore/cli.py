@@ -378,7 +378,7 @@ def explain(
     sizes = _sizes(shape)
     try:
         problem = _problem(sizes, dtype, causal, scale, grad, lse, arch)
-        chosen = plan(problem, backend) if arch is None else _plan_elsewhere(problem, backend)
+        chosen = plan(problem, backend, anywhere=arch is not None)
     except FlashCoreError as error:
         raise _fail(str(error)) from None
     print(chosen)
@@ -419,28 +419,6 @@ def _problem(sizes, dtype, causal, scale, grad, lse, arch):
         raise _fail(f"--arch {arch!r} is not a compute capability such as 9.0")
     # 132 multiprocessors: the H100 SXM and the H200
     return replace(problem, device="cuda", arch=(int(match[1]), int(match[2])), sm_count=132)
-
-
-def _plan_elsewhere(problem, backend: str):
-    """The plan on a machine where every backend's libraries are there: what the backends say of the problem alone."""
-    from flashcore import backends
-    from flashcore import plan as planning
-    from flashcore.errors import InvalidInputError, UnsupportedError
-
-    if backend != "auto" and backend not in backends.BACKENDS:
-        raise InvalidInputError(f"backend={backend!r} does not exist (supported: auto, {', '.join(backends.BACKENDS)})")
-    if problem.is_empty:
-        return planning.plan(problem, backend)
-    rejected = []
-    for name in backends.BACKENDS if backend == "auto" else (backend,):
-        module = backends.load(name)
-        if (reason := module.rejects(problem)) is None:
-            backward, backward_why = planning._choose_backward(problem, name, module, None, anywhere=True)
-            why = "requested" if backend != "auto" else "the first that can, where every backend's libraries are there"
-            config = module.configure(problem)
-            return planning.Plan(problem, name, config, backward, why, backward_why, tuple(rejected))
-        rejected.append((name, reason))
-    raise UnsupportedError("no backend can:" + "".join(f"\n  {name}: {reason}" for name, reason in rejected))
 
 
 # --- profile

@@ -72,17 +72,18 @@ def override(
         active_override.reset(token)
 
 
-def plan(problem: AttentionProblem, backend: str = "auto") -> Plan:
+def plan(problem: AttentionProblem, backend: str = "auto", *, anywhere: bool = False) -> Plan:
     """Choose backend, config and backward pass. Memoised.
 
+    :param anywhere: not for this machine, but for one where every backend's libraries and GPUs are there.
     :raises InvalidInputError: `backend` is no backend's name.
     :raises UnsupportedError: none, or not the requested one, can do it; the message says why for each.
     """
-    return _plan(problem, backend, active_override.get())
+    return _plan(problem, backend, active_override.get(), anywhere)
 
 
 @lru_cache(maxsize=4096)
-def _plan(problem: AttentionProblem, backend: str, forced: Override | None) -> Plan:
+def _plan(problem: AttentionProblem, backend: str, forced: Override | None, anywhere: bool) -> Plan:
     if forced and forced.backend and backend == "auto":
         backend = forced.backend
     if backend != "auto" and backend not in backends.BACKENDS:
@@ -92,7 +93,7 @@ def _plan(problem: AttentionProblem, backend: str, forced: Override | None) -> P
     if problem.is_empty:
         name, why, rejected = "empty", "nothing to multiply: a zero-sized batch or sequence", ()
     else:
-        name, why, rejected = _choose_backend(problem, backend)
+        name, why, rejected = _choose_backend(problem, backend, anywhere)
     module = backends.load(name)
     config = module.configure(problem)
     if forced and forced.config is not None and not problem.is_empty:
@@ -101,27 +102,45 @@ def _plan(problem: AttentionProblem, backend: str, forced: Override | None) -> P
                 f"override: backend {name} has no config to override (given {forced.config})."
             )
         config = forced.config
-    backward, backward_why = _choose_backward(problem, name, module, forced.backward if forced else None)
+    forced_backward = forced.backward if forced else None
+    backward, backward_why = _choose_backward(problem, name, module, forced_backward, anywhere)
     return Plan(problem, name, config, backward, why, backward_why, rejected)
 
 
 def _choose_backend(
-    problem: AttentionProblem, requested: str
+    problem: AttentionProblem, requested: str, anywhere: bool
 ) -> tuple[str, str, tuple[tuple[str, str], ...]]:
     """The name of the backend, why, and who was rejected on the way."""
     candidates = backends.BACKENDS if requested == "auto" else (requested,)
     rejected: list[tuple[str, str]] = []
     for name in candidates:
         module = backends.load(name)
-        unavailable = module.unavailable()
+        unavailable = None if anywhere else module.unavailable()
         reason = unavailable or module.rejects(problem)
         if reason is None:
-            why = "requested" if requested != "auto" else f"the first of {', '.join(candidates)} that can"
-            return name, why, tuple(rejected)
+            if requested != "auto":
+                return name, "requested", tuple(rejected)
+            alone = name, f"the first of {', '.join(candidates)} that can"
+            return *(_deferral(problem, name, anywhere) or alone), tuple(rejected)
         if unavailable and problem.device == "cuda" and module.rejects(problem) is None:
             _warn_that_the_gpu_could_do_better(name, unavailable)
         rejected.append((name, reason))
     raise UnsupportedError(_unsupported(problem, requested, rejected))
+
+
+def _deferral(problem: AttentionProblem, name: str, anywhere: bool) -> tuple[str, str] | None:
+    """The backend to which one that could compute the problem gives it, and why; None if it keeps it.
+
+    It keeps it without a warning where the other cannot have it.
+    """
+    deferral = getattr(backends.load(name), "defers", lambda problem: None)(problem)
+    if deferral is None or deferral[0] not in backends.BACKENDS:
+        return None
+    other, reason = deferral
+    module = backends.load(other)
+    if (None if anywhere else module.unavailable()) or module.rejects(problem):
+        return None
+    return other, f"{name} defers to it: {other} {reason}"
 
 
 @lru_cache
@@ -139,7 +158,7 @@ def _unsupported(problem: AttentionProblem, requested: str, rejected: list[tuple
 
 
 def _others_with_a_backward(problem: AttentionProblem, name: str, anywhere: bool) -> dict[str, str | None]:
-    """Backends whose backward can follow another's forward, and why they cannot here (or `anywhere`)."""
+    """Backends whose backward can follow another's forward, and why they cannot."""
     others = {other: backends.load(other) for other in backends.BACKENDS if other != name}
     reasons = {
         other: (None if anywhere else module.unavailable()) or module.rejects(problem)
@@ -150,9 +169,9 @@ def _others_with_a_backward(problem: AttentionProblem, name: str, anywhere: bool
 
 
 def _choose_backward(
-    problem: AttentionProblem, name: str, module: Backend, forced: str | None, anywhere: bool = False
+    problem: AttentionProblem, name: str, module: Backend, forced: str | None, anywhere: bool
 ) -> tuple[str, str]:
-    """The backward pass and why. `anywhere`: where every backend's libraries are there."""
+    """The backward pass and why."""
     if not problem.needs_grad:
         return NO_GRAD, "no input requires a gradient"
     if module.NATIVE_GRAD:

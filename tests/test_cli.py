@@ -228,6 +228,12 @@ def test_explain_plans_for_a_gpu_that_is_not_here():
     assert "backward  triton" in flashcore(*SHAPE, "--arch", "9.0", "--grad")
 
 
+def test_explain_says_who_defers():
+    decoding = ("explain", "--shape", "8,1,8192,32,8,128", "--arch", "9.0")
+    assert "backend   triton: hopper defers to it: triton packs" in flashcore(*decoding)
+    assert "backend   hopper: requested" in flashcore(*decoding, "--backend", "hopper")
+
+
 def test_explain_says_why_not():
     out = flashcore(*SHAPE, "--arch", "8.0")
     assert "backend   triton" in out

@@ -6,8 +6,10 @@ from dataclasses import dataclass, replace
 import pytest
 
 from flashcore import backends
+from flashcore.bench.cases import SUITES
+from flashcore.bench.record import WITH_TRITON
 from flashcore.errors import FlashCoreWarning, InvalidInputError, UnsupportedError
-from flashcore.plan import override, plan
+from flashcore.plan import _plan, override, plan
 from flashcore.problem import AttentionProblem
 
 PROBLEM = AttentionProblem(
@@ -63,6 +65,110 @@ def test_real_backends_on_the_cpu():
     before = backends.BACKENDS[: backends.BACKENDS.index("reference")]
     assert tuple(name for name, _ in with_lse.rejected) == before
     assert "return_lse" in dict(with_lse.rejected)["sdpa"]
+
+
+# ---- who defers to whom ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def usable(monkeypatch):
+    """A function that pretends that a Hopper GPU is here, with hopper and these backends."""
+
+    def use(*names: str) -> None:
+        for name in ("hopper", "triton"):
+            reason = None if name in ("hopper", *names) else "its library is missing"
+            monkeypatch.setattr(backends.load(name), "unavailable", lambda reason=reason: reason)
+        _plan.cache_clear()
+
+    return use
+
+
+DECODING = replace(
+    ON_HOPPER, batch=8, seqlen_q=1, seqlen_k=8192, heads_q=32, heads_k=8, head_dim=128, head_dim_v=128, causal=False,
+)  # fmt: skip
+
+
+def test_decoding_goes_to_triton(usable):
+    usable("triton")
+    chosen = plan(DECODING)
+    assert (chosen.backend, chosen.rejected) == ("triton", ())
+    assert chosen.why == "hopper defers to it: triton packs the 4 heads of a group: 4 rows for each key head"
+    assert chosen.config.pack_gqa
+    assert "backend   triton: hopper defers to it" in str(chosen)
+    assert plan(replace(DECODING, needs_grad=True)).backward == "triton"
+
+
+@pytest.mark.filterwarnings("error")
+def test_decoding_stays_with_hopper_without_triton(usable, monkeypatch):
+    usable()
+    assert plan(DECODING).backend == "hopper"
+    usable("triton")
+    monkeypatch.setattr(backends.load("triton"), "rejects", lambda problem: "head_dim 128")
+    assert plan(DECODING).backend == "hopper"
+    monkeypatch.setattr(backends, "BACKENDS", ("hopper", "sdpa", "reference"))
+    _plan.cache_clear()
+    assert plan(DECODING).backend == "hopper"
+
+
+def test_who_is_named_computes(usable):
+    usable("triton")
+    assert (plan(DECODING, "hopper").backend, plan(DECODING, "hopper").why) == ("hopper", "requested")
+    with override(backend="hopper"):
+        assert plan(DECODING).backend == "hopper"
+    assert plan(DECODING).backend == "triton"
+
+
+def test_a_plan_for_elsewhere_follows_the_same_rules():
+    assert plan(DECODING, anywhere=True).backend == "triton"
+    assert plan(replace(DECODING, seqlen_k=512), anywhere=True).backend == "hopper"
+    assert plan(DECODING, "hopper", anywhere=True).backend == "hopper"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        # A long prompt, a chunk of one, and small problems, which the host bounds
+        ({"seqlen_q": 8192, "causal": True}, None),
+        ({"seqlen_q": 512, "causal": True}, None),
+        ({"seqlen_k": 512}, None),
+        # Packed heads: 128 rows at most. Two tiles for the busiest of 132 SMs, so 2048 keys count as 4096.
+        ({"seqlen_k": 2048}, "packs the 4 heads of a group: 4 rows"),
+        ({"seqlen_k": 2047}, None),
+        ({"seqlen_q": 32}, "packs the 4 heads of a group: 128 rows"),
+        ({"seqlen_q": 33}, None),
+        # No groups: 16 rows at most
+        ({"seqlen_q": 16, "heads_k": 32}, "has tiles of 16 rows for 16"),
+        ({"seqlen_q": 17, "heads_k": 32}, None),
+        # Split keys: a quarter of the SMs at most
+        ({"batch": 1, "seqlen_q": 64, "heads_k": 32}, "splits the keys: 32 tiles of 64 rows for 132 SMs"),
+        ({"batch": 1, "seqlen_q": 64, "heads_q": 33, "heads_k": 33}, "splits the keys: 33 tiles"),
+        ({"batch": 1, "seqlen_q": 64, "heads_q": 34, "heads_k": 34}, None),
+        ({"batch": 1, "seqlen_q": 65, "heads_k": 32}, None),
+        ({"batch": 1, "seqlen_q": 64, "heads_k": 32, "seqlen_k": 4096}, "splits the keys"),
+        ({"batch": 1, "seqlen_q": 64, "heads_k": 32, "seqlen_k": 4095}, None),
+    ],
+)
+def test_to_whom_hopper_defers(usable, change, reason):
+    usable("triton")
+    chosen = plan(replace(DECODING, **change))
+    assert chosen.backend == ("hopper" if reason is None else "triton")
+    if reason is not None:
+        assert chosen.why.startswith(f"hopper defers to it: triton {reason}")
+
+
+def test_suites_without_tritons_kernels_in_their_digest_measure_hopper():
+    for suite in SUITES.values():
+        if suite.name not in (*WITH_TRITON, "gemm"):
+            for case in suite.cases:
+                problem = replace(
+                    ON_HOPPER, dtype=case.dtype, batch=case.batch, seqlen_q=case.seqlen_q, seqlen_k=case.seqlen_k,
+                    heads_q=case.heads, heads_k=case.kv_heads, head_dim=case.head_dim, head_dim_v=case.head_dim,
+                    causal=case.causal,
+                )  # fmt: skip
+                assert plan(problem, anywhere=True).backend == "hopper", (suite.name, case.name)
+
+
+# ---- a backend by name -------------------------------------------------------------------------------------------
 
 
 def test_requested_backend():

@@ -33,6 +33,12 @@ class Backend(Protocol):
     def rejects(self, problem: AttentionProblem) -> str | None:
         """The one feature of this problem that the backend lacks, such as ``head_dim 520 > 256``; None if it can."""
 
+    def defers(self, problem: AttentionProblem) -> tuple[str, str] | None:
+        """Optional: another backend that is faster at this problem, which is not rejected, and why; None: go ahead.
+
+        It gets the problem if it can compute it and the caller named no backend.
+        """
+
     def configure(self, problem: AttentionProblem) -> Any:
         """The frozen config for this problem, with a ``why`` and a readable ``str()``; None if there is no choice."""
 
@@ -61,8 +67,8 @@ class Backend(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Optional, see HAS_BACKWARD: compute ``(dq, dk, dv)``, shaped like q, k and v.
 
-        ``out`` and ``lse`` may be another backend's, and ``config`` is that one's then. ``dout`` may have any strides, 0
-        included.
+        ``out`` and ``lse`` may be another backend's, and ``config`` is that one's then. ``dout`` may have any strides,
+        0 included.
         """
 
 

@@ -21,6 +21,9 @@ HAS_BACKWARD = False
 # The kernel divides by the scale; below this the quotient of its rescaling threshold could overflow.
 _MIN_SCALE = 1e-20
 
+# Keys that the busiest SM reads in the time that Triton's two kernels cost the host, more or less (docs/log/0017).
+_DEFERRED_KEYS = 4096
+
 
 @functools.cache
 def unavailable() -> str | None:
@@ -75,6 +78,25 @@ def rejects(problem: AttentionProblem) -> str | None:
         return f"scale {problem.scale} is not positive (at least {_MIN_SCALE})"
     if problem.batch * problem.heads_q * math.ceil(problem.seqlen_q / 64) >= 2**31:
         return "more than 2^31 query tiles"
+    return None
+
+
+def defers(problem: AttentionProblem) -> tuple[str, str] | None:
+    """Whose kernels are faster at a problem that is not rejected, and why; None: nobody's (docs/log/0017).
+
+    A tile of these kernels has 64 rows or more of one query head, and reads all keys that they see. Triton's take the
+    rows of all query heads of a key head together, or 16 rows, and share the keys of few tiles out.
+    """
+    tiles = problem.batch * problem.heads_q * math.ceil(problem.seqlen_q / 64)
+    if math.ceil(tiles / problem.sm_count) * problem.seqlen_k < _DEFERRED_KEYS:
+        return None
+    rows = problem.seqlen_q * problem.group_size
+    if problem.group_size > 1 and rows <= 128:
+        return "triton", f"packs the {problem.group_size} heads of a group: {rows} rows for each key head"
+    if rows <= 16:
+        return "triton", f"has tiles of 16 rows for {rows}, and splits keys where there are few"
+    if 4 * tiles <= problem.sm_count:
+        return "triton", f"splits the keys: {tiles} tiles of 64 rows for {problem.sm_count} SMs"
     return None
 
 
