@@ -178,7 +178,7 @@ def test_explain_names_config_and_schedule(monkeypatch):
     problem = GemmProblem("bfloat16", "bfloat16", "cuda", (9, 0), 132, 1, 8192, 8192, 8192)
     text = str(gemm.plan_gemm(problem))
     assert "hopper" in text
-    assert "tile 128 x 256" in text
+    assert "tile 256 x 192" in text
     assert "66 clusters" in text
 
 

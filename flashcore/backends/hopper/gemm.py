@@ -51,7 +51,7 @@ class GemmLauncher:
                 (
                     problem.m, problem.n, k_blocks(problem), schedule.m_tiles, schedule.n_tiles, problem.batch,
                     schedule.group, schedule.whole_tiles, schedule.parts, *schedule.shares(problem),
-                    not problem.a_shared, not problem.b_shared, schedule.snake,
+                    not problem.a_shared, not problem.b_shared,
                 ),
             )
         )  # fmt: skip

@@ -39,12 +39,7 @@ class GemmConfig:
     activation: str | None = None
     split: bool = False  # some tiles are shared out along the reduction
     tma_store: bool = True  # False: rows of the output are not aligned to 16 bytes
-    a_policy: int = 0  # how long L2 keeps a: 0 as usual, 1 least, 2 longest
-    b_policy: int = 0
-    out_policy: int = 0
     in_flight: int = 1  # blocks whose products a warpgroup has queued before the ones it waits for
-    lag: int = 0  # blocks by which warpgroup 1 starts behind warpgroup 0, so that their tiles end at different times
-    prefetch: int = 0  # blocks of the reduction that are brought to L2 ahead of the loads
     wait_limit: int = 0  # > 0: a wait traps after so many tries (development)
     why: str = field(default="", compare=False)  # the reason of the tile it came from
 
@@ -88,8 +83,10 @@ class GemmConfig:
 
     @property
     def deferred(self) -> bool:
-        """Whether a finished tile waits in registers, rounded, to be stored under the next tile's products."""
-        return self.tma_store and not self.out_float and self.tile_m == 64 * self.consumers <= 128
+        """Whether a finished tile, or half of it in fp32, waits in registers, to be stored under the next products."""
+        # In fp32 SwiGLU needs both halves at once, and shared tiles make the assembler copy registers in the loop.
+        whole = self.out_float and (self.activation == "swiglu" or self.split)
+        return self.tma_store and not whole and self.tile_m == 64 * self.consumers <= 128
 
     @property
     def smem_bytes(self) -> int:
@@ -113,6 +110,8 @@ class GemmConfig:
             return f"{self.out_n} columns are not whole chunks of {chunk}"
         if self.tile_m // self.consumers * self.tile_n > 192 * 128:
             return "the accumulators of a warpgroup leave no registers"
+        if not self.tma_store and self.tile_m // self.consumers * self.tile_n > 64 * 256:
+            return "the accumulators of a warpgroup leave no registers to store an unaligned output"
         if self.a_mn_major and self.tile_m // self.cluster_n % 64:
             return "a CTA's share of a is not whole chunks of 64 rows"
         if self.b_mn_major and self.out_n // self.cluster_m % 64:
@@ -161,7 +160,6 @@ class GemmSchedule:
     group: int  # tiles along m that are walked together
     whole_tiles: int  # the other tiles are shared out by blocks of the reduction
     parts: int  # to that many clusters; 0 if there are none
-    snake: int = 0  # bit 0: every other round goes backwards along k, bit 1: every other group along n
 
     def rest(self, batch: int) -> int:
         """Tiles that are shared out."""
@@ -194,6 +192,8 @@ class Tile:
     cluster_n: int
     stages: int
     store_buffers: int
+    in_flight: int
+    gigahertz: float  # what is left of the clock under the power cap, less for more traffic (docs/log/0014)
     why: str
 
     def config(self, problem: GemmProblem) -> GemmConfig:
@@ -201,27 +201,28 @@ class Tile:
         return GemmConfig(
             problem.dtype, self.tile_m, self.tile_n, self.consumers, self.cluster_m, self.cluster_n, self.stages,
             self.store_buffers, problem.a_mn_major, problem.b_mn_major, out_float, problem.bias, problem.activation,
-            tma_store=problem.n * (4 if out_float else 2) % 16 == 0, why=self.why,
+            tma_store=problem.n * (4 if out_float else 2) % 16 == 0, in_flight=self.in_flight, why=self.why,
         )  # fmt: skip
 
 
 TILES: tuple[Tile, ...] = (
-    Tile(128, 256, 2, 2, 1, 4, 2, "the least traffic per product whose output is stored under the next tile"),
-    Tile(128, 128, 2, 1, 2, 6, 2, "fills the machine with few rows or few tiles"),
-    Tile(64, 128, 1, 1, 1, 8, 2, "few rows: reads b at memory speed, with many bytes in flight"),
+    Tile(256, 192, 2, 1, 2, 3, 3, 0, 1.42, "the least traffic per product, for many tiles"),
+    Tile(128, 256, 2, 2, 1, 4, 2, 0, 1.36, "the least traffic of those that store under the next tile"),
+    Tile(128, 128, 2, 1, 2, 6, 2, 1, 1.45, "fills the machine with few rows or few tiles"),
+    Tile(64, 128, 1, 1, 1, 8, 2, 1, 1.6, "few rows: reads b at memory speed, with many bytes in flight"),
 )
 
 MAX_PARTS = 8  # per tile
 LEAST_PART = 4  # blocks of the reduction: less of a tile is not handed over (``TileScheduler::least_part``)
 
 # What estimated_seconds knows of an H200 (docs/log). Only the order of the candidates depends on it.
-_CLOCK = 1.6e9  # Hz, under the power cap
 _L2_BYTES_PER_CLOCK = 38  # per SM, of reads that no other CTA of the cluster shares
 _SMEM_BYTES_PER_CLOCK = 64  # per SM, delivered
 _HBM_BYTES_PER_SECOND = 4.4e12
-_TILE_CLOCKS = 1500  # start and end of a tile that no other work covers
+_TILE_CLOCKS = 700  # start and end of a tile that no other work covers,
+_STORE_BYTES_PER_CLOCK = 50  # per SM, and its output unless it is deferred
 _HAND_OVER_SECONDS = 2.5e-6  # of a shared tile: write, signal, read, beyond the traffic
-_PARTIAL_BYTES_PER_SECOND = 2.5e12  # written and read
+_PARTIAL_BYTES_PER_SECOND = 4.5e12  # written and read
 _SPLIT_HURDLE = 1.01  # sharing that promises less is not worth its workspace
 
 
@@ -278,13 +279,13 @@ def deal_units(
         strip = index // (dealt.group * dealt.n_tiles)
         first = strip * dealt.group
         n_tile, m_tile = divmod(index - first * dealt.n_tiles, min(dealt.group, dealt.m_tiles - first))
-        if strip & dealt.snake >> 1:
+        if strip % 2:
             n_tile = dealt.n_tiles - 1 - n_tile
         units.append((batch, first + m_tile, n_tile, k_begin, k_end))
     return units
 
 
-def estimated_seconds(problem: GemmProblem, config: GemmConfig, dealt: GemmSchedule) -> float:
+def estimated_seconds(problem: GemmProblem, tile: Tile, config: GemmConfig, dealt: GemmSchedule) -> float:
     """A model of the kernel's time, to choose among configs and schedules."""
     rows = min(config.tile_m, problem.m)
     read = (rows / config.cluster_n + config.tile_n / config.cluster_m) * 128
@@ -292,19 +293,26 @@ def estimated_seconds(problem: GemmProblem, config: GemmConfig, dealt: GemmSched
     block_clocks = max(
         config.tile_m * config.tile_n / 32, read / _L2_BYTES_PER_CLOCK, delivered / _SMEM_BYTES_PER_CLOCK
     )
+    blocks_per_tile, rest = k_blocks(problem), dealt.rest(problem.batch)
     waves = -(-dealt.whole_tiles // dealt.clusters)
-    rest = dealt.rest(problem.batch)
-    blocks = waves * k_blocks(problem) + (rest * k_blocks(problem) / dealt.parts if dealt.parts else 0)
+    blocks = waves * blocks_per_tile + (rest * blocks_per_tile / dealt.parts if dealt.parts else 0)
     pieces = waves + (2 if rest and dealt.parts % rest else bool(rest))
-    compute = (blocks * block_clocks + pieces * _TILE_CLOCKS) / _CLOCK
     out_size = 4 if config.out_float else 2
-    operands = (problem.m + problem.b_columns) * problem.k * 2 + problem.m * problem.n * out_size
-    memory = problem.batch * operands / _HBM_BYTES_PER_SECOND
+    exposed = 1 if not config.deferred else 0.5 if config.out_float else 0
+    stored = exposed * config.tile_m * config.out_n * out_size
+    tile_clocks = _TILE_CLOCKS + stored / _STORE_BYTES_PER_CLOCK
+    compute = (blocks * block_clocks + pieces * tile_clocks) / (tile.gigahertz * 1e9)
+    traffic = (problem.m + problem.b_columns) * problem.k * 2 + problem.m * problem.n * out_size
+    traffic *= problem.batch
     hand_over = 0.0
     if dealt.parts:
-        cuts = dealt.parts - math.gcd(dealt.parts, rest)  # between two parts of one tile
+        in_step = math.gcd(dealt.parts, rest)  # clusters at the same blocks of k: they share what they read
+        cluster_rows = config.tile_m * config.cluster_m + config.tile_n * config.cluster_n
+        traffic = max(traffic, rest * blocks_per_tile * cluster_rows * 128 / math.sqrt(in_step))
+        cuts = dealt.parts - in_step  # between two parts of one tile
         partials = cuts * config.cluster_size * config.tile_m * config.tile_n * 4
         hand_over = _HAND_OVER_SECONDS + 2 * partials / _PARTIAL_BYTES_PER_SECOND
+    memory = traffic / _HBM_BYTES_PER_SECOND
     return max(compute, memory) + 0.1 * min(compute, memory) + hand_over
 
 
@@ -316,10 +324,11 @@ def choose_gemm(problem: GemmProblem) -> tuple[GemmConfig, GemmSchedule]:
         if config.infeasible():
             continue
         for parts in (0, *candidate_parts(problem, config)):
-            dealt = schedule(problem, config, parts)
-            seconds = estimated_seconds(problem, config, dealt) * (_SPLIT_HURDLE if parts else 1)
+            variant = replace(config, split=parts > 0)
+            dealt = schedule(problem, variant, parts)
+            seconds = estimated_seconds(problem, tile, variant, dealt) * (_SPLIT_HURDLE if parts else 1)
             if best is None or seconds < best[0]:
-                best = seconds, replace(config, split=parts > 0), dealt
+                best = seconds, variant, dealt
     if best is None:
         raise LookupError(f"no tile of TILES is feasible for {problem}")
     return best[1:]
@@ -343,6 +352,8 @@ def declared_configs() -> list[tuple[str, GemmConfig]]:
                 bias=activation == "gelu",
                 activation=activation,
             )
+            if tile.config(problem).infeasible():
+                continue
             for split in (False, True):
                 parts = (
                     f"gemm-{tile.tile_m}x{tile.tile_n}",

@@ -10,21 +10,23 @@
 //            --stmatrix--> staging --TMA--> global
 // Roles      warpgroup 0: producer, one thread. Warpgroups 1 .. consumers: tile_m / consumers rows each, all columns.
 //            Registers: (40 + 2 x 232) x 128 = 64,512 of 65,536. A consumer holds 128 sums (64 x 256), 64 rounded pairs
-//            of the tile before, and about 20 more.
+//            of the tile before, and about 20 more; or 192 sums (2 x 64 x 192).
 // Shared     a: stages x tile_m x 128 B, b: stages x tile_n x 128 B (128 x 256, 4 stages: 64 + 128 KB), c: two buffers
 //            of 64 rows x 128 B per warpgroup (32 KB), barriers.
 // Barriers   full[stage]   1 arrival (the CTA's producer) + all bytes of a and b, whichever CTA of the cluster sends them
 //            empty[stage]  1 arrival per consumer warpgroup of every CTA that shares a or b with this one: the producer
 //                          writes into all of them
 //            named 1 + wg  128 threads of a consumer: its staging buffer is free, is written
-// Schedule   a consumer issues the products of block k, then waits for those of block k - 1 and frees their slot, so
-//            the tensor cores always have work of two warpgroups queued. Between the two it stores one 64-column chunk
-//            of the tile before. At the end of a tile only rounding (64 conversions per thread) lies between its last
-//            product and the first of the next tile. fp32 output, or two fragments per warpgroup, do not fit in
-//            registers twice: then the output is stored before the next tile starts.
-// Numerics   sums in fp32, k in order; a shared tile adds its parts backwards in k, last part first. Bias is added in
-//            fp32. A 16-bit result is rounded, then activated in fp32, then rounded again, as separate operations would
-//            do. Deterministic.
+// Schedule   a consumer issues the products of block k, then waits for those of block k - in_flight and frees their
+//            slot; the tensor cores have the other warpgroup's products meanwhile. Between issue and wait it stores one
+//            128-byte chunk of the tile before. At the end of a tile only rounding (64 conversions per thread) lies
+//            between its last product and the first of the next tile. Of fp32 output half of the chunks wait so, the
+//            others are stored at once (all, if tiles are shared). Two fragments per warpgroup leave no registers: all
+//            of their output is stored before the next tile. Every other tile goes backwards along k, every other strip
+//            of tiles along n: what was read last is still in L2.
+// Numerics   sums in fp32, blocks of k in order or in reverse; a shared tile adds its parts backwards in k, last part
+//            first. Bias is added in fp32. A 16-bit result is rounded, then activated in fp32, then rounded again, as
+//            separate operations would do. Deterministic.
 // Evidence   docs/log.
 #pragma once
 #include "../core/ring.cuh"
@@ -36,12 +38,6 @@
 #include "schedule.cuh"
 
 constexpr int tile_k = 64;  // elements: 128 bytes, the swizzle width
-
-// Brings a box to L2 (PTX ISA, "cp.async.bulk.prefetch.tensor").
-__forceinline__ void tma_prefetch_3d(const TensorMap& map, int c0, int c1, int c2) {
-  asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global [%0, {%1, %2, %3}];"
-               ::"l"(&map), "r"(c0), "r"(c1), "r"(c2) : "memory");
-}
 
 template <class Config> struct GemmSmem {
   alignas(1024) u8 a[Config::stages][Config::tile_m * 128];
@@ -73,43 +69,28 @@ template <class Config> struct GemmKernel {
   Smem& smem;
   const GemmParams& params;
 
-  static constexpr u64 l2_policy(int policy) {
-    return policy == 0 ? evict_normal : policy == 1 ? evict_first : evict_last;
-  }
   static void wait(u64& barrier, u32 parity) { mbarrier_wait<Config::wait_limit>(barrier, parity); }
 
   // ---- producer: one thread ----------------------------------------------------------------------------------
 
   template <bool multicast>
-  static __forceinline__ void load_box(u8* target, const TensorMap& map, u64& full, u16 ctas, int c0, int c1, int c2,
-                                       u64 policy) {
+  static __forceinline__ void load_box(u8* target, const TensorMap& map, u64& full, u16 ctas, int c0, int c1, int c2) {
     if constexpr (multicast)
-      tma_load_3d_multicast(target, map, full, ctas, c0, c1, c2, policy);
+      tma_load_3d_multicast(target, map, full, ctas, c0, c1, c2);
     else
-      tma_load_3d(target, map, full, c0, c1, c2, policy);
+      tma_load_3d(target, map, full, c0, c1, c2);
   }
 
   // `rows` rows (of A, or columns of B) of one block of the reduction.
   template <bool mn_major, int rows, bool multicast>
   static __forceinline__ void load_rows(u8* target, const TensorMap& map, u64& full, u16 ctas, int row, int k_block,
-                                        int batch, u64 policy) {
+                                        int batch) {
     if constexpr (mn_major) {
 #pragma unroll
       for (int c = 0; c < rows / 64; ++c)
-        load_box<multicast>(target + c * 64 * 128, map, full, ctas, row + c * 64, k_block * tile_k, batch, policy);
+        load_box<multicast>(target + c * 64 * 128, map, full, ctas, row + c * 64, k_block * tile_k, batch);
     } else {
-      load_box<multicast>(target, map, full, ctas, k_block * tile_k, row, batch, policy);
-    }
-  }
-
-  // The same boxes, to L2 only.
-  template <bool mn_major, int rows>
-  static __forceinline__ void prefetch_rows(const TensorMap& map, int row, int k_block, int batch) {
-    if constexpr (mn_major) {
-#pragma unroll
-      for (int c = 0; c < rows / 64; ++c) tma_prefetch_3d(map, row + c * 64, k_block * tile_k, batch);
-    } else {
-      tma_prefetch_3d(map, k_block * tile_k, row, batch);
+      load_box<multicast>(target, map, full, ctas, k_block * tile_k, row, batch);
     }
   }
 
@@ -128,46 +109,22 @@ template <class Config> struct GemmKernel {
     for (int i = 0; i < cluster_m; ++i) b_ctas |= 1 << (i + n_rank * cluster_m);
     Cursor cursor;
     Tile tile;
-    Scheduler ahead{params};
-    Tile ahead_tile;
-    int ahead_i = 0, ahead_end = 0;
-    bool more = true;
-    auto prefetch_next = [&] {
-      if (ahead_i == ahead_end) {
-        more = more && ahead.next(ahead_tile);
-        if (!more) return;
-        ahead_i = ahead_tile.k_begin;
-        ahead_end = ahead_tile.k_end;
-      }
-      const int k_block = block_of(ahead_tile, ahead_i++);
-      if ((ahead_tile.n_block / cluster_n + k_block) % 8 == 0)
-        prefetch_rows<Config::a_mn_major, a_rows>(a, ahead_tile.m_block * tile_m + n_rank * a_rows, k_block,
-                                                  ahead_tile.batch * params.a_batch);
-      if ((ahead_tile.m_block / cluster_m + k_block) % 8 == 0)
-        for (int half = 0; half < halves; ++half)
-          prefetch_rows<Config::b_mn_major, b_rows>(b, ahead_tile.n_block * out_n + m_rank * b_rows + half * params.n,
-                                                    k_block, ahead_tile.batch * params.b_batch);
-    };
-    if constexpr (Config::prefetch > 0)
-      for (int i = 0; i < Config::prefetch; ++i) prefetch_next();
     while (scheduler.next(tile)) {
       const int a_row = tile.m_block * tile_m + n_rank * a_rows;
       const int b_row = tile.n_block * out_n + m_rank * b_rows;
       for (int i = tile.k_begin; i < tile.k_end; ++i) {
         const int k_block = block_of(tile, i);
-        if constexpr (Config::prefetch > 0) prefetch_next();
         const int stage = cursor.stage;
         u64& full = smem.ring.full[stage];
         wait(smem.ring.empty[stage], cursor.phase ^ 1);
         mbarrier_arrive_expect_tx(full, (tile_m + tile_n) * 128);
         load_rows<Config::a_mn_major, a_rows, (cluster_n > 1)>(
-            smem.a[stage] + n_rank * a_rows * 128, a, full, a_ctas, a_row, k_block, tile.batch * params.a_batch,
-            l2_policy(Config::a_policy));
+            smem.a[stage] + n_rank * a_rows * 128, a, full, a_ctas, a_row, k_block, tile.batch * params.a_batch);
 #pragma unroll
         for (int half = 0; half < halves; ++half)
           load_rows<Config::b_mn_major, b_rows, (cluster_m > 1)>(
               smem.b[stage] + (half * out_n + m_rank * b_rows) * 128, b, full, b_ctas, b_row + half * params.n, k_block,
-              tile.batch * params.b_batch, l2_policy(Config::b_policy));
+              tile.batch * params.b_batch);
         cursor.advance();
       }
     }
@@ -185,6 +142,7 @@ template <class Config> struct GemmKernel {
   struct Consumer {
     static constexpr bool deferred = Config::deferred;
     static constexpr int all_chunks = fragments * chunks;
+    static constexpr int first_kept = Config::out_float ? all_chunks / 2 : 0;  // chunk: if deferred, the others wait
 
     GemmKernel& kernel;
     Smem& smem;
@@ -195,11 +153,10 @@ template <class Config> struct GemmKernel {
     Cursor cursor;
 
     float acc[fragments][tile_n / 2];
-    u32 kept[deferred ? tile_n / 4 : 1];  // the previous tile, rounded and packed, while it waits for its store
+    u32 kept[deferred ? tile_n / 4 : 1];  // the previous tile, rounded and packed, or its second half in fp32
     int stored = all_chunks;              // chunks of the previous tile that were stored
     int row, col, batch;                  // of that tile's first element
     int buffer = 0;
-    int head_start = Config::lag;  // blocks that warpgroup 0 computes before warpgroup 1 begins
 
     // Low words of the matrix descriptors for step `step` of a slot's tiles. tests/.../test_gemm_layout.py evaluates them.
     static constexpr u32 a_word(u32 a, int wg, int fragment, int step) {
@@ -261,9 +218,6 @@ template <class Config> struct GemmKernel {
           } else {
             if (k_block > tile.k_begin) release(previous);
             previous = stage;
-          }
-          if constexpr (Config::lag > 0) {
-            if (wg == 0 && head_start > 0 && --head_start == 0) named_barrier_arrive(1 + consumers, 256);
           }
         }
       }
@@ -368,7 +322,12 @@ template <class Config> struct GemmKernel {
       return activate_pair<activation, Element>(x, 0);
     }
 
-    template <int f> __forceinline__ float output_float(int i) {
+    template <int f, bool is_kept> __forceinline__ float output_float(int i) {
+      if constexpr (is_kept) {
+        u32& bits = kept[i - first_kept * 16];
+        if constexpr (activation != identity) pin(bits);
+        return activate<activation>(__uint_as_float(bits));
+      }
       const float x = activate<activation>(acc[f][i]);
       if constexpr (activation == swiglu) return x * acc[f][out_n / 2 + i];
       return x;
@@ -382,19 +341,20 @@ template <class Config> struct GemmKernel {
       if (thread == 0) tma_store_wait_read<Config::store_buffers - 1>();
       named_barrier_sync(1 + wg, 128);
       if constexpr (Config::out_float)
-        store_floats(smem_address(staged), thread, [&](int i) { return output_float<f>(16 * c + i); });
+        store_floats(smem_address(staged), thread,
+                     [&](int i) { return output_float<f, deferred && chunk >= first_kept>(16 * c + i); });
       else
         store_pairs(smem_address(staged), thread, [&](int i) { return output_pair<f>(16 * c + i); });
       fence_async_proxy();
       named_barrier_sync(1 + wg, 128);
       if (thread == 0) {
-        tma_store_3d(c_map, staged, col + c * chunk_n, row + f * 64, batch, l2_policy(Config::out_policy));
+        tma_store_3d(c_map, staged, col + c * chunk_n, row + f * 64, batch);
         tma_store_commit();
       }
     }
 
     // The next chunk of the previous tile.
-    template <int chunk = 0> __forceinline__ void store_kept() {
+    template <int chunk = first_kept> __forceinline__ void store_kept() {
       if (stored == chunk) {
         store_chunk<chunk>();
         ++stored;
@@ -403,9 +363,12 @@ template <class Config> struct GemmKernel {
       }
     }
 
-    template <int chunk = 0> __forceinline__ void store_all() {
-      store_chunk<chunk>();
-      if constexpr (chunk + 1 < all_chunks) store_all<chunk + 1>();
+    // The first `count` chunks of this tile.
+    template <int count, int chunk = 0> __forceinline__ void store_now() {
+      if constexpr (chunk < count) {
+        store_chunk<chunk>();
+        store_now<count, chunk + 1>();
+      }
     }
 
     // Element by element, for outputs whose rows TMA cannot address.
@@ -418,8 +381,8 @@ template <class Config> struct GemmKernel {
         const u64 offset = batch * params.out_batch + out_row * params.out_row + out_col;
         if constexpr (Config::out_float) {
           float* p = static_cast<float*>(params.out) + offset;
-          if (out_row < params.m && out_col < params.n) p[0] = output_float<f>(2 * i);
-          if (out_row < params.m && out_col + 1 < params.n) p[1] = output_float<f>(2 * i + 1);
+          if (out_row < params.m && out_col < params.n) p[0] = output_float<f, false>(2 * i);
+          if (out_row < params.m && out_col + 1 < params.n) p[1] = output_float<f, false>(2 * i + 1);
         } else {
           const u32 pair = output_pair<f>(i);
           u16* p = static_cast<u16*>(params.out) + offset;
@@ -436,20 +399,22 @@ template <class Config> struct GemmKernel {
       col = tile.n_block * out_n;
       batch = tile.batch;
       if constexpr (deferred) {
+        store_now<first_kept>();
 #pragma unroll
-        for (int i = 0; i < tile_n / 4; ++i) kept[i] = pack2<Element>(acc[0][2 * i], acc[0][2 * i + 1]);
-        stored = 0;
+        for (int i = 0; i < tile_n / 4; ++i) {
+          kept[i] = Config::out_float ? __float_as_uint(acc[0][first_kept * 16 + i])
+                                      : pack2<Element>(acc[0][2 * i], acc[0][2 * i + 1]);
+          if constexpr (Config::out_float) pin(kept[i]);  // a copy, before the next products take the original
+        }
+        stored = first_kept;
       } else if constexpr (Config::tma_store) {
-        store_all();
+        store_now<all_chunks>();
       } else {
         store_directly();
       }
     }
 
     void run() {
-      if constexpr (Config::lag > 0) {
-        if (wg == 1) named_barrier_sync(1 + consumers, 256);
-      }
       Tile next;
       bool more = scheduler.next(next);
       while (more) {
@@ -464,9 +429,6 @@ template <class Config> struct GemmKernel {
           if (tile.k_begin > 0) collect(tile);
         }
         close(tile);
-      }
-      if constexpr (Config::lag > 0) {
-        if (wg == 0 && head_start > 0) named_barrier_arrive(1 + consumers, 256);
       }
       if constexpr (deferred) {
         while (stored < all_chunks) store_kept();
@@ -483,9 +445,9 @@ __launch_bounds__(Config::threads, 1)
 gemm_sm90(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b,
           const __grid_constant__ TensorMap c, void* out, const u16* bias, float* partials, u32* flags, u64 out_row,
           u64 out_batch, int m, int n, int k_blocks, int m_tiles, int n_tiles, int batch, int group, int whole_tiles,
-          int parts, int part_blocks, int part_extra, int a_batch, int b_batch, int snake) {
+          int parts, int part_blocks, int part_extra, int a_batch, int b_batch) {
   const GemmParams params{out, bias, partials, flags, out_row, out_batch, m, n, k_blocks, m_tiles, n_tiles, batch,
-                          group, whole_tiles, parts, part_blocks, part_extra, a_batch, b_batch, snake};
+                          group, whole_tiles, parts, part_blocks, part_extra, a_batch, b_batch};
   extern __shared__ __align__(1024) u8 raw_smem[];
   using Kernel = GemmKernel<Config>;
   constexpr int sharers = Config::cluster_m + Config::cluster_n - 1;  // CTAs that read what one of them loads

@@ -16,7 +16,6 @@ struct GemmParams {
   int parts;                    //   to the first `parts` clusters,
   int part_blocks, part_extra;  //   this many each, and one more to the first part_extra
   int a_batch, b_batch;         // 1, or 0 where all batches share the operand
-  int snake;                    // bit 0: every other round goes backwards along k, bit 1: every other group along n
 };
 
 struct Tile {
@@ -75,7 +74,7 @@ template <class Config> struct TileScheduler {
       index = params.whole_tiles + tile.rest;
     }
     odd = !odd;
-    tile.backwards = odd && (params.snake & 1);
+    tile.backwards = odd;
 
     tile.batch = index / plane;
     index -= tile.batch * plane;
@@ -85,7 +84,7 @@ template <class Config> struct TileScheduler {
     const int rows = min(params.group, params.m_tiles - first);
     int column = index / rows;
     tile.m_block = (first + index - column * rows) * Config::cluster_m + m_rank();
-    if (strip & params.snake >> 1) column = params.n_tiles - 1 - column;
+    if (strip & 1) column = params.n_tiles - 1 - column;
     tile.n_block = column * Config::cluster_n + n_rank();
     return true;
   }

@@ -15,35 +15,28 @@ void tma_load_4d(void* smem, const TensorMap& map, u64& barrier, int c0, int c1,
       : "memory");
 }
 
-// How long L2 should keep what a copy touches (`createpolicy` encodes them so).
-constexpr u64 evict_normal = 0x1000000000000000;
-constexpr u64 evict_first = 0x12f0000000000000;
-constexpr u64 evict_last = 0x14f0000000000000;
-
-__forceinline__ void tma_load_3d(void* smem, const TensorMap& map, u64& barrier, int c0, int c1, int c2, u64 policy) {
+__forceinline__ void tma_load_3d(void* smem, const TensorMap& map, u64& barrier, int c0, int c1, int c2) {
   asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-      "[%0], [%1, {%3, %4, %5}], [%2], %6;"
-      ::"r"(smem_address(smem)), "l"(&map), "r"(smem_address(&barrier)), "r"(c0), "r"(c1), "r"(c2), "l"(policy)
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];"
+      ::"r"(smem_address(smem)), "l"(&map), "r"(smem_address(&barrier)), "r"(c0), "r"(c1), "r"(c2)
       : "memory");
 }
 
 // The box arrives in every CTA of the cluster whose bit is set in `ctas`, at the place of `smem`, and is counted by
 // that CTA's barrier at the place of `barrier`.
 __forceinline__ void tma_load_3d_multicast(void* smem, const TensorMap& map, u64& barrier, u16 ctas, int c0, int c1,
-                                           int c2, u64 policy) {
+                                           int c2) {
   asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "
-      "[%0], [%1, {%4, %5, %6}], [%2], %3, %7;"
-      ::"r"(smem_address(smem)), "l"(&map), "r"(smem_address(&barrier)), "h"(ctas), "r"(c0), "r"(c1), "r"(c2),
-        "l"(policy)
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%4, %5, %6}], [%2], %3;"
+      ::"r"(smem_address(smem)), "l"(&map), "r"(smem_address(&barrier)), "h"(ctas), "r"(c0), "r"(c1), "r"(c2)
       : "memory");
 }
 
 // Elements out of bounds are not written.
-__forceinline__ void tma_store_3d(const TensorMap& map, const void* smem, int c0, int c1, int c2, u64 policy) {
-  asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%2, %3, %4}], [%1], %5;"
-               ::"l"(&map), "r"(smem_address(smem)), "r"(c0), "r"(c1), "r"(c2), "l"(policy) : "memory");
+__forceinline__ void tma_store_3d(const TensorMap& map, const void* smem, int c0, int c1, int c2) {
+  asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];"
+               ::"l"(&map), "r"(smem_address(smem)), "r"(c0), "r"(c1), "r"(c2) : "memory");
 }
 
 void tma_store_4d(const TensorMap& map, const void* smem, int c0, int c1, int c2, int c3) {

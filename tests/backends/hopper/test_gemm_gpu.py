@@ -66,7 +66,7 @@ def test_shared_tiles(tile, shape, out_dtype, which):
 def test_shared_tiles_on_streams_that_run_at_once():
     """Each product leaves room for some clusters of the others only."""
     jobs = []
-    for shape, tile in zip(SHAPES, (TILES[0], TILES[0], TILES[1], TILES[2], TILES[2]), strict=True):
+    for shape, tile in zip(SHAPES, (TILES[0], TILES[1], TILES[2], TILES[3], TILES[3]), strict=True):
         a, b = operands(*shape)
         launch = launcher(a, b, tile)
         jobs.append((launch, a, b, launch(a, b, None)))
@@ -84,7 +84,7 @@ def test_shared_tiles_on_streams_that_run_at_once():
 
 def test_shared_tiles_in_a_graph_beside_another_stream():
     a, b = operands(16, 4096, 11008)
-    launch = launcher(a, b, TILES[2])
+    launch = launcher(a, b, TILES[3])
     expected = launch(a, b, None)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -22,8 +22,9 @@ CONFIGS = dict(gemm_configs.declared_configs()) | {
     **{f"tile{i}-a-along-m": config(i, a_mn_major=True) for i in TILES},
     **{f"tile{i}-b-along-n": config(i, b_mn_major=True) for i in TILES},
     **{f"tile{i}-float32": config(i, dtype="float16", out_dtype="float32", split=True) for i in TILES},
-    **{f"tile{i}-unaligned": config(i, n=8191, bias=True, activation="silu") for i in TILES},
-    "float32-swiglu": config(0, out_dtype="float32", bias=True, activation="swiglu", split=True),
+    **{f"tile{i}-float32-whole": config(i, dtype="float16", out_dtype="float32", bias=True) for i in TILES},
+    **{f"tile{i}-unaligned": config(i, n=8191, bias=True, activation="silu") for i in TILES if i > 0},
+    "float32-swiglu": config(1, out_dtype="float32", bias=True, activation="swiglu", split=True),
     "all-at-once": config(0, bias=True, activation="gelu", split=True, a_mn_major=True, b_mn_major=True),
 }
 

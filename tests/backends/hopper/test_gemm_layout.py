@@ -24,9 +24,8 @@ N = 4096  # columns of the output; the gate's factors begin N columns later
 
 TILES = (
     *gemm_configs.TILES,
-    Tile(256, 128, 2, 1, 2, 4, 2, "two fragments"),
-    Tile(256, 192, 2, 1, 2, 3, 3, "two fragments, three chunks"),
-    Tile(128, 256, 2, 2, 2, 4, 2, "both operands shared"),
+    Tile(256, 128, 2, 1, 2, 4, 2, 0, 1.4, "two fragments, half of the columns"),
+    Tile(128, 256, 2, 2, 2, 4, 2, 0, 1.4, "both operands shared"),
 )
 
 
