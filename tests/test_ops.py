@@ -473,9 +473,10 @@ def test_products_on_a_gpu(activation):
     with torch.no_grad():
         tensors[1] /= 16  # sums near 1
     function, counter = compiled(program, "inductor")
-    for compiled_one, eager_one in zip(with_gradients(function, tensors), with_gradients(program, tensors), strict=True):
+    pairs = zip(with_gradients(function, tensors), with_gradients(program, tensors), strict=True)
+    for by_inductor, eager in pairs:
         # Inductor rounds elsewhere, and products of rounded factors differ by more than an ulp in single elements.
-        assert (compiled_one.float() - eager_one.float()).norm() <= 1e-2 * eager_one.float().norm()
+        assert (by_inductor.float() - eager.float()).norm() <= 1e-2 * eager.float().norm()
     assert counter.frame_count == 1
     torch.library.opcheck(torch.ops.flashcore.matmul, (*tensors, None, None))
 
