@@ -315,9 +315,7 @@ SUITES = {
             "attention_decode",
             "graph",
             DECODE,
-            # Without cudnn: beside others it ended in an illegal memory access, which takes the process down, and has
-            # not been run again since graphs keep the copies of K and V alive. Anchors stand for it, as for FA3.
-            ("flashcore", "flashcore-triton", "fa2", "fa3", "fa4", "flashinfer"),
+            ("flashcore", "flashcore-triton", "cudnn", "fa2", "fa3", "fa4", "flashinfer"),
         ),
         Suite(
             "matrix",

@@ -73,17 +73,11 @@ class Shape:
 
     @property
     def best_ms(self) -> float | None:
-        """The best peer's time: measured in this run, or this run's cuDNN scaled to the best peer of the anchors.
-
-        Where cuDNN was not measured, FlashAttention-2 is scaled.
-        """
+        """The best peer's time: measured in this run, or this run's cuDNN scaled to the best peer of the anchors."""
         times = [row["ms_p50"] for impl, row in self.rows.items() if impl not in OURS and "ms_p50" in row]
-        cudnn, fa2 = (self.rows.get(impl, {}).get("ms_p50") for impl in ("cudnn", "fa2"))
-        anchored = self.anchor["ms"] if self.anchor else {}
-        if cudnn and anchored:
+        cudnn = self.rows.get("cudnn", {}).get("ms_p50")
+        if cudnn and self.anchor:
             times.append(cudnn / self.anchor["cudnn_over_best"])
-        elif fa2 and "fa2" in anchored:
-            times.append(fa2 * min(anchored.values()) / anchored["fa2"])
         return min(times, default=None)
 
     @property

@@ -75,24 +75,6 @@ def test_bytes_follow_the_convention_of_the_anchors():
         assert anchor["ms"]["cudnn"] / best == pytest.approx(anchor["cudnn_over_best"], abs=2e-3)
 
 
-def test_without_cudnn_the_anchors_are_scaled_by_flash_attention_2():
-    """The suite leaves cuDNN out; where it is measured, it is what counts."""
-    assert "cudnn" not in SUITES["decode"].peers
-    anchors = load_anchors("h200")
-    case = next(case for case in SUITES["decode"].cases if anchors.get(report._key(row(case)), {}).get("best") == "fa3")
-    then = anchors[report._key(row(case))]["ms"]
-    measured = {"flashcore": 0.03, "fa2": 2 * then["fa2"]}
-
-    def shape(**more):
-        rows = [{**row(case), "impl": impl, "ms_p50": ms} for impl, ms in {**measured, **more}.items()]
-        (found,) = report.shapes({"rows": rows}, anchors)
-        return found
-
-    assert shape().best_ms == pytest.approx(2 * then["fa3"])
-    assert shape(fa3=1.5 * then["fa3"]).best_ms == pytest.approx(1.5 * then["fa3"])
-    assert shape(cudnn=3 * then["cudnn"]).best_ms == pytest.approx(3 * then["fa3"], rel=2e-3)
-
-
 def row(case):
     return {"op": "attention_decode", **case.fields()}
 
@@ -149,11 +131,11 @@ def test_decoding_is_shown_in_bytes_per_second():
         | {"ms_p50": ms, "std_pct": 1.0, **case.speed(ms)}
         | ({"backend": backend} if impl == "flashcore" else {})
         for case, backend in zip(SUITES["decode"].cases[:2], ("triton", "hopper"), strict=True)
-        for impl, ms in (("flashcore", 0.08), ("fa2", 0.1))
+        for impl, ms in (("flashcore", 0.08), ("cudnn", 0.1))
     ]
     data = {"suite": "decode", "rows": rows, "skipped": [], "meta": {"method": {"mode": "graph"}}}
     (table,) = report.tables(data, {})
-    assert table.headers[5:7] == ("flashcore, TB/s", "fa2, TB/s")
+    assert table.headers[5:7] == ("flashcore, TB/s", "cudnn, TB/s")
     assert table.rows[0][2:8] == ("1 x 8192", "8", "32:8", "3.36", "2.68", "1.25")
     assert table.notes[-1] == "The backend that FlashCore's plan picked: triton (1 shapes), hopper (1 shapes)."
 
@@ -174,7 +156,6 @@ def test_graphs_of_everybody_on_a_gpu(name, case):
     data = suites.run(SUITES[name], [case], impls, FAST)
     rows = {row["impl"]: row for row in data["rows"]}
     assert {impl: row["failed"] for impl, row in rows.items() if "failed" in row} == {}
-    assert {"flashcore", "flashcore-triton", "fa2"} <= rows.keys()
-    assert ("cudnn" in rows) == (name == "matrix")
+    assert {"flashcore", "flashcore-triton", "cudnn", "fa2"} <= rows.keys()
     assert all(0 < row["ms_p50"] < 1 for row in rows.values())
     assert report.tables(data, {})
