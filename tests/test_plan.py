@@ -7,7 +7,7 @@ import pytest
 
 from flashcore import backends
 from flashcore.bench.cases import SUITES
-from flashcore.bench.record import WITH_TRITON
+from flashcore.bench.record import WITHOUT_TRITON
 from flashcore.errors import FlashCoreWarning, InvalidInputError, UnsupportedError
 from flashcore.plan import _plan, override, plan
 from flashcore.problem import AttentionProblem
@@ -156,16 +156,16 @@ def test_to_whom_hopper_defers(usable, change, reason):
         assert chosen.why.startswith(f"hopper defers to it: triton {reason}")
 
 
-def test_suites_without_tritons_kernels_in_their_digest_measure_hopper():
-    for suite in SUITES.values():
-        if suite.name not in (*WITH_TRITON, "gemm"):
-            for case in suite.cases:
-                problem = replace(
-                    ON_HOPPER, dtype=case.dtype, batch=case.batch, seqlen_q=case.seqlen_q, seqlen_k=case.seqlen_k,
-                    heads_q=case.heads, heads_k=case.kv_heads, head_dim=case.head_dim, head_dim_v=case.head_dim,
-                    causal=case.causal,
-                )  # fmt: skip
-                assert plan(problem, anywhere=True).backend == "hopper", (suite.name, case.name)
+def test_the_suites_of_prefill_measure_hopper():
+    for name in ("forward", "small", "long", "sustained", "gqa"):
+        for case in SUITES[name].cases:
+            problem = replace(
+                ON_HOPPER, dtype=case.dtype, batch=case.batch, seqlen_q=case.seqlen_q, seqlen_k=case.seqlen_k,
+                heads_q=case.heads, heads_k=case.kv_heads, head_dim=case.head_dim, head_dim_v=case.head_dim,
+                causal=case.causal,
+            )  # fmt: skip
+            assert plan(problem, anywhere=True).backend == "hopper", (name, case.name)
+            assert name not in WITHOUT_TRITON  # it has Triton beside it
 
 
 # ---- a backend by name -------------------------------------------------------------------------------------------

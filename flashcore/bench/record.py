@@ -21,8 +21,8 @@ BENCHMARKS = PACKAGE.parent / "benchmarks"  # of the clone that this package run
 RESULTS = BENCHMARKS / "results"
 
 
-# The suites in which plans may pick Triton's kernels, or that are about them.
-WITH_TRITON = ("backward", "decode", "matrix", "e2e")
+# The suites that no kernel of Triton's takes part in.
+WITHOUT_TRITON = ("gemm", "startup")
 
 
 def kernel_digest(suite: str) -> str:
@@ -30,7 +30,7 @@ def kernel_digest(suite: str) -> str:
     from flashcore.backends.hopper import jit
 
     digest = jit.source_digest("gemm" if suite == "gemm" else "attention")
-    if suite not in WITH_TRITON:
+    if suite in WITHOUT_TRITON:
         return digest
     sources = sorted((PACKAGE / "backends" / "triton").glob("attention*.py"))
     sources += [PACKAGE / "backends" / "triton" / name for name in ("tiles.py", "configs.py")]

@@ -160,8 +160,8 @@ def test_runs_by_different_methods_are_not_one_record(forward_record):
 
 
 def test_records_with_triton_name_its_sources_too():
-    """A change of Triton's kernels must not leave a record of theirs looking current, nor outdate one of Hopper's."""
-    suites = "forward", "small", "gemm", "backward", "decode", "e2e"
+    """A change of Triton's kernels must not leave a record that shows them looking current."""
+    suites = "forward", "backward", "decode", "e2e", "gemm", "startup"
     digests = {suite: record.kernel_digest(suite) for suite in suites}
-    assert digests["forward"] == digests["small"] != digests["gemm"]
-    assert digests["backward"] == digests["decode"] == digests["e2e"] != digests["forward"]
+    assert digests["forward"] == digests["backward"] == digests["decode"] == digests["e2e"]
+    assert len({digests["forward"], digests["gemm"], digests["startup"]}) == 3
