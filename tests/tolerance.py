@@ -121,8 +121,10 @@ def assert_as_good_as(
     slack = 2 * _largest(
         (rounded + 0.3 - 0.3 - rounded).double()
     )  # FlashAttention's: rounding at magnitude 0.3
-    accumulator = torch.float64 if result.dtype is torch.float64 else torch.float32
-    slack += 4 * torch.finfo(accumulator).eps * max(largest, summands)
+    if result.dtype is torch.float64:  # the truth is no better: both sum with float64's error, over tens of rows
+        slack += 32 * torch.finfo(torch.float64).eps * max(largest, summands)
+    else:
+        slack += 4 * torch.finfo(torch.float32).eps * max(largest, summands)
 
     allowed = factor * max(torch_error, rounding) + slack
     assert error <= allowed, (

@@ -244,7 +244,7 @@ def test_every_row_compiles(arch, rows):
     assert len(kernels) >= len(TABLES[arch] if rows == "table" else configs._SAFE)
     for kernel in kernels:
         assert kernel["shared"] <= kernel["kib"] * 1024, kernel
-        assert kernel["spilled"] <= 40, kernel
+        assert kernel["spilled"] <= 48, kernel
         assert not kernel["hazards"], kernel
         if kernel["lookahead"]:  # exponentials come first, and nothing in the loop waits for its last product
             assert kernel["order"][0] == "math.exp2", kernel
