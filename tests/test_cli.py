@@ -230,7 +230,7 @@ def test_explain_plans_for_a_gpu_that_is_not_here():
 
 def test_explain_says_who_defers():
     decoding = ("explain", "--shape", "8,1,8192,32,8,128", "--arch", "9.0")
-    assert "backend   triton: hopper defers to it: triton packs" in flashcore(*decoding)
+    assert "backend   triton: hopper defers to it: triton is made for" in flashcore(*decoding)
     assert "backend   hopper: requested" in flashcore(*decoding, "--backend", "hopper")
 
 

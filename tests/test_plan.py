@@ -92,7 +92,7 @@ def test_decoding_goes_to_triton(usable):
     usable("triton")
     chosen = plan(DECODING)
     assert (chosen.backend, chosen.rejected) == ("triton", ())
-    assert chosen.why == "hopper defers to it: triton packs the 4 heads of a group: 4 rows for each key head"
+    assert chosen.why.startswith("hopper defers to it: triton is made for one query per sequence")
     assert chosen.config.pack_gqa
     assert "backend   triton: hopper defers to it" in str(chosen)
     assert plan(replace(DECODING, needs_grad=True)).backward == "triton"
@@ -120,7 +120,7 @@ def test_who_is_named_computes(usable):
 
 def test_a_plan_for_elsewhere_follows_the_same_rules():
     assert plan(DECODING, anywhere=True).backend == "triton"
-    assert plan(replace(DECODING, seqlen_k=512), anywhere=True).backend == "hopper"
+    assert plan(replace(DECODING, seqlen_q=2, seqlen_k=512), anywhere=True).backend == "hopper"
     assert plan(DECODING, "hopper", anywhere=True).backend == "hopper"
 
 
@@ -130,10 +130,13 @@ def test_a_plan_for_elsewhere_follows_the_same_rules():
         # A long prompt, a chunk of one, and small problems, which the host bounds
         ({"seqlen_q": 8192, "causal": True}, None),
         ({"seqlen_q": 512, "causal": True}, None),
-        ({"seqlen_k": 512}, None),
+        ({"seqlen_q": 2, "seqlen_k": 512}, None),
+        # One query, whatever the cache
+        ({"seqlen_k": 1}, "is made for one query per sequence"),
+        ({"batch": 1, "heads_k": 32, "seqlen_k": 2049}, "is made for one query per sequence"),
         # Packed heads: 128 rows at most. Two tiles for the busiest of 132 SMs, so 2048 keys count as 4096.
-        ({"seqlen_k": 2048}, "packs the 4 heads of a group: 4 rows"),
-        ({"seqlen_k": 2047}, None),
+        ({"seqlen_q": 2, "seqlen_k": 2048}, "packs the 4 heads of a group: 8 rows"),
+        ({"seqlen_q": 2, "seqlen_k": 2047}, None),
         ({"seqlen_q": 32}, "packs the 4 heads of a group: 128 rows"),
         ({"seqlen_q": 33}, None),
         # No groups: 16 rows at most

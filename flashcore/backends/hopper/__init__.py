@@ -85,8 +85,11 @@ def defers(problem: AttentionProblem) -> tuple[str, str] | None:
     """Whose kernels are faster at a problem that is not rejected, and why; None: nobody's (docs/log/0017).
 
     A tile of these kernels has 64 rows or more of one query head, and reads all keys that they see. Triton's take the
-    rows of all query heads of a key head together, or 16 rows, and share the keys of few tiles out.
+    rows of all query heads of a key head together, or 16 rows, and share the keys of few tiles out. And where a cache
+    grows with every call, they cost the host less: a tensor map per new address and length is dear.
     """
+    if problem.seqlen_q == 1:
+        return "triton", "is made for one query per sequence: heads packed, keys split, cheap for growing caches"
     tiles = problem.batch * problem.heads_q * math.ceil(problem.seqlen_q / 64)
     if math.ceil(tiles / problem.sm_count) * problem.seqlen_k < _DEFERRED_KEYS:
         return None
