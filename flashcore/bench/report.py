@@ -38,6 +38,8 @@ class Table:
 
 # --- who is the best peer
 
+SAME_ORDER = 2.0  # cuDNN's time in the anchors over that in a run, or its inverse, from which they are not the same thing
+
 
 def load_anchors(gpu: str, benchmarks: Path = record.BENCHMARKS) -> dict[tuple, dict]:
     """Earlier measurements of all peers on this kind of GPU, by case; empty where there are none."""
@@ -73,10 +75,14 @@ class Shape:
 
     @property
     def best_ms(self) -> float | None:
-        """The best peer's time: measured in this run, or this run's cuDNN scaled to the best peer of the anchors."""
+        """The best peer's time: measured in this run, or this run's cuDNN scaled to the best peer of the anchors.
+
+        Where cuDNN took a time of another order in the anchors' run, that measured something else (the host, at short
+        calls) and is left out.
+        """
         times = [row["ms_p50"] for impl, row in self.rows.items() if impl not in OURS and "ms_p50" in row]
         cudnn = self.rows.get("cudnn", {}).get("ms_p50")
-        if cudnn and self.anchor:
+        if cudnn and self.anchor and 1 / SAME_ORDER < self.anchor["ms"]["cudnn"] / cudnn < SAME_ORDER:
             times.append(cudnn / self.anchor["cudnn_over_best"])
         return min(times, default=None)
 

@@ -27,6 +27,13 @@ def test_a_measured_peer_counts_where_it_is_faster_than_the_estimate(forward_rec
     assert [s.ratio for s in shapes(forward_record, anchors)] == pytest.approx([600 / 4000] * 36)
 
 
+def test_an_anchor_of_something_else_does_not_count(forward_record, anchors):
+    """Where cuDNN took several times as long, the host was measured."""
+    slow = {key: {**row, "ms": {**row["ms"], "cudnn": 10 * row["ms"]["cudnn"]}} for key, row in anchors.items()}
+    for shape in shapes(forward_record, slow):
+        assert shape.best_ms == shape.rows["cudnn"]["ms_p50"]
+
+
 def test_without_anchors_the_best_measured_peer_counts(forward_record):
     assert {round(s.ratio, 6) for s in shapes(forward_record, {})} == {1.2}
 
