@@ -354,6 +354,8 @@ def cache(clear: Annotated[bool, typer.Option("--clear", help="Delete every comp
 
 # --- explain
 
+_ATTENTION = "batch,seqlen_q,seqlen_k,heads_q,heads_k,head_dim"
+
 
 @app.command()
 def explain(
@@ -375,7 +377,7 @@ def explain(
     from flashcore.errors import FlashCoreError
     from flashcore.plan import plan
 
-    sizes = _sizes(shape)
+    sizes = _sizes(shape, _ATTENTION)
     try:
         problem = _problem(sizes, dtype, causal, scale, grad, lse, arch)
         chosen = plan(problem, backend, anywhere=arch is not None)
@@ -384,14 +386,79 @@ def explain(
     print(chosen)
 
 
-def _sizes(shape: str) -> list[int]:
+@app.command()
+def explain_matmul(
+    shape: Annotated[str, typer.Option(help="m,n,k of (m, k) @ (k, n); swiglu makes n / 2 columns")],
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32 or float64")] = "bfloat16",
+    out_dtype: Annotated[str | None, typer.Option(help="float32, or as the inputs by default")] = None,
+    activation: Annotated[str | None, typer.Option(help="gelu, silu or swiglu")] = None,
+    bias: Annotated[bool, typer.Option(help="Add a bias.")] = False,
+    weight: Annotated[bool, typer.Option(help="b is the transpose of a linear layer's (n, k) weight.")] = False,
+    arch: Annotated[
+        str | None, typer.Option(help="Plan for a GPU of this compute capability, such as 9.0, with all libraries.")
+    ] = None,
+) -> None:
+    """Print the plan for a matrix product: backend, tile config and schedule. No tensor is made."""
+    from dataclasses import replace
+
+    import torch
+
+    from flashcore.errors import FlashCoreError
+    from flashcore.gemm import plan_gemm
+    from flashcore.gemm_problem import GemmProblem
+
+    m, n, k = _sizes(shape, "m,n,k")
+    named = {name: _dtype(name) for name in (dtype, out_dtype or dtype)}
+    one = torch.empty(1, dtype=named[dtype], device=_device(arch))
+    try:
+        problem = GemmProblem.from_tensors(
+            one.expand(m, k), one.expand(k, n), out_dtype=named[out_dtype or dtype],
+            bias=one.expand(n) if bias else None, activation=activation,
+        )  # fmt: skip
+    except FlashCoreError as error:
+        raise _fail(str(error)) from None
+    problem = replace(problem, b_mn_major=not weight)  # what an expanded element's strides do not say
+    print(plan_gemm(_elsewhere(problem, arch), anywhere=arch is not None))
+
+
+def _sizes(shape: str, names: str) -> list[int]:
+    """The sizes of these names, as ``--shape`` gives them."""
     try:
         sizes = [int(part) for part in shape.split(",")]
     except ValueError:
         sizes = []
-    if len(sizes) != 6 or min(sizes) < 0:
-        raise _fail(f"--shape {shape!r} is not batch,seqlen_q,seqlen_k,heads_q,heads_k,head_dim")
+    if len(sizes) != len(names.split(",")) or min(sizes) < 0:
+        raise _fail(f"--shape {shape!r} is not {names}")
     return sizes
+
+
+def _dtype(name: str):
+    from flashcore.problem import DTYPES
+
+    named = {name: kind for kind, name in DTYPES.items()}
+    if name not in named:
+        raise _fail(f"--dtype {name!r} is not one of {', '.join(named)}")
+    return named[name]
+
+
+def _device(arch: str | None) -> str:
+    """Where hypothetical tensors are: all their elements are one that exists."""
+    import torch
+
+    return "cuda" if arch is None and torch.cuda.is_available() else "cpu"
+
+
+def _elsewhere(problem, arch: str | None):
+    """The problem on a GPU of this compute capability, if one is given."""
+    from dataclasses import replace
+
+    if arch is None:
+        return problem
+    match = re.fullmatch(r"(\d+)\.(\d+)", arch)
+    if match is None:
+        raise _fail(f"--arch {arch!r} is not a compute capability such as 9.0")
+    # 132 multiprocessors: the H100 SXM and the H200
+    return replace(problem, device="cuda", arch=(int(match[1]), int(match[2])), sm_count=132)
 
 
 def _problem(sizes, dtype, causal, scale, grad, lse, arch):
@@ -400,25 +467,14 @@ def _problem(sizes, dtype, causal, scale, grad, lse, arch):
 
     import torch
 
-    from flashcore.problem import DTYPES, AttentionProblem
+    from flashcore.problem import AttentionProblem
 
-    named = {name: kind for kind, name in DTYPES.items()}
-    if dtype not in named:
-        raise _fail(f"--dtype {dtype!r} is not one of {', '.join(named)}")
     batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim = sizes
-    device = "cuda" if arch is None and torch.cuda.is_available() else "cpu"
-    one = torch.empty(1, dtype=named[dtype], device=device)  # all elements of a hypothetical tensor are this one
+    one = torch.empty(1, dtype=_dtype(dtype), device=_device(arch))
     q = one.expand(batch, seqlen_q, heads_q, head_dim)
     k = one.expand(batch, seqlen_k, heads_k, head_dim)
     problem = AttentionProblem.from_tensors(q, k, k, causal=causal, scale=scale, return_lse=lse)
-    problem = replace(problem, needs_grad=grad)
-    if arch is None:
-        return problem
-    match = re.fullmatch(r"(\d+)\.(\d+)", arch)
-    if match is None:
-        raise _fail(f"--arch {arch!r} is not a compute capability such as 9.0")
-    # 132 multiprocessors: the H100 SXM and the H200
-    return replace(problem, device="cuda", arch=(int(match[1]), int(match[2])), sm_count=132)
+    return _elsewhere(replace(problem, needs_grad=grad), arch)
 
 
 # --- profile
@@ -485,7 +541,7 @@ def _profiled_cases(suite: str, pattern: str | None, shape: str | None, causal: 
     from flashcore.bench.cases import SUITES, Case
 
     if shape is not None:
-        batch, seqlen_q, seqlen_k, heads, kv_heads, head_dim = _sizes(shape)
+        batch, seqlen_q, seqlen_k, heads, kv_heads, head_dim = _sizes(shape, _ATTENTION)
         return [Case(batch, seqlen_q, seqlen_k, heads, kv_heads, head_dim, causal, dtype)]
     if pattern is None:
         return list(profiling.CASES)

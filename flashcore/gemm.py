@@ -115,11 +115,13 @@ def explain_matmul(
 
 
 @lru_cache(maxsize=4096)
-def plan_gemm(problem: GemmProblem) -> GemmPlan:
-    """Who computes a problem, and how. Memoised."""
+def plan_gemm(problem: GemmProblem, anywhere: bool = False) -> GemmPlan:
+    """Who computes a problem, and how: here, or `anywhere` that has all libraries. Memoised."""
     from flashcore.backends import hopper
 
-    reason = hopper.unavailable() if problem.device == "cuda" else f"device {problem.device} is not a GPU"
+    reason = f"device {problem.device} is not a GPU" if problem.device != "cuda" else None
+    if reason is None and not anywhere:
+        reason = hopper.unavailable()
     if reason is None:
         from flashcore.backends.hopper import gemm
 

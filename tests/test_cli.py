@@ -266,6 +266,31 @@ def test_explain_handles_empty_problems():
     assert "empty" in flashcore("explain", "--shape", "1,0,64,8,8,64", "--arch", "9.0")
 
 
+PRODUCT = ("explain-matmul", "--shape", "8192,8192,8192")
+
+
+def test_explain_matmul_plans_for_a_gpu_that_is_not_here():
+    out = flashcore(*PRODUCT, "--arch", "9.0")
+    assert "backend   hopper" in out
+    assert "b along n" in out
+    assert "b along k" in flashcore(*PRODUCT, "--arch", "9.0", "--weight")
+    swiglu = flashcore(*PRODUCT, "--arch", "9.0", "--activation", "swiglu", "--bias", "--out-dtype", "float32")
+    assert "bfloat16 -> float32" in swiglu
+    assert "swiglu" in swiglu
+    assert "32 x 32 tiles" in swiglu  # of 256 rows in a cluster and 128 of 4096 columns
+    assert "backend   torch" in flashcore(*PRODUCT, "--arch", "8.0")
+
+
+def test_explain_matmul_checks_as_the_call_does():
+    assert "m,n,k" in flashcore("explain-matmul", "--shape", "1,2", code=2)
+    assert "--dtype" in flashcore(*PRODUCT, "--dtype", "int8", code=2)
+    assert "out_dtype=bfloat16 is not supported" in flashcore(
+        *PRODUCT, "--dtype", "float16", "--out-dtype", "bfloat16", code=2
+    )
+    assert "activation='relu'" in flashcore(*PRODUCT, "--activation", "relu", code=2)
+    assert "--arch" in flashcore(*PRODUCT, "--arch", "hopper", code=2)
+
+
 # --- report
 
 

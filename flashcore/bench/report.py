@@ -38,7 +38,7 @@ class Table:
 
 # --- who is the best peer
 
-SAME_ORDER = 2.0  # cuDNN's time in the anchors over that in a run, or its inverse, from which they are not the same thing
+SAME_ORDER = 2.0  # cuDNN's time in the anchors over that in a run, or its inverse, must be less
 
 
 def load_anchors(gpu: str, benchmarks: Path = record.BENCHMARKS) -> dict[tuple, dict]:

@@ -9,7 +9,8 @@ import torch
 
 import flashcore
 from flashcore.backends import hopper
-from flashcore.gemm_problem import GemmProblem
+from flashcore.gemm_problem import HALF_TYPES, GemmProblem
+from tests.gemm_cases import CASES, product
 from tests.poison import poisoned_outputs
 from tests.tolerance import assert_as_good_as
 
@@ -22,7 +23,7 @@ pytestmark = [
 
 pytest.importorskip("cuda.bindings", reason="needs cuda-bindings (extra cu13 or cu12)")
 
-from flashcore.backends.hopper.gemm import GemmLauncher  # noqa: E402
+from flashcore.backends.hopper.gemm import GemmLauncher, rejects  # noqa: E402
 from flashcore.backends.hopper.gemm_configs import TILES, candidate_parts, schedule  # noqa: E402
 
 WAIT_LIMIT = 2_000_000  # a wait that would hang ends the kernel instead
@@ -43,6 +44,22 @@ def launcher(a, b, tile, *, out_dtype=None, which=-1) -> GemmLauncher | None:
     config = replace(tile.config(problem), split=True, wait_limit=WAIT_LIMIT)
     parts = candidate_parts(problem, config)
     return GemmLauncher(problem, config, schedule(problem, config, parts[which])) if parts else None
+
+
+@pytest.mark.filterwarnings("ignore:matmul.*is copied")
+@pytest.mark.parametrize("case", [c for c in CASES if c.batch is None and c.dtype in HALF_TYPES], ids=str)
+@pytest.mark.parametrize("tile", TILES, ids=lambda t: f"{t.tile_m}x{t.tile_n}")
+def test_every_tile(tile, case):
+    """Not only the one that the model of time chooses; on four SMs, so that a CTA has several tiles of some cases."""
+    a, b, bias = case.inputs("cuda")
+    problem = replace(GemmProblem.from_tensors(a, b, bias=bias, **case.options), sm_count=4)
+    config = replace(tile.config(problem), wait_limit=WAIT_LIMIT)
+    if reason := rejects(problem) or config.infeasible():
+        pytest.skip(reason)
+    with poisoned_outputs():
+        out = GemmLauncher(problem, config, schedule(problem, config))(a, b, bias)
+    exact, by_torch = (product(a, b, bias, case.activation, dtype) for dtype in (torch.float64, out.dtype))
+    assert_as_good_as(by_torch, out, exact, case.name, factor=2)
 
 
 @pytest.mark.parametrize("which", [0, -1], ids=["fewest", "most"])
