@@ -86,8 +86,9 @@ def explain(
 ) -> Plan:
     """The plan that :func:`attention` would follow for these arguments: print it. Launches nothing.
 
-    It names the backend and why, its tile config and why, the backward pass, and for each rejected backend the one
-    feature that is missing. Raises what :func:`attention` would raise.
+    It names the backend and why (such as a backend that could, but defers to it), its tile config and why, the backward
+    pass and why, and for each rejected backend the one feature that is missing. Raises what :func:`attention` would
+    raise.
     """
     q, k, v = _autocast(q, k, v)
     problem = AttentionProblem.from_tensors(q, k, v, causal=causal, scale=scale, return_lse=return_lse)

@@ -370,7 +370,7 @@ def explain(
         str | None, typer.Option(help="Plan for a GPU of this compute capability, such as 9.0, with all libraries.")
     ] = None,
 ) -> None:
-    """Print the plan for a problem: backend, tile config, backward pass, and why the others were rejected.
+    """Print the plan for a call of attention: backend, tile config, backward pass, and why not the others.
 
     No tensor is made and nothing is launched. With --arch no GPU is needed either.
     """

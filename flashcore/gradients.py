@@ -1,4 +1,4 @@
-"""Backward passes for backends that have none of their own.
+"""PyTorch's backward passes, for backends that have none of their own where no other backend's can follow them.
 
 Each takes what a backend's ``backward`` takes, without the config, and returns ``(dq, dk, dv)``.
 """

@@ -44,7 +44,7 @@ def test_python_dash_m():
     done = subprocess.run(
         [sys.executable, "-m", "flashcore", "--help"], capture_output=True, text=True, check=True
     )
-    for command in ("bench", "doctor", "compile", "explain", "report", "cache"):
+    for command in ("bench", "doctor", "compile", "explain", "explain-matmul", "profile", "report", "cache"):
         assert command in done.stdout
 
 
