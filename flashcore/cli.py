@@ -408,11 +408,10 @@ def explain_matmul(
     from flashcore.gemm_problem import GemmProblem
 
     m, n, k = _sizes(shape, "m,n,k")
-    named = {name: _dtype(name) for name in (dtype, out_dtype or dtype)}
-    one = torch.empty(1, dtype=named[dtype], device=_device(arch))
+    one = torch.empty(1, dtype=_dtype(dtype), device=_device(arch))
     try:
         problem = GemmProblem.from_tensors(
-            one.expand(m, k), one.expand(k, n), out_dtype=named[out_dtype or dtype],
+            one.expand(m, k), one.expand(k, n), out_dtype=_dtype(out_dtype, "--out-dtype") if out_dtype else None,
             bias=one.expand(n) if bias else None, activation=activation,
         )  # fmt: skip
     except FlashCoreError as error:
@@ -432,12 +431,12 @@ def _sizes(shape: str, names: str) -> list[int]:
     return sizes
 
 
-def _dtype(name: str):
+def _dtype(name: str, option: str = "--dtype"):
     from flashcore.problem import DTYPES
 
     named = {name: kind for kind, name in DTYPES.items()}
     if name not in named:
-        raise _fail(f"--dtype {name!r} is not one of {', '.join(named)}")
+        raise _fail(f"{option} {name!r} is not one of {', '.join(named)}")
     return named[name]
 
 

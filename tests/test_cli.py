@@ -284,6 +284,7 @@ def test_explain_matmul_plans_for_a_gpu_that_is_not_here():
 def test_explain_matmul_checks_as_the_call_does():
     assert "m,n,k" in flashcore("explain-matmul", "--shape", "1,2", code=2)
     assert "--dtype" in flashcore(*PRODUCT, "--dtype", "int8", code=2)
+    assert "--out-dtype" in flashcore(*PRODUCT, "--out-dtype", "int8", code=2)
     assert "out_dtype=bfloat16 is not supported" in flashcore(
         *PRODUCT, "--dtype", "float16", "--out-dtype", "bfloat16", code=2
     )

@@ -31,7 +31,7 @@ _TURNS = (
 )
 METHODS = {
     "events": f"CUDA events around each call, L2 flushed before it; {_TURNS}",
-    "graph": f"CUDA graph of many calls replayed, L2 warm, time of a replay over its calls; {_TURNS}",
+    "graph": f"CUDA graph of many calls replayed, L2 as they leave it, time of a replay over its calls; {_TURNS}",
     "host": f"host time to enqueue an eager call, mean of {timing.HOST_CALLS}, not waiting for the device; {_TURNS}",
     "wall": f"wall time of each call on the CPU; {_TURNS}",
     "accuracy": "error against float64, not timed",

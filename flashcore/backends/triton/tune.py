@@ -3,10 +3,10 @@
 Candidates are first compiled and checked, in several processes at once (each ends up in Triton's cache on disk): on a
 small problem against float64; and on one that gives every SM several tiles, against FlashAttention-2 and, bit for bit,
 against their own repetitions. Only those that are right are then timed, one after the other, what matters most first,
-until the time is up: tiles for forward and backward at two lengths, decoding, small grids, the other lengths, the
-host's time. ``--json`` keeps everything, with the winners by kind of problem and class of lengths; ``--rows`` makes
-rows of the built-in table from such a file; ``--install`` writes the winners to the user's own table, which `configure`
-prefers.
+until the time is up. (Decoding, small grids and the host's time depend on more than a tile: ``flashcore bench`` has
+suites for them.) ``--json`` keeps everything, with the winners by kind of problem and class of lengths; ``--rows``
+makes rows of the built-in table from such a file; ``--install`` writes the winners to the user's own table, which
+`configure` prefers.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ from flashcore.backends import triton as backend
 from flashcore.backends.triton import attention
 from flashcore.backends.triton.compile import compile_kernel
 from flashcore.backends.triton.configs import (
-    MAX_SPLITS,
     TABLES,
     Tile,
     TritonConfig,
@@ -56,11 +55,6 @@ DEVICE = "cuda"
 REPEATS = 10  # of a candidate under stress
 TOKENS = 16384
 WIDTH = 2048  # heads x head_dim
-SMALL_SHAPES = ((1, 8, 512, 64), (8, 16, 512, 64), (1, 32, 1024, 128), (1, 16, 4096, 128))  # (B, H, S, D)
-DECODE_SHAPES = (  # (B, Sk, H, Hk, D)
-    (8, 8192, 32, 8, 128), (1, 131072, 32, 8, 128), (1, 8192, 32, 8, 128), (16, 4096, 32, 32, 128),
-    (8, 8192, 32, 8, 64),
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -127,16 +121,6 @@ HOPPER = {
     ("dk", 256): _tiles("32x128 w8 s3 T, 64x64 w4 s2 T, 32x64 w4 s3 T, 16x128 w8 s6 T"),
     ("dv", 256): _tiles("64x128 w8 s2 LT, 64x128 w8 s2 T, 32x128 w8 s3 LT, 32x128 w8 s4 LT, 32x64 w4 s2 T"),
 }
-
-
-# 52 to 136 KiB of shared memory at head_dim 128. What counts is how many bytes of keys are on their way to an SM (48 to
-# 64 KiB saturate the memory of an H200), and for how long each program stops them: one warp keeps scores and P to
-# itself, without barriers; four take turns but need fewer programs.
-DECODE = _tiles(
-    "16x128 w4 s3 T, 16x128 w8 s3 T, 16x64 w4 s4 T, 16x64 w4 s3 T, 16x64 w2 s4 T, 16x64 w4 s5 T, 16x128 w4 s3, "
-    "16x64 w4 s3, 16x32 w1 s6 T"
-)
-PROGRAMS_PER_SM = (1, 2, 3, 4, 6, 8)  # that splits make of a decoding problem
 
 
 def candidates(kernel: str, head_dim: int, arch: tuple[int, int]) -> list[Tile]:
@@ -310,21 +294,6 @@ def milliseconds(call: Callable[[], object], rep: float = 40) -> float:
     return triton.testing.do_bench(call, warmup=10, rep=rep, return_mode="median")
 
 
-def graph_microseconds(call: Callable[[], object]) -> float:
-    """Device time of one call inside a CUDA graph, L2 warm."""
-    return 1e3 * triton.testing.do_bench_cudagraph(call, rep=5, return_mode="median")
-
-
-def replay_microseconds(call: Callable[[], object]) -> float:
-    """Device time of a CUDA graph that holds one call, L2 flushed before each replay."""
-    call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return 1e3 * milliseconds(graph.replay, rep=20)
-
-
 def time_jobs(jobs: list[Job], seqlens: Sequence[int], deadline: float) -> Iterator[dict]:
     """A record per job and length, as long as there is time; and PyTorch's FlashAttention-2."""
     groups = defaultdict(list)
@@ -355,146 +324,16 @@ def time_jobs(jobs: list[Job], seqlens: Sequence[int], deadline: float) -> Itera
 
 
 def _flash_attention_2(t: Tensors) -> dict[str, Callable[[], object]]:
-    return {
-        "forward": _fa2_forward(t.problem, t.q, t.k, t.v),
-        "backward": partial(gradients.torch_flash, t.problem, t.q, t.k, t.v, t.out, t.lse, t.dout),
-    }
-
-
-def _fa2_forward(problem: AttentionProblem, q, k, v) -> Callable[[], object]:
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    q, k, v = (x.transpose(1, 2) for x in (t.q, t.k, t.v))
 
     def forward():
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=problem.causal)
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=t.problem.causal)
 
-    return forward
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One way to compute one problem: the choices around the tile, on grids that do not fill the GPU."""
-
-    what: str
-    how: str
-    problem: AttentionProblem
-    config: TritonConfig
-    warm: bool = False  # L2 holds the inputs
-
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        p = self.problem
-        return tuple(torch.randn(s, device=DEVICE).bfloat16() for s in (p.q_shape, p.k_shape, p.v_shape))
-
-
-def decode_trials() -> list[Trial]:
-    """Tiles and numbers of splits for one query against many keys; first what the table chooses."""
-    found = []
-    for batch, seqlen, heads, heads_k, head_dim in DECODE_SHAPES:
-        problem = replace(
-            problem_for(head_dim, True, batch, seqlen, heads, heads_k), seqlen_q=1, needs_grad=False
-        )
-        what = f"decode {(batch, seqlen, heads, heads_k, head_dim)}"
-        chosen = choose(problem)
-        found.append(Trial(what, f"table: {short(chosen.forward)} /{chosen.splits}", problem, chosen))
-        for tile in DECODE:
-            blocks = math.ceil(seqlen / tile.tile_n)
-            whole = {n * problem.sm_count // (batch * heads_k) for n in PROGRAMS_PER_SM}
-            for splits in sorted(n for n in whole if 1 <= n <= min(MAX_SPLITS, blocks // 2)):
-                config = replace(chosen, forward=tile, splits=splits)
-                found.append(Trial(what, f"{short(tile)} /{splits}", problem, config))
-    return found
-
-
-def small_trials() -> list[Trial]:
-    """Small grids, with and without splits, and the packing of grouped heads."""
-    found = []
-    for batch, heads, seqlen, head_dim in SMALL_SHAPES:
-        for causal in (False, True):
-            problem = problem_for(head_dim, causal, batch, seqlen, heads, heads)
-            what = f"small {(batch, heads, seqlen, head_dim)} {'causal' if causal else 'full'}"
-            chosen = choose(problem)
-            found.append(
-                Trial(what, f"table: {short(chosen.forward)} /{chosen.splits}", problem, chosen, True)
-            )
-            tiles = _tiles("64x64 w4 s3 T, 64x64 w4 s2, 32x64 w4 s3 T") + HOPPER["forward", head_dim][:6]
-            for tile in dict.fromkeys(tiles):
-                few = batch * heads * math.ceil(seqlen / tile.tile_m) < problem.sm_count
-                for splits in (1, 2, 4) if few and tile.tile_m == 64 else (1,):
-                    config = replace(chosen, forward=tile, splits=splits)
-                    found.append(Trial(what, f"{short(tile)} /{splits}", problem, config, True))
-    for head_dim in (64, 128):
-        heads = WIDTH // head_dim
-        problem = problem_for(head_dim, True, 1, 16384, heads, heads // 4)
-        for pack in (False, True):
-            config = replace(choose(problem), pack_gqa=pack)
-            found.append(Trial(f"gqa 4:1 causal d{head_dim} s16384", f"pack={pack}", problem, config))
-    return found
-
-
-def check_trial(trial: Trial) -> str | None:
-    """Compile and run a trial once; None if its output is that of the table's own config."""
-    try:
-        torch.manual_seed(0)
-        inputs = trial.tensors()
-        out, lse = attention.forward(trial.problem, trial.config, *inputs)
-        plain = Tile(64, 64, 4, 2) if trial.problem.head_dim <= 64 else Tile(64, 32, 4, 2)
-        config = replace(choose(trial.problem), forward=plain, splits=1, pack_gqa=False)
-        expected, expected_lse = attention.forward(trial.problem, config, *inputs)
-        error = (out.double() - expected.double()).norm() / expected.double().norm()
-        lse_error = (lse - expected_lse).abs().max()
-        if not (error < 1e-2 and lse_error < 1e-3):
-            return f"relative error {error:.2e}, lse {lse_error:.2e}"
-    except Exception as error:
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:160]}"
-    return None
-
-
-def time_trials(trials: list[Trial], deadline: float) -> Iterator[dict]:
-    """A record per trial, as long as there is time; FlashAttention-2 beside those whose inputs are in L2."""
-    tensors, what = None, None
-    for trial in trials:
-        if time.monotonic() > deadline:
-            return
-        time_one = graph_microseconds if trial.warm else replay_microseconds
-        if trial.what != what:
-            what, tensors = trial.what, trial.tensors()
-            if trial.warm:
-                yield {"what": what, "how": "fa2", "us": time_one(_fa2_forward(trial.problem, *tensors))}
-        us = time_one(partial(attention.forward, trial.problem, trial.config, *tensors))
-        k = tensors[1]
-        yield {"what": what, "how": trial.how, "us": us, "tbps": 2 * k.numel() * k.element_size() / us / 1e6}
-
-
-def time_host(deadline: float) -> Iterator[dict]:
-    """The host's time per call: forward, decoding in splits, backward; and PyTorch's SDPA."""
-    tensors = Tensors(problem_for(64, False, 1, 64, 2, 2))
-    problem, config, q, k, v = tensors.problem, tensors.config, tensors.q, tensors.k, tensors.v
-    calls = {
-        f"forward, {name}": partial(
-            backend.prepare(problem, tensors.with_tile("forward", Tile(64, 64, 4, 2, tma=tma))), q, k, v
-        )
-        for name, tma in (("TMA", True), ("pointers", False))
+    return {
+        "forward": forward,
+        "backward": partial(gradients.torch_flash, t.problem, t.q, t.k, t.v, t.out, t.lse, t.dout),
     }
-    split = replace(tensors.with_tile("forward", Tile(16, 16, 4, 2, tma=True)), splits=4)
-    calls["forward, 4 splits"] = partial(backend.prepare(problem, split), q, k, v)
-    calls["backward"] = partial(
-        backend.backward, problem, config, q, k, v, tensors.out, tensors.lse, tensors.dout
-    )
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    calls["SDPA forward"] = partial(torch.nn.functional.scaled_dot_product_attention, q, k, v)
-    for how, call in calls.items():
-        if time.monotonic() > deadline:
-            return
-        call()
-        torch.cuda.synchronize()
-        times = []
-        for _ in range(20):
-            start = time.perf_counter()
-            for _ in range(50):
-                call()
-            times.append((time.perf_counter() - start) / 50 * 1e6)
-            torch.cuda.synchronize()
-        yield {"what": "host time per call", "how": how, "us": sorted(times)[len(times) // 2]}
 
 
 # --- the report
@@ -565,7 +404,7 @@ def against_fa2(records: list[dict]) -> list[dict]:
     return found
 
 
-def report(records: list[dict], small: list[dict], most: int = 4) -> str:
+def report(records: list[dict], most: int = 4) -> str:
     """The best candidates per kind of problem, and how they compare with FlashAttention-2."""
     lines = []
     for (kernel, head_dim), tiles in sorted(rates(records).items()):
@@ -582,16 +421,6 @@ def report(records: list[dict], small: list[dict], most: int = 4) -> str:
         mask = "causal" if r["causal"] else "full  "
         shape = f"  d{r['head_dim']:<4}{mask} S={r['seqlen']:<6}"
         lines.append(f"{shape} {r['forward']:.2f} {r['backward']:.2f} dv {r['dv']}")
-    by_what = defaultdict(list)
-    for r in small:
-        by_what[r["what"]].append(r)
-    for what, tried in by_what.items():
-        tried.sort(key=lambda r: r["us"])
-        shown = tried[:6] + [r for r in tried[6:] if r["how"].startswith(("fa2", "table"))]
-        lines += [what] + [
-            f"  {r['how']:<28}{r['us']:8.1f} us" + (f" {r['tbps']:6.2f} TB/s" if "tbps" in r else "")
-            for r in shown
-        ]
     return "\n".join(lines)
 
 
@@ -682,9 +511,6 @@ def main() -> None:
     parser.add_argument("--kernels", default=",".join(MATMULS), help=f"some of {','.join(MATMULS)}")
     parser.add_argument("--head-dims", default="256,128,64", help="some of 64,128,256, in this order")
     parser.add_argument(
-        "--parts", default="tiles,decode,small,host", help="what to time: some of tiles,decode,small,host"
-    )
-    parser.add_argument(
         "--processes", type=int, default=min(14, os.cpu_count() or 1), help="that compile and check"
     )
     parser.add_argument("--json", type=Path, help="where to write all records and the winners")
@@ -697,7 +523,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.rows:
         document = json.loads(arguments.rows.read_text())
-        print(report(document["rows"], document["small"]))
+        print(report(document["rows"]))
         print(table_rows(document["rows"]))
         return
     reason = backend.unavailable()
@@ -706,7 +532,6 @@ def main() -> None:
 
     start = time.monotonic()
     deadline = start + arguments.seconds
-    parts = arguments.parts.split(",")
     arch = torch.cuda.get_device_capability()
     jobs = [
         Job(kernel, head_dim, causal, tile)
@@ -714,29 +539,17 @@ def main() -> None:
         for head_dim in map(int, arguments.head_dims.split(","))
         for causal in (True, False)
         for tile in candidates(kernel, head_dim, arch)
-        if "tiles" in parts
     ]
-    trials = {"decode": decode_trials() if "decode" in parts else []}
-    trials["small"] = small_trials() if "small" in parts else []
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.processes, mp_context=context) as pool:
         right, wrong = checked(check, jobs, pool)
-        right_trials, wrong_trials = checked(check_trial, trials["decode"] + trials["small"], pool)
-    done = f"{len(right)} of {len(jobs)} candidates, {len(right_trials)} of {sum(map(len, trials.values()))} trials"
-    print(f"{done} compiled and right, in {time.monotonic() - start:.0f} s", flush=True)
+    print(f"{len(right)} of {len(jobs)} candidates compiled and right, in {time.monotonic() - start:.0f} s", flush=True)
     left_out = [
         f"{job.kernel} d{job.head_dim} causal={job.causal} {short(job.tile)}: {why}"
         for job, why in wrong.items()
     ]
-    left_out += [f"{trial.what} {trial.how}: {why}" for trial, why in wrong_trials.items()]
     print("".join(f"  left out: {line}\n" for line in left_out), end="", flush=True)
-    ok = set(right_trials)
-    decode, small = ([trial for trial in trials[part] if trial in ok] for part in ("decode", "small"))
-    records = list(time_jobs(right, SEQLENS[:2], deadline))
-    others = list(time_host(deadline)) if "host" in parts else []
-    others += list(time_trials(decode, deadline))
-    others += list(time_trials(small, deadline))
-    records += list(time_jobs(right, SEQLENS[2:], deadline))
+    records = list(time_jobs(right, SEQLENS, deadline))
     if time.monotonic() > deadline:
         print("the time was up before everything was timed")
     if arguments.json:
@@ -746,10 +559,10 @@ def main() -> None:
         }  # fmt: skip
         document = {
             "meta": meta, "winners": winners(records), "against_fa2": against_fa2(records), "left_out": left_out,
-            "rows": records, "small": others,
+            "rows": records,
         }  # fmt: skip
         arguments.json.write_text(json.dumps(document, indent=1) + "\n")
-    print(report(records, others))
+    print(report(records))
     if arguments.install:
         path = env.cache_dir() / backend.USER_TABLE
         write_user_table(path, installed(records))

@@ -23,6 +23,7 @@ CONFIGS = dict(gemm_configs.declared_configs()) | {
     **{f"tile{i}-b-along-n": config(i, b_mn_major=True) for i in TILES},
     **{f"tile{i}-float32": config(i, dtype="float16", out_dtype="float32", split=True) for i in TILES},
     **{f"tile{i}-float32-whole": config(i, dtype="float16", out_dtype="float32", bias=True) for i in TILES},
+    # The widest tile has no registers for it.
     **{f"tile{i}-unaligned": config(i, n=8191, bias=True, activation="silu") for i in TILES if i > 0},
     "float32-swiglu": config(1, out_dtype="float32", bias=True, activation="swiglu", split=True),
     "all-at-once": config(0, bias=True, activation="gelu", split=True, a_mn_major=True, b_mn_major=True),
