@@ -227,16 +227,16 @@ def _nvrtc_missing() -> str | None:
 
 
 def _declared(head_dims: Sequence[int] | None) -> list[tuple[str, Any]]:
-    from flashcore.backends.hopper import configs, gemm_configs
+    from flashcore.backends.hopper import configs, decode_configs, gemm_configs
 
     declared = configs.declared_configs()
     if not head_dims:
-        return declared + gemm_configs.declared_configs()
+        return declared + decode_configs.declared_configs() + gemm_configs.declared_configs()
     wanted = {configs.padded_head_dim(head_dim) for head_dim in head_dims}
     found = [(name, config) for name, config in declared if config.head_dim in wanted]
     if missing := wanted - {config.head_dim for _, config in found}:
         raise _fail(f"no kernel serves head_dim {', '.join(map(str, sorted(missing)))}")
-    return found
+    return found + decode_configs.declared_configs(sorted(set(head_dims)))
 
 
 def _compile_all(declared: Sequence[tuple[str, Any]], jobs: int | None) -> list[dict]:

@@ -162,9 +162,11 @@ def test_compile_shows_the_compilers_log_when_a_kernel_does_not_compile(monkeypa
 def test_head_dims_choose_the_kernels_that_serve_them():
     pytest.importorskip("flashcore.backends.hopper.configs")
     everything = cli._declared(None)
-    assert {getattr(config, "head_dim", None) for _, config in everything} == {None, 64, 128, 192, 256}
-    assert any(name.startswith("gemm-") for name, _ in everything)
-    assert {config.head_dim for _, config in cli._declared([40, 96])} == {64, 128}
+    assert {getattr(config, "head_dim", None) for _, config in everything} == {None, 64, 96, 128, 192, 256}
+    assert {"gemm", "decode", "forward"} == {name.split("-")[0] for name, _ in everything}
+    chosen = cli._declared([40, 96, 136])  # decoding kernels are compiled for a head_dim as it is
+    assert {config.head_dim for name, config in chosen if name.startswith("forward")} == {64, 128, 192}
+    assert {config.head_dim for name, config in chosen if name.startswith("decode")} == {40, 96}
 
 
 @needs_nvrtc
@@ -229,7 +231,7 @@ def test_explain_plans_for_a_gpu_that_is_not_here():
 
 
 def test_explain_says_who_defers():
-    decoding = ("explain", "--shape", "8,1,8192,32,8,128", "--arch", "9.0")
+    decoding = ("explain", "--shape", "8,1,8192,64,4,128", "--arch", "9.0")
     assert "backend   triton: hopper defers to it: triton is made for" in flashcore(*decoding)
     assert "backend   hopper: requested" in flashcore(*decoding, "--backend", "hopper")
 

@@ -88,40 +88,52 @@ DECODING = replace(
 )  # fmt: skip
 
 
-def test_decoding_goes_to_triton(usable):
+# More rows for each key head than hopper's decoding kernel takes.
+WIDE_GROUPS = replace(DECODING, heads_q=64, heads_k=4)
+
+
+def test_decoding_has_a_kernel(usable):
     usable("triton")
     chosen = plan(DECODING)
+    assert (chosen.backend, chosen.rejected) == ("hopper", ())
+    assert "4 rows for each key head" in str(chosen)
+    assert plan(replace(DECODING, needs_grad=True)).backward == "triton"
+
+
+def test_wide_groups_go_to_triton(usable):
+    usable("triton")
+    chosen = plan(WIDE_GROUPS)
     assert (chosen.backend, chosen.rejected) == ("triton", ())
     assert chosen.why.startswith("hopper defers to it: triton is made for one query per sequence")
     assert chosen.config.pack_gqa
     assert "backend   triton: hopper defers to it" in str(chosen)
-    assert plan(replace(DECODING, needs_grad=True)).backward == "triton"
+    assert plan(replace(WIDE_GROUPS, needs_grad=True)).backward == "triton"
 
 
 @pytest.mark.filterwarnings("error")
-def test_decoding_stays_with_hopper_without_triton(usable, monkeypatch):
+def test_wide_groups_stay_with_hopper_without_triton(usable, monkeypatch):
     usable()
-    assert plan(DECODING).backend == "hopper"
+    assert plan(WIDE_GROUPS).backend == "hopper"
     usable("triton")
     monkeypatch.setattr(backends.load("triton"), "rejects", lambda problem: "head_dim 128")
-    assert plan(DECODING).backend == "hopper"
+    assert plan(WIDE_GROUPS).backend == "hopper"
     monkeypatch.setattr(backends, "BACKENDS", ("hopper", "sdpa", "reference"))
     _plan.cache_clear()
-    assert plan(DECODING).backend == "hopper"
+    assert plan(WIDE_GROUPS).backend == "hopper"
 
 
 def test_who_is_named_computes(usable):
     usable("triton")
-    assert (plan(DECODING, "hopper").backend, plan(DECODING, "hopper").why) == ("hopper", "requested")
+    assert (plan(WIDE_GROUPS, "hopper").backend, plan(WIDE_GROUPS, "hopper").why) == ("hopper", "requested")
     with override(backend="hopper"):
-        assert plan(DECODING).backend == "hopper"
-    assert plan(DECODING).backend == "triton"
+        assert plan(WIDE_GROUPS).backend == "hopper"
+    assert plan(WIDE_GROUPS).backend == "triton"
 
 
 def test_a_plan_for_elsewhere_follows_the_same_rules():
-    assert plan(DECODING, anywhere=True).backend == "triton"
-    assert plan(replace(DECODING, seqlen_q=2, seqlen_k=512), anywhere=True).backend == "hopper"
-    assert plan(DECODING, "hopper", anywhere=True).backend == "hopper"
+    assert plan(WIDE_GROUPS, anywhere=True).backend == "triton"
+    assert plan(DECODING, anywhere=True).backend == "hopper"
+    assert plan(WIDE_GROUPS, "hopper", anywhere=True).backend == "hopper"
 
 
 @pytest.mark.parametrize(
@@ -130,13 +142,20 @@ def test_a_plan_for_elsewhere_follows_the_same_rules():
         # A long prompt, a chunk of one, and small problems, which the host bounds
         ({"seqlen_q": 8192, "causal": True}, None),
         ({"seqlen_q": 512, "causal": True}, None),
-        ({"seqlen_q": 2, "seqlen_k": 512}, None),
-        # One query, whatever the cache
-        ({"seqlen_k": 1}, "is made for one query per sequence"),
-        ({"batch": 1, "heads_k": 32, "seqlen_k": 2049}, "is made for one query per sequence"),
+        ({"seqlen_q": 3, "seqlen_k": 512}, None),
+        # Up to 8 rows for each key head: the decoding kernel, if it has work for the SMs
+        ({"seqlen_k": 1}, None),
+        ({"seqlen_q": 2}, None),
+        ({"batch": 1, "heads_k": 32, "seqlen_k": 2049}, None),
+        ({"batch": 1, "seqlen_k": 65535}, None),
+        ({"batch": 1, "seqlen_k": 65536}, "splits the keys of 8 heads among all 132 SMs"),
+        ({"batch": 9, "heads_q": 1, "heads_k": 1, "seqlen_k": 131072}, None),
+        # One query for which it is not made
+        ({"heads_k": 2}, "is made for one query per sequence"),
+        ({"head_dim": 136, "head_dim_v": 136, "seqlen_k": 1}, "is made for one query per sequence"),
         # Packed heads: 128 rows at most. Two tiles for the busiest of 132 SMs, so 2048 keys count as 4096.
-        ({"seqlen_q": 2, "seqlen_k": 2048}, "packs the 4 heads of a group: 8 rows"),
-        ({"seqlen_q": 2, "seqlen_k": 2047}, None),
+        ({"seqlen_q": 3, "seqlen_k": 2048}, "packs the 4 heads of a group: 12 rows"),
+        ({"seqlen_q": 3, "seqlen_k": 2047}, None),
         ({"seqlen_q": 32}, "packs the 4 heads of a group: 128 rows"),
         ({"seqlen_q": 33}, None),
         # No groups: 16 rows at most

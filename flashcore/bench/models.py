@@ -54,7 +54,7 @@ class ModelCase:
     @property
     def turns(self) -> int:
         """Rounds in which implementations take turns."""
-        return 1 if self.phase == "generate" else 3 if self.tokens <= 4096 else 2
+        return 3 if self.tokens <= 4096 else 2
 
     @property
     def calls(self) -> int:
@@ -63,7 +63,7 @@ class ModelCase:
 
     @property
     def lead_ins(self) -> int:
-        """Untimed calls at the start of a turn; a call of 32,768 tokens is long enough without."""
+        """Untimed calls at the start of a turn; a generation or a call of 32,768 tokens is long enough without."""
         return int(self.phase != "generate" and self.tokens <= 8192)
 
     @property

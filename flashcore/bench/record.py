@@ -23,13 +23,18 @@ RESULTS = BENCHMARKS / "results"
 
 # The suites that no kernel of Triton's takes part in.
 WITHOUT_TRITON = ("gemm", "startup")
+# Whose CUDA kernels take part in a suite, where these are not those of prefill alone.
+OPERATIONS = {
+    "gemm": ("gemm",),
+    **dict.fromkeys(("accuracy", "decode", "e2e", "matrix"), ("attention", "decode")),
+}
 
 
 def kernel_digest(suite: str) -> str:
     """Names the kernel sources that the suite measures, as this package would compile them; a record keeps it."""
     from flashcore.backends.hopper import jit
 
-    digest = jit.source_digest("gemm" if suite == "gemm" else "attention")
+    digest = "\0".join(map(jit.source_digest, OPERATIONS.get(suite, ("attention",))))
     if suite in WITHOUT_TRITON:
         return digest
     sources = sorted((PACKAGE / "backends" / "triton").glob("attention*.py"))

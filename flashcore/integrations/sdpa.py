@@ -47,12 +47,20 @@ def scaled_dot_product_attention(
     FlashCore does not know; :func:`explain` tells. ``torch.nn.attention.sdpa_kernel`` reaches only those. What
     FlashCore computes has no second derivative and cannot be vmapped.
     """
+    out = computed(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if out is not None:
+        return out.transpose(1, 2)
+    return torch_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+
+def computed(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> torch.Tensor | None:
+    """The same, but (batch, seqlen, heads, head_dim) and contiguous; None where PyTorch is to compute it."""
     if _declines(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa) is None:
         try:
-            return _attend(api.attention, query, key, value, is_causal, scale).transpose(1, 2)
+            return _attend(api.attention, query, key, value, is_causal, scale)
         except InvalidInputError:
             pass  # perhaps PyTorch knows better; else its error is the one that the caller expects
-    return torch_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    return None
 
 
 @dataclass(frozen=True)

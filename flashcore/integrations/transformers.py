@@ -22,8 +22,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from flashcore import api
+from flashcore.backends.sdpa import scaled_dot_product_attention as torch_sdpa
 from flashcore.errors import FlashCoreWarning, UnsupportedError
-from flashcore.integrations.sdpa import scaled_dot_product_attention
+from flashcore.integrations.sdpa import computed
 
 # Transformers takes every name with "flash" in it for one of the flash-attn packages, and tries to import that.
 NAME = "fcore"
@@ -72,10 +73,12 @@ def attention_forward(
         _warn_that_pytorch_computes("dropout")
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     is_causal = query.shape[2] > 1 and attention_mask is None and is_causal  # as Transformers' "sdpa" has it
-    out = scaled_dot_product_attention(
-        query, key, value, attention_mask, dropout, is_causal, scale=scaling, enable_gqa=True
-    )
-    return out.transpose(1, 2).contiguous(), None
+    out = computed(query, key, value, attention_mask, dropout, is_causal, scaling, enable_gqa=True)
+    if out is None:
+        out = torch_sdpa(
+            query, key, value, attention_mask, dropout, is_causal, scale=scaling, enable_gqa=True
+        ).transpose(1, 2)
+    return out.contiguous(), None
 
 
 def mask(*args, **kwargs) -> torch.Tensor | None:

@@ -52,7 +52,7 @@ def test_the_suite_is_what_was_asked_for():
     phases = ("prefill-2048", "prefill-8192", "prefill-32768", "generate-2048", "train-4096")
     assert names == [f"{model}-{phase}" for model in ("llama2-7b", "llama3-8b") for phase in phases]
     assert {case.new_tokens for case in SUITES["e2e"].cases if case.phase == "generate"} == {128}
-    assert all(case.turns >= 2 for case in SUITES["e2e"].cases if case.phase != "generate")
+    assert all(case.turns >= 2 for case in SUITES["e2e"].cases)
     assert SUITES["e2e"].peers == ("flashcore", "cudnn", "fa2", "eager")
 
 
@@ -79,7 +79,7 @@ def test_every_phase_is_measured():
         assert 0 < row["ms_p10"] <= row["ms_p50"] <= row["ms_p90"]
         counted = 6 if row["phase"] == "generate" else row["tokens"]
         assert row["tokens_per_s"] == pytest.approx(1e3 * counted / row["ms_p50"])
-        assert row["samples"] == (1 if row["phase"] == "generate" else 6)
+        assert row["samples"] == (3 if row["phase"] == "generate" else 6)
         assert 0 < row["attention_pct"] < 100
         if row["impl"] == "sdpa":
             assert row["reference"] is True
@@ -286,8 +286,7 @@ def test_the_record_becomes_tables(monkeypatch):
     assert distance.rows[1][4] == "reference"
     assert distance.rows[1][3].endswith(", 6 of 6 tokens")
     assert "e2e: whole models" in speed.title
-    assert speed.rows[1][7] == ""  # one sample has no spread
-    assert float(speed.rows[2][7]) >= 0
+    assert all(float(row[7]) >= 0 for row in speed.rows[1:])
 
 
 @pytest.mark.gpu

@@ -9,7 +9,6 @@ transformers = pytest.importorskip("transformers")  # the extra "test" brings it
 
 import flashcore.integrations.transformers as integration  # noqa: E402
 from flashcore.errors import FlashCoreWarning, UnsupportedError  # noqa: E402
-from flashcore.integrations import sdpa  # noqa: E402
 
 LAYERS = 2
 VOCABULARY = 61
@@ -143,7 +142,7 @@ def test_grouped_heads_reach_pytorch_repeated(monkeypatch):
         heads.append((query.shape[1], key.shape[1], value.shape[1]))
         return query
 
-    monkeypatch.setattr(sdpa, "torch_sdpa", record)
+    monkeypatch.setattr(integration, "torch_sdpa", record)
     q, k = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8)
     integration.attention_forward(torch.nn.Module(), q, k, k, torch.ones(1, 1, 5, 5, dtype=torch.bool))
     assert heads == [(4, 4, 4)]

@@ -10,10 +10,13 @@ import math
 from typing import TYPE_CHECKING
 
 from flashcore.backends.hopper.configs import ForwardConfig, choose_forward
+from flashcore.backends.hopper.decode_configs import CLUSTERS, DecodeConfig, choose_decode
 from flashcore.problem import AttentionProblem
 
 if TYPE_CHECKING:
     import torch
+
+    from flashcore.backends import Run
 
 NATIVE_GRAD = False
 HAS_BACKWARD = False
@@ -21,6 +24,8 @@ HAS_BACKWARD = False
 # The kernel divides by the scale; below this the quotient of its rescaling threshold could overflow.
 _MIN_SCALE = 1e-20
 
+# Keys from which on it matters that the clusters of so few heads leave SMs idle (docs/log/0018).
+_FEW_HEADS_KEYS = 65536
 # Keys that the busiest SM reads in the time that Triton's two kernels cost the host, more or less (docs/log/0017).
 _DEFERRED_KEYS = 4096
 
@@ -82,14 +87,19 @@ def rejects(problem: AttentionProblem) -> str | None:
 
 
 def defers(problem: AttentionProblem) -> tuple[str, str] | None:
-    """Whose kernels are faster at a problem that is not rejected, and why; None: nobody's (docs/log/0017).
+    """Whose kernels are faster at a problem that is not rejected, and why; None: nobody's (docs/log/0017, 0018).
 
-    A tile of these kernels has 64 rows or more of one query head, and reads all keys that they see. Triton's take the
-    rows of all query heads of a key head together, or 16 rows, and share the keys of few tiles out. And where a cache
-    grows with every call, they cost the host less: a tensor map per new address and length is dear.
+    The decoding kernel shares the keys of a head out among at most 16 CTAs. A tile of the other kernel has 64 rows or
+    more of one query head, and reads all keys that they see. Triton's kernels share keys out among all SMs, and have
+    tiles of 16 rows, or of the rows of all query heads of a key head together.
     """
+    if choose_decode(problem) is not None:
+        heads = problem.batch * problem.heads_k
+        if heads * CLUSTERS[-1] < problem.sm_count and problem.seqlen_k >= _FEW_HEADS_KEYS:
+            return "triton", f"splits the keys of {heads} heads among all {problem.sm_count} SMs"
+        return None
     if problem.seqlen_q == 1:
-        return "triton", "is made for one query per sequence: heads packed, keys split, cheap for growing caches"
+        return "triton", "is made for one query per sequence: heads packed, keys split"
     tiles = problem.batch * problem.heads_q * math.ceil(problem.seqlen_q / 64)
     if math.ceil(tiles / problem.sm_count) * problem.seqlen_k < _DEFERRED_KEYS:
         return None
@@ -103,20 +113,24 @@ def defers(problem: AttentionProblem) -> tuple[str, str] | None:
     return None
 
 
-def configure(problem: AttentionProblem) -> ForwardConfig:
-    """The kernel variant for a problem that is not rejected; its ``why`` is the reason of its table row."""
-    return choose_forward(problem)
+def configure(problem: AttentionProblem) -> ForwardConfig | DecodeConfig:
+    """The kernel variant for a problem that is not rejected; its ``why`` is the reason for it."""
+    return choose_decode(problem) or choose_forward(problem)
 
 
-def prepare(problem: AttentionProblem, config: ForwardConfig):
+def prepare(problem: AttentionProblem, config: ForwardConfig | DecodeConfig) -> Run:
     """A callable (q, k, v) -> (out, lse) with everything that does not depend on the tensors done."""
+    if isinstance(config, DecodeConfig):
+        from flashcore.backends.hopper.decode import DecodeLauncher
+
+        return DecodeLauncher(problem, config)
     from flashcore.backends.hopper.attention import ForwardLauncher
 
     return ForwardLauncher(problem, config)
 
 
 def forward(
-    problem: AttentionProblem, config: ForwardConfig, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    problem: AttentionProblem, config: ForwardConfig | DecodeConfig, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output (B, Sq, Hq, D) and LSE (B, Hq, Sq); see :class:`flashcore.backends.Backend`."""
     return prepare(problem, config)(q, k, v)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import numpy
@@ -11,9 +10,10 @@ import torch
 from flashcore.backends.hopper import tma
 from flashcore.backends.hopper.configs import ForwardConfig, paired_heads
 from flashcore.backends.hopper.jit import compile_kernel
+from flashcore.backends.hopper.launch import cuda_launch, current_stream
 from flashcore.problem import AttentionProblem
 
-_LOG2_E = 1 / math.log(2)
+LOG2_E = 1 / math.log(2)
 _MAX_MAPS = 1024  # tensor maps kept per operand: the caching allocator hands out the same few addresses
 
 
@@ -33,7 +33,7 @@ class ForwardLauncher:
         paired_rounds = -(-(paired // 2 * m_blocks) // self._grid)
         # The entry's parameters after the LSE pointer, in order.
         self._scalars = (
-            numpy.float32(problem.scale * _LOG2_E), numpy.int32(problem.batch), numpy.int32(problem.heads_q),
+            numpy.float32(problem.scale * LOG2_E), numpy.int32(problem.batch), numpy.int32(problem.heads_q),
             divisor(problem.heads_q), divisor(problem.group_size), numpy.int32(problem.seqlen_q),
             numpy.int32(problem.seqlen_k), numpy.int32(m_blocks), divisor(m_blocks), numpy.int32(paired),
             numpy.int32(paired_rounds), divisor(max(1, heads - paired)),
@@ -61,8 +61,7 @@ class ForwardLauncher:
             maps, _copies = self._make_maps(key, q, k, v, out)
         device = out.device.index
         launch, kernel, launch_config = self._loaded.get(device) or self._load(device)
-        stream = _streams.get(_raw_stream(device)) or _current_stream(device)
-        launch(stream, launch_config, kernel, *maps, lse_address, *self._scalars)
+        launch(current_stream(device), launch_config, kernel, *maps, lse_address, *self._scalars)
         return out, lse
 
     def _make_maps(self, key: tuple, *tensors: torch.Tensor) -> tuple[tuple, list[torch.Tensor]]:
@@ -96,7 +95,7 @@ class ForwardLauncher:
 
         config = self._config
         launch_config = LaunchConfig(grid=self._grid, block=config.threads, shmem_size=config.smem_bytes)
-        self._loaded[device] = loaded = (_launch(), self._kernel.load(device), launch_config)
+        self._loaded[device] = loaded = (cuda_launch(), self._kernel.load(device), launch_config)
         return loaded
 
 
@@ -104,26 +103,3 @@ def divisor(d: int) -> numpy.uint64:
     """A positive divisor below 2^31 as ``struct Divisor`` (device/attention/tiles.cuh) takes it."""
     shift = (d - 1).bit_length()
     return numpy.uint64(shift << 32 | (2**32 * (2**shift - d) // d + 1))
-
-
-@functools.cache
-def _launch():
-    """``cuda.core.launch``; importing cuda.core takes long, and a machine without a GPU never gets here."""
-    from cuda.core import launch
-
-    return launch
-
-
-_streams: dict[int, object] = {}  # by raw handle
-_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # PyTorch without CUDA has none
-
-
-def _current_stream(device: int):
-    """PyTorch's current stream as a ``cuda.core.Stream``."""
-    handle = _raw_stream(device)
-    stream = _streams.get(handle)
-    if stream is None:
-        from cuda.core import Stream
-
-        stream = _streams[handle] = Stream.from_handle(handle)
-    return stream

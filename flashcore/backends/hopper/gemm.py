@@ -6,9 +6,9 @@ import numpy
 import torch
 
 from flashcore.backends.hopper import tma
-from flashcore.backends.hopper.attention import _current_stream, _launch
 from flashcore.backends.hopper.gemm_configs import TILES, GemmConfig, GemmSchedule, choose_gemm, k_blocks
 from flashcore.backends.hopper.jit import compile_kernel
+from flashcore.backends.hopper.launch import cuda_launch, current_stream
 from flashcore.gemm_problem import HALF_TYPES, GemmProblem
 
 _MAX_MAPS = 1024  # tensor maps kept per operand: the caching allocator hands out the same few addresses
@@ -78,8 +78,8 @@ class GemmLauncher:
         if config.split:
             partials, flags = _workspace(config, self.schedule.parts, device)
         kernel, launch_config = self._loaded.get(device) or self._load(device)
-        _launch()(
-            _current_stream(device), launch_config, kernel, a_map, b_map, out_map, out.data_ptr(), bias_address,
+        cuda_launch()(
+            current_stream(device), launch_config, kernel, a_map, b_map, out_map, out.data_ptr(), bias_address,
             _address(partials), _address(flags), *self._out_strides, *self._integers,
         )  # fmt: skip
         return out if batched else out[0]

@@ -60,15 +60,26 @@ class CompiledKernel:
 
         return ObjectCode.from_cubin(self.cubin, name=self.config.entry)
 
+    @functools.cached_property
+    def _loaded(self) -> dict[int, Any]:
+        return {}  # by device
+
     def load(self, device: int):
-        """The ``cuda.core.Kernel``, allowed to use its shared memory on this device. Needs a GPU."""
+        """The ``cuda.core.Kernel``, allowed to use its shared memory and any cluster on this device. Needs a GPU."""
+        if (kernel := self._loaded.get(device)) is not None:
+            return kernel
         from cuda.bindings import driver
 
         kernel = self._object.get_kernel(self.config.entry)
-        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        (error,) = driver.cuKernelSetAttribute(attribute, self.smem_bytes, kernel.handle, device)
-        if error != driver.CUresult.CUDA_SUCCESS:
-            raise RuntimeError(f"cuKernelSetAttribute({self.smem_bytes} bytes of shared memory): {error}")
+        names = driver.CUfunction_attribute
+        for attribute, value in (
+            (names.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, self.smem_bytes),
+            (names.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1),
+        ):
+            (error,) = driver.cuKernelSetAttribute(attribute, value, kernel.handle, device)
+            if error != driver.CUresult.CUDA_SUCCESS:
+                raise RuntimeError(f"cuKernelSetAttribute({attribute.name}, {value}): {error}")
+        self._loaded[device] = kernel
         return kernel
 
 
@@ -116,6 +127,7 @@ struct Config {{
 # The kernel file and the tile table of each operation.
 _OPERATIONS = {
     "attention": ("attention/forward_sm90.cuh", "configs.py"),
+    "decode": ("attention/decode_sm90.cuh", "decode_configs.py"),
     "gemm": ("gemm/gemm_sm90.cuh", "gemm_configs.py"),
 }
 

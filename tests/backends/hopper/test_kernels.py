@@ -11,7 +11,8 @@ import pytest
 nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-bindings (extra cu13 or cu12)")
 
 from flashcore.backends.hopper import jit  # noqa: E402
-from flashcore.backends.hopper.configs import declared_configs  # noqa: E402
+from flashcore.backends.hopper.configs import SMEM_LIMIT, declared_configs  # noqa: E402
+from flashcore.backends.hopper.decode_configs import DecodeConfig  # noqa: E402
 from tools import generate_wgmma  # noqa: E402
 
 CONFIGS = dict(declared_configs())
@@ -55,6 +56,23 @@ def test_kernel(name, tmp_path):
     assert count["UTMASTG"] >= chunks
     assert count["USETMAXREG"] == (2 if config.consumers > 1 else 0)
     assert count["VIMNMX3"] > 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("head_dim", [8, 40, 64, 72, 96, 120, 128])
+def test_decoding_kernel(head_dim, dtype, tmp_path):
+    kernel = jit.compile_kernel(DecodeConfig(dtype, head_dim))
+    assert 2 * kernel.registers * kernel.config.threads <= 65536  # two CTAs on an SM
+    assert 2 * kernel.smem_bytes <= SMEM_LIMIT
+    assert kernel.spill_bytes == 0
+    assert not kernel.warnings
+
+    count = collections.Counter(opcode.split(".")[0] for opcode in disassemble(kernel.cubin, tmp_path))
+    assert count["LDL"] == count["STL"] == 0
+    k_chunks, v_chunks = -(-head_dim // 32), -(-head_dim // 64)
+    assert count["HMMA"] == 2 * k_chunks + 4 * v_chunks
+    assert count["MOVM"] == 2  # P, transposed in registers
+    assert count["LDG"] == 2 * (2 * k_chunks + 4 * v_chunks) + 1  # K and V of the first block and of the next; Q
 
 
 def test_names_of_declared_configs_differ():

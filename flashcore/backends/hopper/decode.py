@@ -1,0 +1,77 @@
+"""Launches the Hopper decoding kernel: what a call does on the host once its plan is known."""
+
+from __future__ import annotations
+
+import numpy
+import torch
+
+from flashcore.backends.hopper import tma
+from flashcore.backends.hopper.attention import LOG2_E
+from flashcore.backends.hopper.decode_configs import DecodeConfig
+from flashcore.backends.hopper.jit import compile_kernel
+from flashcore.backends.hopper.launch import cuda_launch, current_stream
+from flashcore.problem import AttentionProblem
+
+
+class DecodeLauncher:
+    """One variant for one problem. Calling it allocates the outputs and launches."""
+
+    def __init__(self, problem: AttentionProblem, config: DecodeConfig):
+        self._config = config
+        self._kernel = compile_kernel(config.variant)
+        self._lse_shape = (problem.batch, problem.heads_q, problem.seqlen_q) if problem.needs_lse else None
+        self._clusters = problem.batch * problem.heads_k
+        # The entry's parameters after the strides, in order.
+        self._scalars = (
+            numpy.float32(problem.scale * LOG2_E), numpy.int32(problem.heads_k), numpy.int32(problem.group_size),
+            numpy.int32(problem.seqlen_q), numpy.int32(problem.seqlen_k), numpy.int32(problem.causal),
+        )  # fmt: skip
+        # Strides that the kernel can read: of q, k and v -> the entry's parameters, (batch, row, head) of each.
+        self._strides: dict[tuple, tuple[int, ...]] = {}
+        self._loaded: dict[int, tuple] = {}  # device index -> (cuda.core.launch, kernel, launch config)
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        # empty_like() is faster without a memory format, and then keeps the strides.
+        out = (
+            torch.empty_like(q)
+            if q.is_contiguous()
+            else torch.empty_like(q, memory_format=torch.contiguous_format)
+        )
+        if self._lse_shape is None:
+            lse, lse_address = None, 0
+        else:
+            lse = torch.empty(self._lse_shape, dtype=torch.float32, device=q.device)
+            lse_address = lse.data_ptr()
+        addresses = q.data_ptr(), k.data_ptr(), v.data_ptr()
+        strides = self._strides.get((q.stride(), k.stride(), v.stride()))
+        if strides is None or (addresses[0] | addresses[1] | addresses[2]) % tma.ALIGNMENT:
+            # Copies made here live until the launch is queued; the allocator orders their reuse after it.
+            q, k, v = (tma.addressable(tensor, name) for tensor, name in zip((q, k, v), "qkv", strict=True))
+            addresses = q.data_ptr(), k.data_ptr(), v.data_ptr()
+            strides = self._learn(q, k, v)
+        device = out.device.index
+        launch, kernel, launch_config = self._loaded.get(device) or self._load(device)
+        launch(
+            current_stream(device), launch_config, kernel, *addresses, out.data_ptr(), lse_address, *strides,
+            *self._scalars,
+        )  # fmt: skip
+        return out, lse
+
+    def _learn(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[int, ...]:
+        """The entry's strides for tensors that it can read."""
+        learned = tuple(stride for tensor in (q, k, v) for stride in tensor.stride()[:3])
+        self._strides[q.stride(), k.stride(), v.stride()] = learned
+        return learned
+
+    def _load(self, device: int) -> tuple:
+        from cuda.core import LaunchConfig
+
+        config = self._config
+        launch_config = LaunchConfig(
+            grid=self._clusters, cluster=config.cluster, block=config.threads, shmem_size=config.smem_bytes
+        )
+        kernel = self._kernel.load(device)
+        self._loaded[device] = loaded = (cuda_launch(), kernel, launch_config)
+        return loaded

@@ -1,0 +1,325 @@
+// Attention forward for few queries per sequence on Hopper (sm_90a): decoding.
+//
+// COMPUTES  O = softmax(scale * Q K^T + mask) V and LSE = ln(sum(exp(scale * Q K^T + mask))) per row.
+//   Q, O (batch, seqlen_q, heads_q, d), K, V (batch, seqlen_k, heads_k, d), 16 bit, O contiguous, the others with any
+//   strides that are multiples of 16 bytes; LSE (batch, heads_q, seqlen_q) fp32. Mask: none, or causal aligned to the
+//   bottom right. The rows of a key head are its queries times the heads of its group: seqlen_q * heads_q / heads_k.
+//   Not handled: more than 8 rows, scale <= 0, d % 8 != 0, d > 128, d of V != d of Q.
+//
+// GRID  One cluster of CTAs for each key head of each batch entry; a launch chooses its size, up to 16. The blocks of 16
+//   keys are dealt out in turn to all warps of the cluster. No tensor maps: a cache that grows by a key with every call
+//   costs the host nothing but arguments.
+//
+// DATA FLOW  Each warp for itself, without barriers:
+//   K, V -ld.global-> registers, as fragments of mma.sync;  S^T = K Q^T -softmax-> P^T;  O^T += V^T P^T (registers)
+//   and at the end O^T, maxima and sums -st.shared-> merged per CTA -DSMEM-> merged per cluster -st.global-> O, LSE
+//   Keys and dims are the 16 rows of the products, and query rows their 8 columns, so that a step needs half of the
+//   accumulators that 16 query rows would. Which element of the head is which k of a product is free as long as Q and
+//   K agree: a lane takes 16 contiguous bytes of a row and uses them in two products. V's lanes hold 8 dims of a key;
+//   prmt pairs two keys. P^T is transposed in registers (movmatrix).
+//
+// REGISTERS, at head_dim 128: O 32, K of 16 keys 32, V 32, Q 4 at a time, and about 28 more: 128, so that an SM has two
+//   CTAs of 8 warps. K and V of the next block are asked for as soon as the products have read this one's: 4 to 8 KB are
+//   under way for each warp. Memory needs about 32 KB for each SM (bandwidth x latency).
+//
+// SHARED MEMORY (DecodeSmem), bytes at head_dim 128: q 2,048, as fragments; o[warps][rows][head_dim + 4] 33,792 and the
+//   maxima and sums, 608, at the end.
+//
+// NUMERICS  S, O and the sums are fp32, P is rounded to 16 bit, O once at the end. Each warp has its own running maximum;
+//   partial results are merged in the order of warps, then of CTAs: the same bits each time. A row without keys gives
+//   O = 0 and LSE = -inf. Keys that a row does not see have weight 0; V of such a key, if another row sees it, is
+//   multiplied by 0, and 0 * NaN is NaN, as with PyTorch's kernels.
+//
+// EVIDENCE  docs/log/0018. "Flash-Decoding for long-context inference" (Dao, Haziza, Massa, Sizov 2023) for sharing out
+//   the keys.
+#pragma once
+#include "../ptx/cluster.cuh"
+#include "../ptx/math.cuh"
+#include "../ptx/mma.cuh"
+#include "../ptx/stream.cuh"
+
+struct Operand {  // (seqlen, heads, d) of a batch entry, strides in elements
+  const u16* data;
+  u64 row_stride, head_stride;
+};
+
+struct DecodeParams {
+  Operand q, k, v;
+  u16* out;
+  float* lse;        // may be null
+  float scale_log2;  // softmax scale * log2(e), > 0
+  int heads_k, group_size, seqlen_q, seqlen_k;
+  bool causal;
+
+  __forceinline__ int rows() const { return seqlen_q * group_size; }  // of a key head
+  __forceinline__ int visible(int query) const { return causal ? seqlen_k - seqlen_q + query + 1 : seqlen_k; }
+};
+
+template <class Config> struct DecodeSmem {
+  static constexpr int rows = 8;
+  u32 q[(Config::head_dim + 31) / 32][32][4];  // as fragments: [32 elements][lane]
+  int visible[rows];  // keys that a row sees: the first so many
+  alignas(16) float o[Config::warps][rows][Config::head_dim + 4];  // of each warp; then, in the first, of the CTA
+  float m[Config::warps + 1][rows], l[Config::warps + 1][rows];    // the last: of the CTA
+};
+
+template <class Config> struct DecodeKernel {
+  using Smem = DecodeSmem<Config>;
+  using Element = typename Config::Element;
+
+  static constexpr int head_dim = Config::head_dim;
+  static constexpr int warps = Config::warps;
+  static constexpr int rows = Smem::rows;
+  static constexpr int block_n = 16;
+  static constexpr int k_chunks = (head_dim + 31) / 32;  // 32 elements of the head: two steps of a product
+  static constexpr int v_chunks = (head_dim + 63) / 64;  // 64 elements: four products' rows
+  static_assert(sizeof(Smem) == Config::smem_bytes, "the host and the kernel disagree on shared memory");
+  static_assert(head_dim % 8 == 0 && head_dim <= 128 && k_chunks <= warps);
+
+  Smem& smem;
+  const DecodeParams& params;
+  const int batch, kv_head;
+  const int warp, g, t;  // lane = 4 g + t
+
+  // Lane (g, t) has elements 32 c + 8 t + {0, ..., 7} of rows g (and g + 8) in chunk c.
+  struct KFragment {
+    u32 r[2][k_chunks][4];
+  };
+  // Lane (g, t) has elements 64 c + 8 g + {0, ..., 7} of keys 2 t, 2 t + 1, 2 t + 8, 2 t + 9 in chunk c.
+  struct VFragment {
+    u32 r[4][v_chunks][4];
+  };
+
+  __forceinline__ void load_k(KFragment& f, int block) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int key = min(block * block_n + g + 8 * half, params.seqlen_k - 1);
+      const u16* row = params.k.data + u64(key) * params.k.row_stride + 8 * t;
+#pragma unroll
+      for (int c = 0; c < k_chunks; ++c)
+        if (32 * c + 32 <= head_dim || 32 * c + 8 * t < head_dim) load_once_v4(f.r[half][c], row + 32 * c);
+    }
+  }
+
+  __forceinline__ void load_v(VFragment& f, int block) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int key = min(block * block_n + 2 * t + i % 2 + i / 2 * 8, params.seqlen_k - 1);
+      const u16* row = params.v.data + u64(key) * params.v.row_stride + 8 * g;
+#pragma unroll
+      for (int c = 0; c < v_chunks; ++c)
+        if (64 * c + 64 <= head_dim || 64 * c + 8 * g < head_dim) load_once_v4(f.r[i][c], row + 64 * c);
+    }
+  }
+
+  // Lane (g, t) fetches elements 32 c + 8 t + {0, ..., 7} of row g: its own part of the fragment.
+  __forceinline__ void stage_q(int c) const {
+    const int row = g, query = row / params.group_size;
+    u32 q[4] = {};
+    if (row < params.rows() && 32 * c + 8 * t < head_dim)
+      load_once_v4(q, params.q.data + query * params.q.row_stride +
+                          (kv_head * params.group_size + row % params.group_size) * params.q.head_stride + 32 * c + 8 * t);
+    *reinterpret_cast<uint4*>(smem.q[c][4 * g + t]) = make_uint4(q[0], q[1], q[2], q[3]);
+    if (c == 0 && t == 0) smem.visible[row] = params.visible(query);
+  }
+
+  // The warp's blocks are first, first + step, ...
+  __forceinline__ void run(int first, int step) {
+    KFragment k{};
+    VFragment v{};
+    float o[v_chunks][4][4] = {};  // O^T: elements 64 c + 8 g + 2 j + {0, 1} x rows 2 t + {0, 1}
+    float m[2] = {negative_infinity(), negative_infinity()}, l[2] = {};  // of these rows; l: of this lane's keys
+    const int blocks = (params.seqlen_k + block_n - 1) / block_n;
+    if (first < blocks) {
+      load_k(k, first);
+      load_v(v, first);
+    }
+    if (warp < k_chunks) stage_q(warp);
+    __syncthreads();
+
+    for (int block = first; block < blocks; block += step) {
+      float s[4] = {};  // S^T: keys g, g + 8 x rows 2 t + {0, 1}
+#pragma unroll
+      for (int c = 0; c < k_chunks; ++c) {
+        if (c > 0) __syncwarp();  // or all loads of Q move to the front, and take registers for themselves
+        u32 q[4];
+        load_shared_v4(q, smem.q[c][4 * g + t]);
+#pragma unroll
+        for (int i = 0; i < 4; i += 2)
+          mma_16x8x16<Element>(s, k.r[0][c][i], k.r[1][c][i], k.r[0][c][i + 1], k.r[1][c][i + 1], q[i], q[i + 1]);
+      }
+      if (block + step < blocks) load_k(k, block + step);
+      if ((block + 1) * block_n > params.visible(0)) mask(s, block * block_n);
+
+      float rescale[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float top = fmaxf(s[i], s[i + 2]);
+        top = fmaxf(top, __shfl_xor_sync(full_warp, top, 4));
+        top = fmaxf(top, __shfl_xor_sync(full_warp, top, 8));
+        top = fmaxf(top, __shfl_xor_sync(full_warp, top, 16));
+        top = fmaxf(top, m[i]);
+        const float bias = offset(top);
+        rescale[i] = exp2_approx(m[i] * params.scale_log2 - bias);
+        m[i] = top;
+        s[i] = exp2_approx(s[i] * params.scale_log2 - bias);
+        s[i + 2] = exp2_approx(s[i + 2] * params.scale_log2 - bias);
+        l[i] = l[i] * rescale[i] + s[i] + s[i + 2];
+      }
+      if (__any_sync(full_warp, rescale[0] != 1 || rescale[1] != 1))
+#pragma unroll
+        for (int c = 0; c < v_chunks; ++c)
+#pragma unroll
+          for (int j = 0; j < 4; ++j)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) o[c][j][i] *= rescale[i % 2];
+
+      // P^T as the second operand: row g, keys 2 t + {0, 1} and + 8.
+      const u32 p0 = transpose_8x8(pack2<Element>(s[0], s[1])), p1 = transpose_8x8(pack2<Element>(s[2], s[3]));
+#pragma unroll
+      for (int c = 0; c < v_chunks; ++c)
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          mma_16x8x16<Element>(o[c][j], low_halves(v.r[0][c][j], v.r[1][c][j]),
+                               high_halves(v.r[0][c][j], v.r[1][c][j]), low_halves(v.r[2][c][j], v.r[3][c][j]),
+                               high_halves(v.r[2][c][j], v.r[3][c][j]), p0, p1);
+      if (block + step < blocks) load_v(v, block + step);
+    }
+    leave(o, m, l);
+  }
+
+  // What is subtracted from scaled scores so that the largest becomes 0. A maximum of -inf: no key yet, subtract nothing.
+  __forceinline__ float offset(float top) const {
+    return top == negative_infinity() ? 0 : top * params.scale_log2;
+  }
+
+  __forceinline__ void mask(float (&s)[4], int first_key) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (first_key + g + i / 2 * 8 >= smem.visible[2 * t + i % 2]) s[i] = negative_infinity();
+  }
+
+  // The warp's partial result to shared memory.
+  __forceinline__ void leave(const float (&o)[v_chunks][4][4], const float (&m)[2], const float (&l)[2]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = 2 * t + i;
+      float sum = l[i];
+      sum += __shfl_xor_sync(full_warp, sum, 4);
+      sum += __shfl_xor_sync(full_warp, sum, 8);
+      sum += __shfl_xor_sync(full_warp, sum, 16);
+      if (g == 0) {
+        smem.m[warp][row] = m[i];
+        smem.l[warp][row] = sum;
+      }
+#pragma unroll
+      for (int c = 0; c < v_chunks; ++c)
+        if (64 * c + 8 * g < head_dim)
+#pragma unroll
+          for (int j = 0; j < 4; j += 2)
+            *reinterpret_cast<float4*>(&smem.o[warp][row][64 * c + 8 * g + 2 * j]) =
+                make_float4(o[c][j][i], o[c][j][i + 2], o[c][j + 1][i], o[c][j + 1][i + 2]);
+    }
+  }
+
+  // Partial results, each relative to its own maximum, on their way to one.
+  struct Sum {
+    float m, l = 0, o[4] = {};
+
+    __forceinline__ void add(float weight, float part_l, const float (&part_o)[4]) {
+      l += weight * part_l;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) o[i] += weight * part_o[i];
+    }
+  };
+
+  // Of all warps of this CTA, for four elements of a row.
+  __forceinline__ Sum merge_warps(int row, int column) const {
+    Sum sum{negative_infinity()};
+#pragma unroll
+    for (int w = 0; w < warps; ++w) sum.m = fmaxf(sum.m, smem.m[w][row]);
+    const float bias = offset(sum.m);
+#pragma unroll
+    for (int w = 0; w < warps; ++w) {
+      const float4 o = *reinterpret_cast<const float4*>(&smem.o[w][row][column]);
+      sum.add(exp2_approx(smem.m[w][row] * params.scale_log2 - bias), smem.l[w][row], {o.x, o.y, o.z, o.w});
+    }
+    return sum;
+  }
+
+  // Of all CTAs of the cluster.
+  __forceinline__ Sum merge_ctas(int row, int column, u32 ranks) const {
+    Sum sum{negative_infinity()};
+    for (u32 rank = 0; rank < ranks; ++rank)
+      sum.m = fmaxf(sum.m, load_cluster(cluster_address(&smem.m[warps][row], rank)));
+    const float bias = offset(sum.m);
+#pragma unroll 4
+    for (u32 rank = 0; rank < ranks; ++rank) {
+      float o[4];
+      load_cluster_v4(o, cluster_address(&smem.o[0][row][column], rank));
+      const float m = load_cluster(cluster_address(&smem.m[warps][row], rank));
+      sum.add(exp2_approx(m * params.scale_log2 - bias), load_cluster(cluster_address(&smem.l[warps][row], rank)), o);
+    }
+    return sum;
+  }
+
+  __forceinline__ void store(const Sum& sum, int row, int column) const {
+    const int query = row / params.group_size, head = kv_head * params.group_size + row % params.group_size;
+    const int heads_q = params.heads_k * params.group_size;
+    const float inverse = sum.l == 0 ? 0 : 1 / sum.l;
+    const u64 index = (u64(batch * params.seqlen_q + query) * heads_q + head) * head_dim + column;
+    *reinterpret_cast<uint2*>(params.out + index) =
+        make_uint2(pack2<Element>(sum.o[0] * inverse, sum.o[1] * inverse),
+                   pack2<Element>(sum.o[2] * inverse, sum.o[3] * inverse));
+    if (params.lse != nullptr && column == 0) {
+      constexpr float ln2 = 0.693147180559945f;
+      params.lse[(u64(batch) * heads_q + head) * params.seqlen_q + query] =
+          sum.l == 0 ? negative_infinity() : (offset(sum.m) + log2_approx(sum.l)) * ln2;
+    }
+  }
+
+  __forceinline__ void merge(u32 rank, u32 ranks, int thread) {
+    constexpr int units = head_dim / 4;  // of four elements, per row
+    const int count = params.rows() * units;
+    __syncthreads();
+    for (int i = thread; i < count; i += 32 * warps) {
+      const int row = i / units, column = i % units * 4;
+      const Sum sum = merge_warps(row, column);
+      if (ranks == 1) {
+        store(sum, row, column);
+      } else {  // nobody else reads these four of warp 0
+        *reinterpret_cast<float4*>(&smem.o[0][row][column]) = make_float4(sum.o[0], sum.o[1], sum.o[2], sum.o[3]);
+        if (column == 0) {
+          smem.m[warps][row] = sum.m;
+          smem.l[warps][row] = sum.l;
+        }
+      }
+    }
+    if (ranks == 1) return;
+    cluster_sync();
+    for (int i = rank * 32 * warps + thread; i < count; i += 32 * warps * ranks) {
+      const int row = i / units, column = i % units * 4;
+      store(merge_ctas(row, column, ranks), row, column);
+    }
+    cluster_sync();  // shared memory must outlive its last reader
+  }
+};
+
+extern "C" __global__ void __launch_bounds__(Config::threads, 2)
+attention_decode_sm90(const u16* q, const u16* k, const u16* v, u16* out, float* lse, u64 q_batch, u64 q_row,
+                      u64 q_head, u64 k_batch, u64 k_row, u64 k_head, u64 v_batch, u64 v_row, u64 v_head,
+                      float scale_log2, int heads_k, int group_size, int seqlen_q, int seqlen_k, int causal) {
+  extern __shared__ __align__(16) u8 raw_smem[];
+  using Kernel = DecodeKernel<Config>;
+  const u32 ranks = cluster_size(), rank = cluster_rank();
+  const int tile = blockIdx.x / ranks;
+  const int batch = tile / heads_k, kv_head = tile % heads_k;
+  const DecodeParams params{{q + batch * q_batch, q_row, q_head},
+                            {k + batch * k_batch + kv_head * k_head, k_row, k_head},
+                            {v + batch * v_batch + kv_head * v_head, v_row, v_head},
+                            out, lse, scale_log2, heads_k, group_size, seqlen_q, seqlen_k, causal != 0};
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  Kernel kernel{*reinterpret_cast<typename Kernel::Smem*>(raw_smem), params, batch, kv_head, warp, lane / 4, lane % 4};
+  kernel.run(rank * Config::warps + warp, ranks * Config::warps);
+  kernel.merge(rank, ranks, threadIdx.x);
+}
