@@ -26,7 +26,7 @@
 //   maxima and sums, 608, at the end.
 //
 // NUMERICS  S, O and the sums are fp32, P is rounded to 16 bit, O once at the end. Each warp has its own running maximum;
-//   partial results are merged in the order of warps, then of CTAs: the same bits each time. A row without keys gives
+//   partial results are merged in a fixed order: the same bits each time. A row without keys gives
 //   O = 0 and LSE = -inf. Keys that a row does not see have weight 0; V of such a key, if another row sees it, is
 //   multiplied by 0, and 0 * NaN is NaN, as with PyTorch's kernels.
 //
@@ -247,18 +247,18 @@ template <class Config> struct DecodeKernel {
     return sum;
   }
 
-  // Of all CTAs of the cluster.
-  __forceinline__ Sum merge_ctas(int row, int column, u32 ranks) const {
-    Sum sum{negative_infinity()};
-    for (u32 rank = 0; rank < ranks; ++rank)
-      sum.m = fmaxf(sum.m, load_cluster(cluster_address(&smem.m[warps][row], rank)));
-    const float bias = offset(sum.m);
-#pragma unroll 4
-    for (u32 rank = 0; rank < ranks; ++rank) {
-      float o[4];
-      load_cluster_v4(o, cluster_address(&smem.o[0][row][column], rank));
-      const float m = load_cluster(cluster_address(&smem.m[warps][row], rank));
-      sum.add(exp2_approx(m * params.scale_log2 - bias), load_cluster(cluster_address(&smem.l[warps][row], rank)), o);
+  // Of all CTAs of the cluster: `ranks` neighbouring lanes fetch what one CTA each has, and add it up as a tree.
+  __forceinline__ Sum merge_ctas(int row, int column, u32 from, u32 ranks) const {
+    Sum part{load_cluster(cluster_address(&smem.m[warps][row], from))};
+    part.l = load_cluster(cluster_address(&smem.l[warps][row], from));
+    load_cluster_v4(part.o, cluster_address(&smem.o[0][row][column], from));
+    Sum sum{part.m};
+    for (u32 far = 1; far < ranks; far *= 2) sum.m = fmaxf(sum.m, __shfl_xor_sync(full_warp, sum.m, far));
+    sum.add(exp2_approx(part.m * params.scale_log2 - offset(sum.m)), part.l, part.o);
+    for (u32 far = 1; far < ranks; far *= 2) {
+      sum.l += __shfl_xor_sync(full_warp, sum.l, far);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum.o[i] += __shfl_xor_sync(full_warp, sum.o[i], far);
     }
     return sum;
   }
@@ -280,10 +280,11 @@ template <class Config> struct DecodeKernel {
 
   __forceinline__ void merge(u32 rank, u32 ranks, int thread) {
     constexpr int units = head_dim / 4;  // of four elements, per row
+    static_assert(rows * units <= 32 * warps);
     const int count = params.rows() * units;
     __syncthreads();
-    for (int i = thread; i < count; i += 32 * warps) {
-      const int row = i / units, column = i % units * 4;
+    if (thread < count) {
+      const int row = thread / units, column = thread % units * 4;
       const Sum sum = merge_warps(row, column);
       if (ranks == 1) {
         store(sum, row, column);
@@ -297,10 +298,12 @@ template <class Config> struct DecodeKernel {
     }
     if (ranks == 1) return;
     cluster_sync();
-    for (int i = rank * 32 * warps + thread; i < count; i += 32 * warps * ranks) {
-      const int row = i / units, column = i % units * 4;
-      store(merge_ctas(row, column, ranks), row, column);
-    }
+    // There are at least as many threads in the cluster as units and CTAs to fetch them from.
+    const u32 work = rank * 32 * warps + thread;
+    const int i = work / ranks, row = i / units, column = i % units * 4;
+    const bool exists = i < count;
+    const Sum sum = merge_ctas(exists ? row : 0, exists ? column : 0, work % ranks, ranks);
+    if (exists && work % ranks == 0) store(sum, row, column);
     cluster_sync();  // shared memory must outlive its last reader
   }
 };
