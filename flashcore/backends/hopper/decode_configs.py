@@ -6,7 +6,7 @@ Pure arithmetic, as configs.py is: needs neither torch nor CUDA.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -34,6 +34,11 @@ class DecodeConfig:
 
     source: ClassVar[str] = "attention/decode_sm90.cuh"
     entry: ClassVar[str] = "attention_decode_sm90"
+    # Clusters of more than 8; and the hardware may place the CTAs of a cluster where SMs have least to do.
+    attributes: ClassVar[Mapping[str, int]] = {
+        "NON_PORTABLE_CLUSTER_SIZE_ALLOWED": 1,
+        "CLUSTER_SCHEDULING_POLICY_PREFERENCE": 2,
+    }
     warps: ClassVar[int] = 8
 
     @property

@@ -28,7 +28,10 @@ ARCH = "sm_90a"  # wgmma and setmaxnreg exist for exactly this target
 
 
 class KernelConfig(Protocol):
-    """What a kernel's config dataclass offers (configs.py)."""
+    """What a kernel's config dataclass offers (configs.py).
+
+    It may also have ``attributes``, a mapping: CU_FUNC_ATTRIBUTE_..., without this prefix, and their values.
+    """
 
     source: str  # file under flashcore/device that defines the kernel
     entry: str  # the kernel's name
@@ -65,20 +68,18 @@ class CompiledKernel:
         return {}  # by device
 
     def load(self, device: int):
-        """The ``cuda.core.Kernel``, allowed to use its shared memory and any cluster on this device. Needs a GPU."""
+        """The ``cuda.core.Kernel``, allowed to use its shared memory on this device. Needs a GPU."""
         if (kernel := self._loaded.get(device)) is not None:
             return kernel
         from cuda.bindings import driver
 
         kernel = self._object.get_kernel(self.config.entry)
-        names = driver.CUfunction_attribute
-        for attribute, value in (
-            (names.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, self.smem_bytes),
-            (names.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1),
-        ):
+        attributes = {"MAX_DYNAMIC_SHARED_SIZE_BYTES": self.smem_bytes, **getattr(self.config, "attributes", {})}
+        for name, value in attributes.items():
+            attribute = getattr(driver.CUfunction_attribute, f"CU_FUNC_ATTRIBUTE_{name}")
             (error,) = driver.cuKernelSetAttribute(attribute, value, kernel.handle, device)
             if error != driver.CUresult.CUDA_SUCCESS:
-                raise RuntimeError(f"cuKernelSetAttribute({attribute.name}, {value}): {error}")
+                raise RuntimeError(f"cuKernelSetAttribute({name}, {value}): {error}")
         self._loaded[device] = kernel
         return kernel
 

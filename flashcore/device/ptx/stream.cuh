@@ -2,9 +2,9 @@
 #pragma once
 #include "barrier.cuh"
 
-// 16 bytes of memory that nobody writes while the kernel runs. They leave L1 to what is read again.
+// 16 bytes of memory that nobody writes while the kernel runs, and whose line is wanted, too. L1 is left to other data.
 __forceinline__ void load_once_v4(u32 (&r)[4], const void* p) {
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "l"(p));
 }
 
