@@ -37,7 +37,7 @@ CPU_PARAMETERS = 10**8  # larger models take too long there
 
 ABOUT = (
     "transformers {transformers}, random weights, batch 1; wall time of a whole call, the device idle before it and "
-    "after; implementations in turns, 2 or 3 rounds (generation: 5, after one of the same lengths); prefill "
+    "after; implementations in turns, 2 or 3 rounds (generation: after one of the same lengths); prefill "
     "fills the cache and computes the last logits; generation counts new tokens over all its time, prompt included; "
     "training is forward and backward without an optimizer; attention's share by CUDA events around each attention "
     "call, forward and backward, while the host runs ahead (generation: in one decoding step); time per token without "

@@ -54,7 +54,7 @@ class ModelCase:
     @property
     def turns(self) -> int:
         """Rounds in which implementations take turns."""
-        return 5 if self.phase == "generate" else 3 if self.tokens <= 4096 else 2
+        return 3 if self.tokens <= 4096 else 2
 
     @property
     def calls(self) -> int:
