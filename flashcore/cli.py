@@ -236,7 +236,7 @@ def _declared(head_dims: Sequence[int] | None) -> list[tuple[str, Any]]:
     found = [(name, config) for name, config in declared if config.head_dim in wanted]
     if missing := wanted - {config.head_dim for _, config in found}:
         raise _fail(f"no kernel serves head_dim {', '.join(map(str, sorted(missing)))}")
-    return found + decode_configs.declared_configs(sorted(set(head_dims)))
+    return found + decode_configs.declared_configs(sorted({d for d in head_dims if d % 8 == 0}))
 
 
 def _compile_all(declared: Sequence[tuple[str, Any]], jobs: int | None) -> list[dict]:

@@ -26,6 +26,7 @@ WITHOUT_TRITON = ("gemm", "startup")
 # Whose CUDA kernels take part in a suite, where these are not those of prefill alone.
 OPERATIONS = {
     "gemm": ("gemm",),
+    "startup": ("attention", "decode", "gemm"),
     **dict.fromkeys(("accuracy", "decode", "e2e", "matrix"), ("attention", "decode")),
 }
 

@@ -48,7 +48,10 @@ class DecodeLauncher:
         strides = self._strides.get((q.stride(), k.stride(), v.stride()))
         if strides is None or (addresses[0] | addresses[1] | addresses[2]) % tma.ALIGNMENT:
             # Copies made here live until the launch is queued; the allocator orders their reuse after it.
-            q, k, v = (tma.addressable(tensor, name) for tensor, name in zip((q, k, v), "qkv", strict=True))
+            q, k, v = (
+                tensor if _readable(tensor) else tma.addressable(tensor, name)
+                for tensor, name in zip((q, k, v), "qkv", strict=True)
+            )
             addresses = q.data_ptr(), k.data_ptr(), v.data_ptr()
             strides = self._learn(q, k, v)
         device = out.device.index
@@ -75,3 +78,14 @@ class DecodeLauncher:
         kernel = self._kernel.load(device)
         self._loaded[device] = loaded = (cuda_launch(), kernel, launch_config)
         return loaded
+
+
+def _readable(tensor: torch.Tensor) -> bool:
+    """Whether the kernel can read a (B, S, H, D) tensor where it lies: 16 bytes at a time. Stride 0 is welcome."""
+    *outer, inner = tensor.stride()
+    step = tma.ALIGNMENT // tensor.element_size()
+    return (
+        tensor.data_ptr() % tma.ALIGNMENT == 0
+        and inner == 1
+        and all(size == 1 or stride % step == 0 for size, stride in zip(tensor.shape, outer, strict=False))
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 
 import torch
 
@@ -19,8 +20,16 @@ _streams: dict[int, object] = {}  # by raw handle
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # PyTorch without CUDA has none
 
 
+_thread = threading.local()  # device: whose context this thread has been given
+
+
 def current_stream(device: int):
-    """PyTorch's current stream as a ``cuda.core.Stream``."""
+    """PyTorch's current stream as a ``cuda.core.Stream``, in a thread that has the device's context."""
+    if getattr(_thread, "device", None) != device:
+        from cuda.core import Device
+
+        Device(device).set_current()  # PyTorch gives a new thread none before its first call that needs one
+        _thread.device = device
     handle = _raw_stream(device)
     stream = _streams.get(handle)
     if stream is None:

@@ -101,15 +101,26 @@ template <class Config> struct DecodeKernel {
     }
   }
 
+  __forceinline__ int v_key(int block, int i) const { return block * block_n + 2 * t + i % 2 + i / 2 * 8; }
+
   __forceinline__ void load_v(VFragment& f, int block) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int key = min(block * block_n + 2 * t + i % 2 + i / 2 * 8, params.seqlen_k - 1);
+      const int key = min(v_key(block, i), params.seqlen_k - 1);
       const u16* row = params.v.data + u64(key) * params.v.row_stride + 8 * g;
 #pragma unroll
       for (int c = 0; c < v_chunks; ++c)
         if (64 * c + 64 <= head_dim || 64 * c + 8 * g < head_dim) load_once_v4(f.r[i][c], row + 64 * c);
     }
+  }
+
+  // Past the last key stands the last key once more: its weight is 0, which infinity in V would not bear.
+  __forceinline__ void clear_tail(VFragment& f, int block) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (v_key(block, i) >= params.seqlen_k)
+#pragma unroll
+        for (int c = 0; c < v_chunks; ++c) f.r[i][c][0] = f.r[i][c][1] = f.r[i][c][2] = f.r[i][c][3] = 0;
   }
 
   // Lane (g, t) fetches elements 32 c + 8 t + {0, ..., 7} of row g: its own part of the fragment.
@@ -160,7 +171,7 @@ template <class Config> struct DecodeKernel {
         top = fmaxf(top, __shfl_xor_sync(full_warp, top, 16));
         top = fmaxf(top, m[i]);
         const float bias = offset(top);
-        rescale[i] = exp2_approx(m[i] * params.scale_log2 - bias);
+        rescale[i] = exp2_approx(scaled(m[i]) - bias);
         m[i] = top;
         s[i] = exp2_approx(s[i] * params.scale_log2 - bias);
         s[i + 2] = exp2_approx(s[i + 2] * params.scale_log2 - bias);
@@ -174,6 +185,7 @@ template <class Config> struct DecodeKernel {
 #pragma unroll
             for (int i = 0; i < 4; ++i) o[c][j][i] *= rescale[i % 2];
 
+      if ((block + 1) * block_n > params.seqlen_k) clear_tail(v, block);
       // P^T as the second operand: row g, keys 2 t + {0, 1} and + 8.
       const u32 p0 = transpose_8x8(pack2<Element>(s[0], s[1])), p1 = transpose_8x8(pack2<Element>(s[2], s[3]));
 #pragma unroll
@@ -188,10 +200,12 @@ template <class Config> struct DecodeKernel {
     leave(o, m, l);
   }
 
+  // A maximum in units of the exponent, rounded: what a partial result refers to. Fused into a subtraction the product
+  // would not be rounded, and an unchanged maximum would give a factor beside 1, once for each block.
+  __forceinline__ float scaled(float top) const { return __fmul_rn(top, params.scale_log2); }
+
   // What is subtracted from scaled scores so that the largest becomes 0. A maximum of -inf: no key yet, subtract nothing.
-  __forceinline__ float offset(float top) const {
-    return top == negative_infinity() ? 0 : top * params.scale_log2;
-  }
+  __forceinline__ float offset(float top) const { return top == negative_infinity() ? 0 : scaled(top); }
 
   __forceinline__ void mask(float (&s)[4], int first_key) const {
 #pragma unroll
@@ -242,7 +256,7 @@ template <class Config> struct DecodeKernel {
 #pragma unroll
     for (int w = 0; w < warps; ++w) {
       const float4 o = *reinterpret_cast<const float4*>(&smem.o[w][row][column]);
-      sum.add(exp2_approx(smem.m[w][row] * params.scale_log2 - bias), smem.l[w][row], {o.x, o.y, o.z, o.w});
+      sum.add(exp2_approx(scaled(smem.m[w][row]) - bias), smem.l[w][row], {o.x, o.y, o.z, o.w});
     }
     return sum;
   }
@@ -254,7 +268,7 @@ template <class Config> struct DecodeKernel {
     load_cluster_v4(part.o, cluster_address(&smem.o[0][row][column], from));
     Sum sum{part.m};
     for (u32 far = 1; far < ranks; far *= 2) sum.m = fmaxf(sum.m, __shfl_xor_sync(full_warp, sum.m, far));
-    sum.add(exp2_approx(part.m * params.scale_log2 - offset(sum.m)), part.l, part.o);
+    sum.add(exp2_approx(scaled(part.m) - offset(sum.m)), part.l, part.o);
     for (u32 far = 1; far < ranks; far *= 2) {
       sum.l += __shfl_xor_sync(full_warp, sum.l, far);
 #pragma unroll

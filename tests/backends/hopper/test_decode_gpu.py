@@ -1,6 +1,8 @@
 """The decoding kernel on a Hopper GPU, beyond the named cases of tests/backends."""
 
 import dataclasses
+import threading
+import warnings
 
 import pytest
 import torch
@@ -81,6 +83,10 @@ def test_any_strides(monkeypatch):
     assert_forward(*launch(q, k, v), q, k, v)
     k, v = (t[:, :, :1] for t in (k, v))
     assert_forward(*launch(q, k, v), q, k, v)
+    k, v = (t.expand(-1, -1, 4, -1) for t in (k, v))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_forward(*launch(q, k, v), q, k, v)
     k = torch.randn(2, 640, 1, 65, dtype=torch.bfloat16, device="cuda")[..., 1:]
     monkeypatch.setattr(tma, "_warned", set())
     with pytest.warns(FlashCoreWarning, match="k is copied"):
@@ -116,8 +122,56 @@ def test_growing_maxima(scale):
     q, k, v = random_inputs(1, 1, 2000, 8, 2, 64)
     ramp = torch.linspace(0.01, 3, 2000, device="cuda", dtype=k.dtype)[None, :, None, None]
     for keys in (k.abs() * ramp, -k.abs() * ramp.flip(1)):
-        out, lse = flashcore.attention(q.abs(), keys, v, scale=scale, return_lse=True, backend="hopper")
-        assert_forward(out, lse, q.abs(), keys, v, scale=scale)
+        for cluster in (1, 8):
+            problem = AttentionProblem.from_tensors(q.abs(), keys, v, causal=False, scale=scale, return_lse=True)
+            config = dataclasses.replace(choose_decode(problem), cluster=cluster)
+            out, lse = DecodeLauncher(problem, config)(q.abs(), keys, v)
+            assert_forward(out, lse, q.abs(), keys, v, scale=scale)
+
+
+def test_an_unchanged_maximum_changes_nothing():
+    """Many blocks of large scores of the same size: what a block multiplies in must not be a factor beside 1."""
+    q, k, v = random_inputs(1, 1, 131072, 4, 1, 64)
+    q, k = torch.full_like(q, 8.0), k / 64 - 1.0  # scores near -64 * 8 * scale
+    problem = AttentionProblem.from_tensors(q, k, v, causal=False, scale=1.0, return_lse=True)
+    out, lse = DecodeLauncher(problem, dataclasses.replace(choose_decode(problem), cluster=1))(q, k, v)
+    scores = torch.einsum("bqhd,bkd->bhqk", q.double(), k[:, :, 0].double())
+    assert (lse - scores.logsumexp(-1)).abs().max() < 2e-4
+    assert_forward(out, lse, q, k, v, scale=1.0)
+
+
+def test_infinity_in_the_last_value_stays_infinity():
+    q, k, v = random_inputs(1, 1, 777, 8, 2, 128)
+    v[0, 776, 0, 5] = torch.inf
+    out = flashcore.attention(q, k, v, backend="hopper")
+    assert (out[0, 0, :4, 5] == torch.inf).all()
+    out[0, 0, :4, 5] = 0
+    assert out.isfinite().all()
+
+
+def test_a_known_stride_at_an_address_that_is_not_aligned(monkeypatch):
+    q, k, v = random_inputs(1, 1, 300, 4, 1, 64)
+    problem = AttentionProblem.from_tensors(q, k, v, causal=False)
+    attend = DecodeLauncher(problem, choose_decode(problem))
+    expected, _ = attend(q, k, v)
+    memory = torch.empty(k.numel() + 1, dtype=k.dtype, device="cuda")
+    moved = memory[1:].as_strided(k.shape, k.stride(), 1).copy_(k)
+    monkeypatch.setattr(tma, "_warned", set())
+    with pytest.warns(FlashCoreWarning, match="k is copied"):
+        out, _ = attend(q, moved, v)
+    assert torch.equal(out, expected)
+
+
+def test_in_a_thread_that_has_done_nothing_yet():
+    tensors = random_inputs(1, 1, 300, 8, 2, 128)
+    expected = flashcore.attention(*tensors, backend="hopper")
+    torch.cuda.synchronize()
+    results = []
+    thread = threading.Thread(target=lambda: results.append(flashcore.attention(*tensors, backend="hopper")))
+    thread.start()
+    thread.join()
+    torch.cuda.synchronize()
+    assert torch.equal(results[0], expected)
 
 
 def test_more_than_two_to_the_31_elements():
@@ -133,6 +187,7 @@ def test_more_than_two_to_the_31_elements():
 def test_a_growing_cache_in_a_loop():
     q, k, v = random_inputs(2, 1, 200, 8, 2, 64)
     for seqlen in range(1, 200):
+        assert flashcore.explain(q, k[:, :seqlen], v[:, :seqlen], causal=True).backend == "hopper"
         out = flashcore.attention(q, k[:, :seqlen], v[:, :seqlen], causal=True)
         expected = flashcore.attention(q, k[:, :seqlen], v[:, :seqlen], causal=True, backend="reference")
         assert (out - expected).abs().max() < 0.03
