@@ -1,0 +1,159 @@
+"""The decoding kernel's own source, compiled for the CPU with its warp instructions emulated (emulation.h).
+
+It shows the arithmetic, the layouts of fragments, masks, bounds and the merging of partial results; not what only a GPU
+has: its instructions' true semantics, memory ordering, speed.
+"""
+
+import ctypes
+import functools
+import math
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from flashcore.backends.hopper.decode_configs import DecodeConfig
+from flashcore.problem import AttentionProblem
+from tests.tolerance import assert_forward
+
+HERE = Path(__file__).parent
+DEVICE = HERE.parents[2] / "flashcore" / "device"
+DRIVER = """
+extern "C" int decode(int clusters, int ctas, const u8* const (*memory)[2], const u16* q, const u16* k, const u16* v,
+                      u16* out, float* lse, const u64* s, float scale_log2, int heads_k, int group_size, int seqlen_q,
+                      int seqlen_k, int causal) {
+  stray_reads = 0;
+  std::copy(&memory[0][0], &memory[0][0] + 6, &readable[0][0]);
+  launch(clusters, ctas, Config::threads, Config::smem_bytes, [&] {
+    attention_decode_sm90(q, k, v, out, lse, s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], scale_log2, heads_k,
+                          group_size, seqlen_q, seqlen_k, causal);
+  });
+  return stray_reads;
+}
+"""
+
+
+def compiler() -> str | None:
+    """A C++ compiler that has <barrier>."""
+    path = shutil.which("g++")
+    if path is None:
+        return None
+    probe = subprocess.run([path, "-std=c++20", "-fsyntax-only", "-xc++", "-"], input="#include <barrier>\n", text=True,
+                           capture_output=True)  # fmt: skip
+    return path if probe.returncode == 0 else None
+
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="needs g++ with C++20's <barrier>")
+
+
+@functools.cache
+def built(head_dim: int) -> ctypes.CDLL:
+    folder = Path(tempfile.mkdtemp(prefix="flashcore-emulated-"))
+    try:
+        for name in ("attention", "ptx"):
+            (folder / name).mkdir()
+        shutil.copy(HERE / "emulation.h", folder)
+        for header in (DEVICE / "ptx").iterdir():
+            (folder / "ptx" / header.name).write_text('#include "../emulation.h"\n')
+        kernel = (DEVICE / "attention" / "decode_sm90.cuh").read_text()
+        declaration = "extern __shared__ __align__(16) u8 raw_smem[];"
+        assert kernel.count(declaration) == 1
+        (folder / "attention" / "decode_sm90.cuh").write_text(
+            kernel.replace(declaration, "u8* const raw_smem = shared_memory();")
+        )
+        constants = DecodeConfig("bfloat16", head_dim).constants().items()
+        members = "".join(f"static constexpr int {name} = {value};" for name, value in constants)
+        (folder / "all.cpp").write_text(
+            '#include "emulation.h"\n'
+            f"struct Config {{ using Element = Bf16; {members} }};\n"
+            f'#include "attention/decode_sm90.cuh"\n{DRIVER}'
+        )
+        # Products are fused into sums where they can be, as NVRTC does it.
+        options = ["-std=c++20", "-O1", "-march=native", "-ffp-contract=fast", "-w", "-pthread", "-shared", "-fPIC"]
+        subprocess.run([compiler(), *options, "all.cpp", "-o", "all.so"], cwd=folder, check=True)
+        return ctypes.CDLL(folder / "all.so")
+    finally:
+        shutil.rmtree(folder)
+
+
+def address(tensor: torch.Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def decode(q, k, v, causal=False, cluster=1, scale=None):
+    """(out, lse) of the emulated kernel, which may read nothing but what the tensors hold."""
+    batch, seqlen_q, heads_q, head_dim = q.shape
+    problem = AttentionProblem.from_tensors(q, k, v, causal=causal, scale=scale, return_lse=True)
+    out = torch.full(q.shape, torch.nan, dtype=q.dtype)
+    lse = torch.full((batch, heads_q, seqlen_q), torch.nan)
+    bounds = []
+    for tensor in (q, k, v):
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        bounds += [tensor.data_ptr(), tensor.data_ptr() + 2 * (last + 1)]
+    strides = [stride for tensor in (q, k, v) for stride in tensor.stride()[:3]]
+    stray = built(head_dim).decode(
+        batch * problem.heads_k, cluster, (ctypes.c_void_p * 6)(*bounds), *map(address, (q, k, v, out, lse)),
+        (ctypes.c_uint64 * 9)(*strides), ctypes.c_float(problem.scale / math.log(2)), problem.heads_k,
+        problem.group_size, seqlen_q, problem.seqlen_k, int(causal),
+    )  # fmt: skip
+    assert stray == 0
+    return out, lse
+
+
+def random_inputs(batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim):
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(batch, seqlen_q, heads_q, head_dim, generator=generator).bfloat16()
+    shape = batch, heads_k, seqlen_k, head_dim
+    return q, *(torch.randn(shape, generator=generator).bfloat16().transpose(1, 2) for _ in "kv")
+
+
+@pytest.mark.parametrize("head_dim", [40, 64, 72, 128])
+@pytest.mark.parametrize(
+    ("shape", "causal", "cluster"),
+    [
+        ((1, 1, 1, 1, 1), False, 1),
+        ((2, 1, 15, 8, 2), False, 1),
+        ((1, 2, 333, 8, 2), True, 2),
+        ((2, 8, 65, 2, 2), True, 4),
+        ((1, 5, 3, 2, 2), True, 2),  # two rows see nothing
+        ((1, 1, 1025, 3, 1), True, 8),
+        ((1, 7, 300, 1, 1), True, 16),  # CTAs without keys
+    ],
+    ids=str,
+)
+def test_right(shape, causal, cluster, head_dim):
+    q, k, v = random_inputs(*shape, head_dim)
+    assert_forward(*decode(q, k, v, causal, cluster), q, k, v, causal=causal)
+
+
+def test_many_blocks_of_the_same_maximum():
+    """Large scores that hardly differ: what a block multiplies in must not be a factor beside 1."""
+    q, k, v = random_inputs(1, 1, 8192, 2, 1, 64)
+    q, k = torch.full_like(q, 8.0), k / 64 - 1.0
+    out, lse = decode(q, k, v, scale=1.0)
+    assert_forward(out, lse, q, k, v, scale=1.0)
+    scores = torch.einsum("bqhd,bkd->bhqk", q.double(), k[:, :, 0].double())
+    assert (lse - scores.logsumexp(-1)).abs().max() < 1e-4
+
+
+def test_infinity_in_the_last_value_stays_and_nan_stays_in_its_row():
+    q, k, v = random_inputs(1, 1, 77, 8, 2, 64)
+    clean, _ = decode(q, k, v)
+    q[0, 0, 6] = torch.nan
+    v[0, 76, 0, 5] = torch.inf
+    out, lse = decode(q, k, v)
+    assert (out[0, 0, :4, 5] == torch.inf).all()
+    assert out[0, 0, 6].isnan().all()
+    assert lse[0, 6].isnan().all()
+    out[0, 0, :4, 5], out[0, 0, 6] = clean[0, 0, :4, 5], clean[0, 0, 6]
+    assert torch.equal(out, clean)
+
+
+def test_expanded_and_packed_tensors():
+    packed = torch.randn(2, 200, 3, 4, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    q, k, v = packed[:, 5:6, 0], packed[:, 10:150, 1, :1].expand(-1, -1, 2, -1), packed[:1, 20:160, 2, :2]
+    v = v.expand(2, -1, -1, -1)
+    assert_forward(*decode(q, k, v, cluster=2), q, k, v)
