@@ -1,7 +1,7 @@
 """The decoding kernel's own source, compiled for the CPU with its warp instructions emulated (emulation.h).
 
-It shows the arithmetic, the layouts of fragments, masks, bounds and the merging of partial results; not what only a GPU
-has: its instructions' true semantics, memory ordering, speed.
+It shows the layouts of fragments, masks, bounds, and the merging of partial results; not what only a GPU has: its
+instructions' true semantics, the order that its compiler chooses, memory ordering, speed.
 """
 
 import ctypes
@@ -71,8 +71,8 @@ def built(head_dim: int) -> ctypes.CDLL:
             f"struct Config {{ using Element = Bf16; {members} }};\n"
             f'#include "attention/decode_sm90.cuh"\n{DRIVER}'
         )
-        # Products are fused into sums where they can be, as NVRTC does it.
-        options = ["-std=c++20", "-O1", "-march=native", "-ffp-contract=fast", "-w", "-pthread", "-shared", "-fPIC"]
+        # With optimisation and contraction GCC fuses products into sums as NVRTC does, where the CPU can.
+        options = ["-std=c++20", "-O2", "-march=native", "-ffp-contract=fast", "-w", "-pthread", "-shared", "-fPIC"]
         subprocess.run([compiler(), *options, "all.cpp", "-o", "all.so"], cwd=folder, check=True)
         return ctypes.CDLL(folder / "all.so")
     finally:
@@ -132,11 +132,11 @@ def test_right(shape, causal, cluster, head_dim):
 def test_many_blocks_of_the_same_maximum():
     """Large scores that hardly differ: what a block multiplies in must not be a factor beside 1."""
     q, k, v = random_inputs(1, 1, 8192, 2, 1, 64)
-    q, k = torch.full_like(q, 8.0), k / 64 - 1.0
+    q, k = torch.full_like(q, 8.0), k / 64 - 0.97
     out, lse = decode(q, k, v, scale=1.0)
     assert_forward(out, lse, q, k, v, scale=1.0)
     scores = torch.einsum("bqhd,bkd->bhqk", q.double(), k[:, :, 0].double())
-    assert (lse - scores.logsumexp(-1)).abs().max() < 1e-4
+    assert (lse - scores.logsumexp(-1)).abs().max() < 5e-5
 
 
 def test_infinity_in_the_last_value_stays_and_nan_stays_in_its_row():
