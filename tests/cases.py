@@ -158,6 +158,14 @@ CASES: tuple[Case, ...] = (
     Case("gqa_3_to_1_more_keys", heads_q=6, heads_k=2, seqlen_q=65, seqlen_k=193, causal=True),
     Case("mqa", heads_q=8, heads_k=1, seqlen_q=65, seqlen_k=129, head_dim=128),
     Case("mqa_7_causal_empty_rows", heads_q=7, heads_k=1, seqlen_q=129, seqlen_k=65, causal=True),
+    # Few queries on many keys.
+    *(
+        Case(f"{layout}_one_query", layout=layout, seqlen_q=1, seqlen_k=333, heads_q=8, heads_k=2)
+        for layout in ("packed", "bhsd", "offset", "misaligned", "odd_row", "last_strided", "expanded")
+    ),
+    Case("two_queries_causal", seqlen_q=2, seqlen_k=777, heads_q=8, heads_k=2, head_dim=128, causal=True),
+    Case("seven_queries_empty_rows", seqlen_q=7, seqlen_k=5, heads_q=3, heads_k=3, head_dim=40, causal=True),
+    Case("one_query_rising_scores", values="rising", seqlen_q=1, seqlen_k=1031, heads_q=7, heads_k=1),
     # Head dimensions, in both half types.
     *(Case(f"full_d{d}", seqlen_q=129, seqlen_k=193, heads_q=2, heads_k=2, head_dim=d) for d in HEAD_DIMS),
     *(

@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from flashcore.backends.hopper.decode_configs import DecodeConfig
+from flashcore.backends.hopper.decode import _readable
+from flashcore.backends.hopper.decode_configs import MAX_HEAD_DIM, MAX_ROWS, DecodeConfig
 from flashcore.problem import AttentionProblem
+from tests.cases import CASES
 from tests.tolerance import assert_forward
 
 HERE = Path(__file__).parent
@@ -108,6 +110,27 @@ def random_inputs(batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim):
     q = torch.randn(batch, seqlen_q, heads_q, head_dim, generator=generator).bfloat16()
     shape = batch, heads_k, seqlen_k, head_dim
     return q, *(torch.randn(shape, generator=generator).bfloat16().transpose(1, 2) for _ in "kv")
+
+
+def suits(case) -> bool:
+    rows = case.seqlen_q * case.heads_q // case.heads_k
+    return (
+        0 < rows <= MAX_ROWS
+        and min(case.batch, case.seqlen_k) > 0
+        and case.head_dim % 8 == 0
+        and case.head_dim <= MAX_HEAD_DIM
+        and case.head_dim_v in (None, case.head_dim)
+        and case.dtype == "bfloat16"
+        and all(map(_readable, case.inputs()))
+    )
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if suits(case)], ids=str)
+def test_named_cases(case):
+    q, k, v = case.inputs()
+    for cluster in (1, 4):
+        out, lse = decode(q, k, v, case.causal, cluster, case.scale)
+        assert_forward(out, lse, q, k, v, causal=case.causal, scale=case.scale)
 
 
 @pytest.mark.parametrize("head_dim", [40, 64, 72, 128])
