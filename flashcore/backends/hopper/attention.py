@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy
 import torch
 
 from flashcore.backends.hopper import tma
 from flashcore.backends.hopper.configs import ForwardConfig, paired_heads
 from flashcore.backends.hopper.jit import compile_kernel
-from flashcore.backends.hopper.launch import cuda_launch, current_stream
+from flashcore.backends.hopper.launch import LOG2_E, allocate, cuda_launch, current_stream
 from flashcore.problem import AttentionProblem
 
-LOG2_E = 1 / math.log(2)
 _MAX_MAPS = 1024  # tensor maps kept per operand: the caching allocator hands out the same few addresses
 
 
@@ -45,13 +42,7 @@ class ForwardLauncher:
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        # empty_like() is faster without a memory format, and then keeps the strides.
-        out = torch.empty_like(q) if q.is_contiguous() else torch.empty_like(q, memory_format=torch.contiguous_format)
-        if self._lse_shape is None:
-            lse, lse_address = None, 0
-        else:
-            lse = torch.empty(self._lse_shape, dtype=torch.float32, device=q.device)
-            lse_address = lse.data_ptr()
+        out, lse, lse_address = allocate(q, self._lse_shape)
         key = (
             q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), q.stride(), k.stride(), v.stride(),
         )  # fmt: skip

@@ -6,10 +6,9 @@ import numpy
 import torch
 
 from flashcore.backends.hopper import tma
-from flashcore.backends.hopper.attention import LOG2_E
 from flashcore.backends.hopper.decode_configs import DecodeConfig
 from flashcore.backends.hopper.jit import compile_kernel
-from flashcore.backends.hopper.launch import cuda_launch, current_stream
+from flashcore.backends.hopper.launch import LOG2_E, allocate, cuda_launch, current_stream
 from flashcore.problem import AttentionProblem
 
 
@@ -33,25 +32,12 @@ class DecodeLauncher:
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        # empty_like() is faster without a memory format, and then keeps the strides.
-        out = (
-            torch.empty_like(q)
-            if q.is_contiguous()
-            else torch.empty_like(q, memory_format=torch.contiguous_format)
-        )
-        if self._lse_shape is None:
-            lse, lse_address = None, 0
-        else:
-            lse = torch.empty(self._lse_shape, dtype=torch.float32, device=q.device)
-            lse_address = lse.data_ptr()
+        out, lse, lse_address = allocate(q, self._lse_shape)
         addresses = q.data_ptr(), k.data_ptr(), v.data_ptr()
         strides = self._strides.get((q.stride(), k.stride(), v.stride()))
         if strides is None or (addresses[0] | addresses[1] | addresses[2]) % tma.ALIGNMENT:
             # Copies made here live until the launch is queued; the allocator orders their reuse after it.
-            q, k, v = (
-                tensor if _readable(tensor) else tma.addressable(tensor, name)
-                for tensor, name in zip((q, k, v), "qkv", strict=True)
-            )
+            q, k, v = (tma.addressable(x, name, broadcast=True) for x, name in zip((q, k, v), "qkv", strict=True))
             addresses = q.data_ptr(), k.data_ptr(), v.data_ptr()
             strides = self._learn(q, k, v)
         device = out.device.index
@@ -78,14 +64,3 @@ class DecodeLauncher:
         kernel = self._kernel.load(device)
         self._loaded[device] = loaded = (cuda_launch(), kernel, launch_config)
         return loaded
-
-
-def _readable(tensor: torch.Tensor) -> bool:
-    """Whether the kernel can read a (B, S, H, D) tensor where it lies: 16 bytes at a time. Stride 0 is welcome."""
-    *outer, inner = tensor.stride()
-    step = tma.ALIGNMENT // tensor.element_size()
-    return (
-        tensor.data_ptr() % tma.ALIGNMENT == 0
-        and inner == 1
-        and all(size == 1 or stride % step == 0 for size, stride in zip(tensor.shape, outer, strict=False))
-    )

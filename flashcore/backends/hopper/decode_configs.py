@@ -10,13 +10,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
+from flashcore.backends.hopper.configs import _ELEMENTS
 from flashcore.problem import AttentionProblem
 
 MAX_ROWS = 8  # queries x heads of a group
 MAX_HEAD_DIM = 128
 CLUSTERS = (1, 2, 4, 8, 16)
 
-_ELEMENTS = {"bfloat16": "Bf16", "float16": "Fp16"}
 _BLOCK_N = 16  # keys that a warp takes at a time
 # What a CTA does besides its keys, and what a cluster of 16 takes to find its place, in blocks of keys (docs/log/0018).
 _OVERHEAD = 2

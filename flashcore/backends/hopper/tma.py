@@ -22,8 +22,11 @@ BOX_COLS = 64
 _UNSIGNED = {2: numpy.uint16, 4: numpy.uint32}  # data type by bytes
 
 
-def obstacle(tensor: torch.Tensor) -> str | None:
-    """Why TMA cannot address this (B, S, H, D) tensor where it lies; None if it can."""
+def obstacle(tensor: torch.Tensor, broadcast: bool = False) -> str | None:
+    """Why TMA cannot address this (B, S, H, D) tensor where it lies; None if it can.
+
+    :param broadcast: strides may be 0, as for a kernel that reads 16 bytes at a time without TMA.
+    """
     if tensor.data_ptr() % ALIGNMENT:
         return f"its data is not aligned to {ALIGNMENT} bytes"
     *outer, inner = tensor.stride()
@@ -31,7 +34,7 @@ def obstacle(tensor: torch.Tensor) -> str | None:
         return f"its last dimension has stride {inner}"
     step = ALIGNMENT // tensor.element_size()
     for name, size, stride in zip(("batch", "sequence", "head"), tensor.shape, outer, strict=False):
-        if size > 1 and (stride % step or stride == 0):
+        if size > 1 and (stride % step or (stride == 0 and not broadcast)):
             return f"its {name} stride of {stride} elements is not a positive multiple of {step}"
     return None
 
@@ -39,9 +42,9 @@ def obstacle(tensor: torch.Tensor) -> str | None:
 _warned: set[tuple[str, str]] = set()  # (operation, tensor name)
 
 
-def addressable(tensor: torch.Tensor, name: str) -> torch.Tensor:
-    """The tensor, or a contiguous copy if TMA cannot address it where it lies (warns once per tensor name)."""
-    reason = obstacle(tensor)
+def addressable(tensor: torch.Tensor, name: str, broadcast: bool = False) -> torch.Tensor:
+    """The tensor, or a contiguous copy if there is an `obstacle` to reading it where it lies (warns once per name)."""
+    reason = obstacle(tensor, broadcast)
     if reason is None:
         return tensor
     _warn_of_copy("attention", name, reason, tensor)

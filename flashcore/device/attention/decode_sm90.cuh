@@ -22,8 +22,8 @@
 //   CTAs of 8 warps. K and V of the next block are asked for as soon as the products have read this one's: 4 to 8 KB are
 //   under way for each warp. Memory needs about 32 KB for each SM (bandwidth x latency).
 //
-// SHARED MEMORY (DecodeSmem), bytes at head_dim 128: q 2,048, as fragments; o[warps][rows][head_dim + 4] 33,792 and the
-//   maxima and sums, 608, at the end.
+// SHARED MEMORY (DecodeSmem), bytes at head_dim 128: q 2,048, as fragments; visible 32; o[warps][rows][head_dim + 4]
+//   33,792 and the maxima and sums, 576, at the end.
 //
 // NUMERICS  S, O and the sums are fp32, P is rounded to 16 bit, O once at the end. Each warp has its own running maximum;
 //   partial results are merged in a fixed order: the same bits each time. A row without keys gives

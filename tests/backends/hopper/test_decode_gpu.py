@@ -94,17 +94,6 @@ def test_any_strides(monkeypatch):
     assert_forward(out, lse, q, k, v)
 
 
-def test_nan_stays_in_its_row():
-    q, k, v = random_inputs(2, 1, 300, 8, 2, 128)
-    clean = flashcore.attention(q, k, v, backend="hopper")
-    q[0, 0, 3] = torch.nan
-    out, lse = flashcore.attention(q, k, v, return_lse=True, backend="hopper")
-    assert out[0, 0, 3].isnan().all()
-    assert lse[0, 3, 0].isnan()
-    out[0, 0, 3] = clean[0, 0, 3]
-    assert torch.equal(out, clean)
-
-
 def test_what_lies_behind_the_keys_does_not_matter():
     """The cache is longer than what is attended to, and full of NaN there; and so is what hides behind the mask."""
     q, k, v = random_inputs(1, 2, 1000, 4, 1, 128)
@@ -191,16 +180,3 @@ def test_a_growing_cache_in_a_loop():
         out = flashcore.attention(q, k[:, :seqlen], v[:, :seqlen], causal=True)
         expected = flashcore.attention(q, k[:, :seqlen], v[:, :seqlen], causal=True, backend="reference")
         assert (out - expected).abs().max() < 0.03
-
-
-def test_cuda_graph_replay():
-    tensors = random_inputs(2, 1, 3000, 8, 2, 128)
-    flashcore.attention(*tensors, backend="hopper")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = flashcore.attention(*tensors, backend="hopper")
-    for seed in (1, 2):
-        for old, new in zip(tensors, random_inputs(2, 1, 3000, 8, 2, 128, seed=seed), strict=True):
-            old.copy_(new)
-        graph.replay()
-        assert torch.equal(out, flashcore.attention(*tensors, backend="hopper"))

@@ -93,14 +93,15 @@ def test_keys_behind_the_mask_do_not_reach_the_output(bad):
     assert torch.equal(spoiled[:, :200], clean[:, :200])
 
 
-def test_nan_stays_in_its_row():
-    q, k, v = random_inputs(1, 300, 300, 2, 2, 128)
+@pytest.mark.parametrize(("shape", "row", "head"), [((1, 300, 300, 2, 2), 77, 1), ((2, 1, 300, 8, 2), 0, 3)])
+def test_nan_stays_in_its_row(shape, row, head):
+    q, k, v = random_inputs(*shape, 128)
     clean = flashcore.attention(q, k, v, backend="hopper")
-    q[0, 77, 1] = torch.nan
+    q[0, row, head] = torch.nan
     out, lse = flashcore.attention(q, k, v, return_lse=True, backend="hopper")
-    assert out[0, 77, 1].isnan().all()
-    assert lse[0, 1, 77].isnan()
-    out[0, 77, 1] = clean[0, 77, 1]
+    assert out[0, row, head].isnan().all()
+    assert lse[0, head, row].isnan()
+    out[0, row, head] = clean[0, row, head]
     assert torch.equal(out, clean)
 
 
@@ -136,14 +137,15 @@ def test_runs_on_the_current_stream():
     assert torch.equal(out, expected)
 
 
-def test_cuda_graph_replay():
-    q, k, v = random_inputs(2, 300, 300, 4, 4, 64)
+@pytest.mark.parametrize("shape", [(2, 300, 300, 4, 4, 64), (2, 1, 3000, 8, 2, 128)], ids=str)
+def test_cuda_graph_replay(shape):
+    q, k, v = random_inputs(*shape)
     flashcore.attention(q, k, v, causal=True, backend="hopper")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = flashcore.attention(q, k, v, causal=True, backend="hopper")
     for seed in (1, 2):
-        for old, new in zip((q, k, v), random_inputs(2, 300, 300, 4, 4, 64, seed=seed), strict=True):
+        for old, new in zip((q, k, v), random_inputs(*shape, seed=seed), strict=True):
             old.copy_(new)
         graph.replay()
         assert torch.equal(out, flashcore.attention(q, k, v, causal=True, backend="hopper"))
