@@ -313,15 +313,3 @@ def test_gradients_on_a_gpu(case, expanded_dout):
     dout = out.new_ones(()).expand_as(out) if expanded_dout else torch.randn_like(out)
     grads = torch.autograd.grad(out, (q, k, v), dout)
     assert_gradients(grads, q, k, v, dout, causal=case.causal, scale=case.scale)
-
-
-@pytest.mark.gpu
-def test_other_gpu_than_the_current_one():
-    if torch.cuda.device_count() < 2:
-        pytest.skip("one GPU only")
-    q, k, v = (t.requires_grad_() for t in BY_NAME["causal_129"].inputs("cuda:1"))
-    out = flashcore.attention(q, k, v, causal=True)
-    assert torch.cuda.current_device() == 0
-    assert_forward(out.detach(), None, q, k, v, causal=True)
-    out.sum().backward()
-    assert_gradients((q.grad, k.grad, v.grad), q, k, v, torch.ones_like(out), causal=True)
