@@ -24,9 +24,9 @@ def normal(*shape, device, dtype=torch.bfloat16):
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
 
 
-def attention(device, seqlen_q=129, requires_grad=False, **options):
-    q, k, v = normal(3, 2, 8, 129, 64, device=device).transpose(2, 3).requires_grad_(requires_grad).unbind(0)
-    return flashcore.attention(q[:, -seqlen_q:], k, v, causal=True, **options)
+def attention(device, seqlen_q=129, function=flashcore.attention, **options):
+    q, k, v = normal(3, 2, 8, 129, 64, device=device).transpose(2, 3).unbind(0)
+    return function(q[:, -seqlen_q:], k, v, causal=True, **options)
 
 
 def gradient(device):
@@ -48,7 +48,7 @@ CALLS = {
     "gradient": gradient,
     "drop_in": drop_in,
     "linear": lambda device: flashcore.linear(*normal(2, 256, 256, device=device).unbind(0)),
-    "compiled": lambda device: torch.compile(attention, fullgraph=True)(device),
+    "compiled": lambda device: attention(device, function=torch.compile(flashcore.attention, fullgraph=True)),
 }
 
 
@@ -102,7 +102,7 @@ class TestOneProcess:
             run()
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=torch.cuda.Stream()):  # by default one of the first capture's GPU
                 out = run()
         inputs.copy_(normal(*inputs.shape, device="cuda:1"))
         matrices.copy_(normal(*matrices.shape, device="cuda:1"))

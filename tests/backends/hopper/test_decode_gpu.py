@@ -90,8 +90,8 @@ def test_any_strides(monkeypatch):
     k = torch.randn(2, 640, 1, 65, dtype=torch.bfloat16, device="cuda")[..., 1:]
     monkeypatch.setattr(tma, "_warned", set())
     with pytest.warns(FlashCoreWarning, match="k is copied"):
-        out, lse = launch(q, k, v)
-    assert_forward(out, lse, q, k, v)
+        out, lse = launch(q, k, v[:, :, :1])
+    assert_forward(out, lse, q, k, v[:, :, :1])
 
 
 def test_what_lies_behind_the_keys_does_not_matter():
