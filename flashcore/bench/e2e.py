@@ -55,6 +55,10 @@ def run(
         return {"mode": "e2e", "about": ""}, [], [{"reason": "transformers is not installed"}]
     import transformers
 
+    if int(transformers.__version__.split(".")[0]) < 5:
+        reason = f"transformers {transformers.__version__} makes masks where 5 makes none: needs 5"
+        return {"mode": "e2e", "about": ""}, [], [{"reason": reason}]
+
     import flashcore.integrations.transformers  # noqa: F401  registers its attention
 
     method = {

@@ -6,10 +6,13 @@
 FlashCore computes what reaches it without a mask: prefill, also on top of a dynamic cache, decoding with a dynamic
 cache, training. Batches with padding, packed sequences, the steps of a static cache, and dropout go to PyTorch's SDPA
 with the mask that Transformers makes for it; a FlashCoreWarning says so once. Sliding windows that hide keys, softcap,
-sinks, position biases, ``cu_seq_lens`` and ``output_attentions`` raise UnsupportedError.
+sinks, position biases, masks of heads, ``cu_seq_lens`` and ``output_attentions`` raise UnsupportedError.
 
 Of a model that torch.compile traces as a whole, Transformers makes a mask for every call: compile its layers instead,
 ``for layer in model.model.layers: layer.compile()``.
+
+Transformers 4.57 makes more masks than 5: there a prompt on top of any cache, the prompt of a static one, and training
+with neither a cache nor an attention mask go to PyTorch too.
 """
 
 from __future__ import annotations
@@ -43,6 +46,7 @@ def attention_forward(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     position_bias: torch.Tensor | None = None,
+    head_mask: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """What a model's attention layer calls, with query (batch, heads, seqlen, head_dim), key and value ungrouped.
@@ -54,6 +58,7 @@ def attention_forward(
     _refuse("softcap", softcap, "softcapped scores")
     _refuse("s_aux", s_aux, "attention sinks")
     _refuse("position_bias", position_bias, "position biases")
+    _refuse("head_mask", head_mask, "masks of heads")
     _refuse(
         "cu_seq_lens_q", kwargs.get("cu_seq_lens_q"), "packed sequences by cu_seq_lens; position_ids will do"
     )

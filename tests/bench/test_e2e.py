@@ -13,7 +13,7 @@ from flashcore.bench.cases import SUITES
 from flashcore.bench.models import Model, ModelCase
 from flashcore.errors import FlashCoreWarning
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", minversion="5")
 from flashcore.bench import e2e  # noqa: E402
 from flashcore.integrations import transformers as integration  # noqa: E402
 
@@ -190,6 +190,13 @@ def test_without_transformers_the_suite_says_so(monkeypatch):
     data = run(CASES)
     assert data["rows"] == []
     assert data["skipped"] == [{"reason": "transformers is not installed"}]
+
+
+def test_with_an_older_transformers_too(monkeypatch):
+    monkeypatch.setattr("transformers.__version__", "4.57.6")
+    data = run(CASES)
+    assert data["rows"] == []
+    assert "transformers 4.57.6" in data["skipped"][0]["reason"]
 
 
 def test_eager_runs_where_its_scores_fit(monkeypatch):

@@ -8,7 +8,7 @@ import torch
 from flashcore.bench.cases import SUITES
 from flashcore.bench.models import Model, ModelCase
 
-pytest.importorskip("transformers")
+pytest.importorskip("transformers", minversion="5")
 from flashcore.bench import e2e, suites
 
 GENERATE = ModelCase(Model("tiny", 97, 64, 96, 2, 4, 2), "generate", 40, 6, "float32")
