@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import time
 import warnings
 
 import pytest
@@ -236,6 +237,22 @@ def test_the_stopwatch_sees_every_attention_forward_and_backward(name):
     with e2e._attending(network, name):
         e2e._train(network, ids)
     torch.testing.assert_close(network.model.layers[0].self_attn.q_proj.weight.grad, known)
+
+
+def test_what_holds_up_a_first_call_is_no_share_of_attention(attend):
+    calls = []
+
+    def slow_at_first(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 1:
+            time.sleep(1.0)
+        return integration.attention_forward(*args, **kwargs)
+
+    attend(slow_at_first)
+    network = e2e.build(TINY, "float32", torch.device("cpu"))
+    found = e2e._share(network, TRAIN, torch.arange(40)[None], "flashcore")
+    assert len(calls) == 2 * TINY.layers
+    assert 0 < found["attention_ms"] < 1000
 
 
 def test_the_stopwatch_runs_around_the_backward_of_attention_only():
