@@ -11,14 +11,15 @@ from torch.autograd.function import once_differentiable
 from flashcore import backends, gradients
 from flashcore import plan as planning
 from flashcore.backends import Run
+from flashcore.errors import UnsupportedError
 from flashcore.plan import Plan
-from flashcore.problem import DEVICES, AttentionProblem
+from flashcore.problem import DEVICES, AttentionProblem, check_tensors
+from flashcore.watching import answers_itself, is_recorded, is_transformed, is_watched
 
 # How to run each kind of call seen so far. Strides are not part of the key: no check and no plan depends on them.
 runs: dict[tuple, Any] = {}
 _MAX_RUNS = 4096
 
-_is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _active_override = planning.active_override.get
@@ -55,15 +56,19 @@ def attention(
     :raises InvalidInputError: arguments that no backend could accept.
     :raises UnsupportedError: no backend, or not the requested one, can do it.
     """
-    if _is_compiling():
-        return _traced(q, k, v, causal, scale, return_lse, backend)
+    if is_watched():
+        if is_recorded():
+            return _recorded(q, k, v, causal, scale, return_lse, backend)
+        if is_transformed(q, k, v):
+            return _transformed(q, k, v, causal, scale, return_lse, backend)
     if _is_any_autocast_enabled():
         q, k, v = _autocast(q, k, v)
     try:
         grad = _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
         key = (
             q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,
-            q.layout, k.layout, v.layout, causal, scale, grad, return_lse, backend, _active_override(),
+            q.layout, k.layout, v.layout, type(q), type(k), type(v), causal, scale, grad, return_lse, backend,
+            _active_override(),
         )  # fmt: skip
         run = runs.get(key)
     except (AttributeError, TypeError, RuntimeError):  # not tensors, nested ones, unhashable values:
@@ -113,19 +118,41 @@ def _autocast_one(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.get_autocast_dtype(device))
 
 
-def _traced(q, k, v, causal, scale, return_lse, backend):
-    """The call as an operator in the graph of torch.compile or torch.export."""
+def _recorded(q, k, v, causal, scale, return_lse, backend):
+    """The call as an operator, for those who record operators or answer them."""
     from flashcore import ops
 
     out, lse = ops.attention(*_autocast(q, k, v), causal, scale, return_lse, backend)
     return (out, lse) if return_lse else out
 
 
+def _transformed(q, k, v, causal, scale, return_lse, backend):
+    """The call by a backend that is made of PyTorch's operations, which transforms see through."""
+    plan = explain(q, k, v, causal=causal, scale=scale, return_lse=return_lse, backend=backend)
+    module = backends.load(plan.backend)
+    if not module.NATIVE_GRAD:
+        raise UnsupportedError(
+            f"attention: backend {plan.backend!r} cannot be transformed by torch.func (grad, vjp, vmap, ...) or "
+            'forward-mode differentiation. Pass backend="sdpa".'
+        )
+    out, lse = module.forward(plan.problem, plan.config, *_autocast(q, k, v))
+    return (out, lse) if return_lse else out
+
+
 def _prepare(key: tuple | None, q, k, v, causal, scale, return_lse, backend) -> Run:
     """Validate, plan, and remember how to run this kind of call."""
+    if any(map(answers_itself, (q, k, v))):
+        check_tensors(q, k, v)
+        return partial(_by_operator, causal, scale, return_lse, backend)
     plan = explain(q, k, v, causal=causal, scale=scale, return_lse=return_lse, backend=backend)
     run = on_its_device(q, _runner(plan))
     return run if key is None else remember(key, run)
+
+
+def _by_operator(causal, scale, return_lse, backend, q, k, v):
+    from flashcore import ops
+
+    return ops.attention(q, k, v, causal, scale, return_lse, backend)
 
 
 def remember(key: tuple, run: Any) -> Any:

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from flashcore.errors import InvalidInputError
-from flashcore.gemm_problem import GemmProblem
+from flashcore.gemm_problem import GemmProblem, check_arguments
+from flashcore.watching import answers_itself, is_recorded, is_transformed, is_watched
 
 Run = Callable[[torch.Tensor, torch.Tensor, "torch.Tensor | None"], torch.Tensor]
 
@@ -20,7 +21,6 @@ Run = Callable[[torch.Tensor, torch.Tensor, "torch.Tensor | None"], torch.Tensor
 _runs: dict[tuple, Run] = {}
 _MAX_RUNS = 4096
 
-_is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 
 
@@ -49,10 +49,12 @@ def matmul(
     Differentiable once in a, b and bias; an activation's backward pass computes the sums again. ``torch.compile`` and
     ``torch.export`` carry it in their graph as the operator ``flashcore::matmul`` (``flashcore/ops.py``).
     """
-    if _is_compiling():
-        from flashcore import ops
-
-        return ops.matmul(a, b, bias, out_dtype, activation)
+    if is_watched():
+        if is_recorded():
+            return _by_operator(out_dtype, activation, a, b, bias)
+        if is_transformed(a, b, bias):
+            problem = GemmProblem.from_tensors(a, b, out_dtype=out_dtype, bias=bias, activation=activation)
+            return _by_torch(problem, a, b, bias)
     if _needs_grad(a, b, bias):
         return _Matmul.apply(a, b, bias, out_dtype, activation)
     return _matmul(a, b, bias, out_dtype, activation)
@@ -146,7 +148,7 @@ def _matmul(a, b, bias, out_dtype, activation) -> torch.Tensor:
     try:
         key = (
             a.shape, a.stride(), a.dtype, a.device, b.shape, b.stride(), b.dtype, b.device,
-            None if bias is None else (bias.shape, bias.dtype, bias.device), out_dtype, activation,
+            None if bias is None else (bias.shape, bias.dtype, bias.device), out_dtype, activation, type(a), type(b),
         )  # fmt: skip
         run = _runs.get(key)
     except (AttributeError, TypeError, RuntimeError):  # not tensors, sparse ones, unhashable values:
@@ -161,6 +163,9 @@ def _matmul(a, b, bias, out_dtype, activation) -> torch.Tensor:
 
 def _prepare(a, b, bias, out_dtype, activation) -> Run:
     """Validate, plan, and return how to run this kind of call."""
+    if any(map(answers_itself, (a, b))):
+        check_arguments(a, b, out_dtype=out_dtype, bias=bias, activation=activation)
+        return partial(_by_operator, out_dtype, activation)
     problem = GemmProblem.from_tensors(a, b, out_dtype=out_dtype, bias=bias, activation=activation)
     folds = _folds(a, b, problem)
     if folds:
@@ -177,6 +182,12 @@ def _prepare(a, b, bias, out_dtype, activation) -> Run:
     if a.is_cuda and torch.cuda.device_count() > 1:
         run = partial(_on_device, run)
     return run
+
+
+def _by_operator(out_dtype, activation, a, b, bias) -> torch.Tensor:
+    from flashcore import ops
+
+    return ops.matmul(a, b, bias, out_dtype, activation)
 
 
 def _folds(a: torch.Tensor, b: torch.Tensor, problem: GemmProblem) -> bool:

@@ -1,8 +1,9 @@
 """``torch.ops.flashcore``: the calls as operators that torch.compile and torch.export can carry in a graph.
 
-:func:`flashcore.attention` and :func:`flashcore.matmul` use them while they are being traced, and only then: an eager
-call through them would take longer on the host. The plan decides which backend runs when the graph runs, so lengths may
-be symbols before. A program that loads an exported graph imports this module first.
+:func:`flashcore.attention` and :func:`flashcore.matmul` use them while somebody records operators or answers them
+(``flashcore/watching.py``), and only then: an eager call through them would take longer on the host. The plan decides
+which backend runs when the graph runs, so lengths may be symbols before. A program that loads an exported graph imports
+this module first.
 
 ``attention_forward`` returns ``(out, lse)``, contiguous; the LSE is empty where nobody asked for it.
 ``attention_backward`` returns ``(dq, dk, dv)``, contiguous, by the plan's backward pass; where that is autograd
@@ -14,9 +15,11 @@ the compiler can fuse.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 from flashcore import api, backends, gemm
 from flashcore import plan as planning
@@ -92,6 +95,18 @@ def _refuse_second_derivative(ctx, *_):
     raise RuntimeError("flashcore.attention has no second derivative")
 
 
+@register_flop_formula(torch.ops.flashcore.attention_forward)
+def _count_forward(q, k, v, *_, out_shape=None) -> int:
+    """Of whole products, as PyTorch counts its own attention: a causal mask saves nothing."""
+    return 2 * q[0] * q[2] * q[1] * k[1] * (q[3] + v[3])
+
+
+@register_flop_formula(torch.ops.flashcore.attention_backward)
+def _count_backward(dout, q, k, v, *_, out_shape=None) -> int:
+    """Five products: the scores again, and the gradients of the probabilities, q, k and v."""
+    return 2 * q[0] * q[2] * q[1] * k[1] * (3 * q[3] + 2 * v[3])
+
+
 torch.library.register_autograd(_FORWARD, _differentiate, setup_context=_setup_context)
 torch.library.register_autograd(_BACKWARD, _refuse_second_derivative)
 
@@ -136,6 +151,11 @@ def _(a, b, bias, out_dtype, activation):
     batch = (a if a.dim() == 3 else b).shape[:-2]
     columns = b.shape[-1] // 2 if activation == "swiglu" else b.shape[-1]
     return a.new_empty((*batch, a.shape[-2], columns), dtype=out_dtype or a.dtype)
+
+
+@register_flop_formula(torch.ops.flashcore.matmul)
+def _count_matmul(a, b, *_, out_shape=None) -> int:
+    return 2 * math.prod((a if len(a) == 3 else b)[:-2]) * a[-2] * a[-1] * b[-1]
 
 
 def _setup_matmul_context(ctx, inputs, output):

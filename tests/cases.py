@@ -87,6 +87,8 @@ def place(
     :param packed_heads: heads in one row of the packed tensor that layout "packed" is a view into.
     """
     _, seqlen, heads, head_dim = tensor.shape
+    if layout == "negated":  # as ``z.conj().imag`` is: whoever reads it changes the signs
+        return torch._neg_view(place(-tensor, "last_strided", device))
     if layout == "expanded" and shared:
         return place(tensor[:1, :, :1], "bshd", device).expand(tensor.shape)
     row = heads * head_dim
@@ -161,7 +163,7 @@ CASES: tuple[Case, ...] = (
     # Few queries on many keys.
     *(
         Case(f"{layout}_one_query", layout=layout, seqlen_q=1, seqlen_k=333, heads_q=8, heads_k=2)
-        for layout in ("packed", "bhsd", "offset", "misaligned", "odd_row", "last_strided", "expanded")
+        for layout in ("packed", "bhsd", "offset", "misaligned", "odd_row", "last_strided", "negated", "expanded")
     ),
     Case("two_queries_causal", seqlen_q=2, seqlen_k=777, heads_q=8, heads_k=2, head_dim=128, causal=True),
     Case("seven_queries_empty_rows", seqlen_q=7, seqlen_k=5, heads_q=3, heads_k=3, head_dim=40, causal=True),
@@ -185,7 +187,7 @@ CASES: tuple[Case, ...] = (
     # Memory layouts.
     *(
         Case(f"{layout}_causal", layout=layout, seqlen_q=193, seqlen_k=193, heads_k=2, causal=True)
-        for layout in ("packed", "bhsd", "offset", "misaligned", "odd_row", "last_strided", "expanded")
+        for layout in ("packed", "bhsd", "offset", "misaligned", "odd_row", "last_strided", "negated", "expanded")
     ),
     Case("packed_d128", layout="packed", head_dim=128, seqlen_q=129, seqlen_k=129),
     Case("bhsd_d80_more_keys", layout="bhsd", head_dim=80, seqlen_q=65, seqlen_k=129, causal=True),

@@ -29,7 +29,7 @@ def test_signature(change):
     assert [grad.shape for grad in grads] == [q.shape, k.shape, v.shape]
 
 
-@pytest.mark.parametrize("layout", ["bshd", "bhsd", "packed", "last_strided", "expanded"])
+@pytest.mark.parametrize("layout", ["bshd", "bhsd", "packed", "last_strided", "negated", "expanded"])
 @pytest.mark.parametrize("causal", [True, False])
 def test_layouts(monkeypatch, layout, causal):
     """The CPU's flash backward, which takes the same (B, H, S, D) tensors, gives the right gradients from them."""

@@ -8,11 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import flashcore
 from flashcore import gradients, ops
 from flashcore.backends import reference
-from flashcore.compat.flash_attn import flash_attn_qkvpacked_func
+from flashcore.compat.flash_attn import flash_attn_func, flash_attn_qkvpacked_func
 from flashcore.integrations import sdpa
 from flashcore.plan import override
 from tests.cases import BY_NAME
@@ -197,6 +199,25 @@ print([name for name in ("flashcore.ops", "torch._dynamo") if name in sys.module
     assert done.stdout.strip() == "[]"
 
 
+def test_flops_are_counted():
+    """As many as PyTorch counts for the products that its own operations are made of."""
+    q, k, v = inputs(9, 9)
+    with FlopCounterMode(display=False) as theirs, sdpa_kernel(SDPBackend.MATH):
+        F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), enable_gqa=True)
+    with FlopCounterMode(display=False) as ours:
+        flashcore.attention(q, k, v)
+    assert ours.get_total_flops() == theirs.get_total_flops() > 0
+    with FlopCounterMode(display=False) as ours:
+        flashcore.attention(q.requires_grad_(), k, v).sum().backward()
+    assert ours.get_total_flops() == 3.5 * theirs.get_total_flops()
+    a, b = torch.randn(3, 5, 7, requires_grad=True), torch.randn(7, 6, requires_grad=True)
+    with FlopCounterMode(display=False) as theirs:
+        torch.matmul(a, b)
+    with FlopCounterMode(display=False) as ours:
+        flashcore.matmul(a, b)
+    assert ours.get_total_flops() == theirs.get_total_flops() > 0
+
+
 # ---- the operators -----------------------------------------------------------------------------------------------
 
 OPCHECK = {
@@ -268,6 +289,32 @@ def test_sdpa(options):
     assert counter.frame_count == 1
 
 
+def test_sdpa_of_any_lengths_stays_flashcores(add_backend):
+    """Also where the keys are no divisor, or no multiple, of the queries."""
+    used = []
+
+    def forward(problem, config, q, k, v):
+        used.append((problem.seqlen_q, problem.seqlen_k))
+        return reference.forward(problem, config, q, k, v)
+
+    add_backend("fake", forward=forward)
+    function, counter = compiled(flashcore.scaled_dot_product_attention)
+    lengths = [*((1, seqlen_k) for seqlen_k in range(9, 20)), (6, 9), (9, 6), (7, 7), (12, 5)]
+    for seqlen_q, seqlen_k in lengths:
+        query, *keys = torch.randn(2, 4, seqlen_q, 16), *torch.randn(2, 2, 4, seqlen_k, 16)
+        torch.testing.assert_close(function(query, *keys), F.scaled_dot_product_attention(query, *keys))
+    assert used == lengths
+    assert counter.frame_count <= 3
+
+
+def test_sdpa_with_heads_that_are_no_multiple_raises_pytorchs_error():
+    tensors = torch.randn(2, 4, 3, 16), *torch.randn(2, 2, 3, 3, 16)
+    with pytest.raises(RuntimeError, match=r"[Nn]umber of heads"):
+        flashcore.scaled_dot_product_attention(*tensors, enable_gqa=True)
+    with pytest.raises(RuntimeError, match=r"[Nn]umber of heads"):
+        compiled(flashcore.scaled_dot_product_attention)[0](*tensors, enable_gqa=True)
+
+
 def test_sdpa_with_what_only_pytorch_knows():
     function, _ = compiled(flashcore.scaled_dot_product_attention)
     for tensors in ([torch.randn(4, 5, 16)] * 3, [torch.randn(2, 4, 5, 16), *[torch.randn(1, 4, 5, 16)] * 2]):
@@ -295,6 +342,17 @@ def test_unmodified_program_that_is_compiled(add_backend):
     assert len(used) == 1
     function(x)
     assert len(used) == 1
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_deterministic_flash_attn(requires_grad):
+    q, k, v = inputs(requires_grad=requires_grad)
+    torch.use_deterministic_algorithms(True)
+    try:
+        function, _ = compiled(lambda q, k, v: flash_attn_func(q, k, v, deterministic=True))
+        torch.testing.assert_close(function(q, k, v), flash_attn_func(q, k, v))
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_flash_attn():

@@ -40,7 +40,7 @@ ABOUT = (
     "after; implementations in turns, 2 or 3 rounds (generation: after one of the same lengths); prefill "
     "fills the cache and computes the last logits; generation counts new tokens over all its time, prompt included; "
     "training is forward and backward without an optimizer; attention's share by CUDA events around each attention "
-    "call, forward and backward, in the second of two calls (generation: of two decoding steps) and while the host runs "
+    "call, forward and backward, in the second of two calls (generation: decoding steps), while the host runs "
     "ahead; time per token without the first, which is timed alone; what a step takes the device: the same decoding "
     "step; peak memory as torch.cuda.max_memory_allocated, weights included; rel_err of last logits, of the logits of "
     "all steps up to the first other token, or of the gradients of the first layer's query, key and value weights"

@@ -14,13 +14,15 @@ from __future__ import annotations
 import torch
 
 from flashcore import api
-from flashcore.errors import UnsupportedError
+from flashcore.errors import InvalidInputError, UnsupportedError
 
 __all__ = [
     "flash_attn_func",
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",
     "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
 ]
 
@@ -57,8 +59,8 @@ def flash_attn_func(
     :raises UnsupportedError: naming the argument that asks for what FlashCore does not do yet.
     """
     sink = next((s for s in (s_aux, learnable_sink, sinks) if s is not None), None)
-    causal = bool(causal) or _is_causal_window(window_size)
-    _refuse("flash_attn_func", dropout_p, window_size, softcap, alibi_slopes, sink)
+    _refuse("flash_attn_func", dropout_p, softcap, alibi_slopes, sink)
+    causal = _is_causal(q, k, causal, window_size)
     if deterministic and torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
         _refuse_nondeterminism()
     if not (return_attn_probs or return_lse):
@@ -81,7 +83,7 @@ def flash_attn_qkvpacked_func(
     return_attn_probs=False,
 ):
     """:func:`flash_attn_func` of qkv (batch, seqlen, 3, heads, head_dim), read where it is."""
-    q, k, v = qkv.unbind(2)
+    q, k, v = _unpack(qkv, "qkv", "batch, seqlen, 3, heads, head_dim")
     return flash_attn_func(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     )  # fmt: skip
@@ -100,7 +102,7 @@ def flash_attn_kvpacked_func(
     return_attn_probs=False,
 ):
     """:func:`flash_attn_func` of q and kv (batch, seqlen_k, 2, heads_k, head_dim), read where they are."""
-    k, v = kv.unbind(2)
+    k, v = _unpack(kv, "kv", "batch, seqlen, 2, heads, head_dim")
     return flash_attn_func(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     )  # fmt: skip
@@ -134,10 +136,50 @@ def flash_attn_varlen_func(
 
     :raises UnsupportedError: always.
     """
-    raise UnsupportedError(
-        "flash_attn_varlen_func: packed sequences (cu_seqlens) are not supported yet. Pad them into a batch for "
-        "flash_attn_func, or call it once per sequence."
-    )
+    raise _no_varlen("flash_attn_varlen_func", "flash_attn_func")
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv,
+    cu_seqlens,
+    max_seqlen,
+    dropout_p=0.0,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    softcap=0.0,
+    alibi_slopes=None,
+    deterministic=False,
+    return_attn_probs=False,
+):
+    """Attention of packed sequences: not there yet.
+
+    :raises UnsupportedError: always.
+    """
+    raise _no_varlen("flash_attn_varlen_qkvpacked_func", "flash_attn_qkvpacked_func")
+
+
+def flash_attn_varlen_kvpacked_func(
+    q,
+    kv,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    dropout_p=0.0,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    softcap=0.0,
+    alibi_slopes=None,
+    deterministic=False,
+    return_attn_probs=False,
+):
+    """Attention of packed sequences: not there yet.
+
+    :raises UnsupportedError: always.
+    """
+    raise _no_varlen("flash_attn_varlen_kvpacked_func", "flash_attn_kvpacked_func")
 
 
 def flash_attn_with_kvcache(
@@ -177,19 +219,32 @@ def flash_attn_with_kvcache(
     )
 
 
-def _is_causal_window(window_size) -> bool:
-    """Whether the window hides the future and nothing else."""
-    left, right = window_size
-    return left in (-1, None) and right == 0
+def _no_varlen(function: str, padded: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{function}: packed sequences (cu_seqlens) are not supported yet. Pad them into a batch for {padded}, or call "
+        "it once per sequence."
+    )
 
 
-def _refuse(function: str, dropout_p, window_size, softcap, alibi_slopes, sink) -> None:
+def _is_causal(q: torch.Tensor, k: torch.Tensor, causal, window_size) -> bool:
+    """Whether the future is hidden. Raises if the window hides more than that, or a part of it."""
+    left, right = (-1 if size is None else size for size in window_size)
+    right = 0 if causal else right
+    # The last query is aligned to the last key, and the first one to seqlen_q - 1 keys before it.
+    hides_past = left >= 0 and left < k.shape[1] - 1
+    hides_future = right > 0 and right < q.shape[1] - 1
+    if hides_past or hides_future:
+        raise UnsupportedError(
+            f"flash_attn_func: window_size={tuple(window_size)} is not supported: FlashCore does not have sliding "
+            f"windows yet. Pass {(-1, 0) if right == 0 else (-1, -1)}, or use flash-attn's own function."
+        )
+    return right == 0
+
+
+def _refuse(function: str, dropout_p, softcap, alibi_slopes, sink) -> None:
     """Raise if an argument asks for something that FlashCore does not do."""
-    window = tuple(window_size)
-    windowed = any(size not in (-1, None) for size in window) and not _is_causal_window(window)
     for wanted, feature, given, neutral in (
         (dropout_p != 0, "dropout", f"dropout_p={dropout_p}", "0.0"),
-        (windowed, "sliding windows", f"window_size={window}", "(-1, -1)"),
         (softcap, "softcapped scores", f"softcap={softcap}", "0.0"),
         (alibi_slopes is not None, "ALiBi", "alibi_slopes", "None"),
         (sink is not None, "attention sinks", "s_aux (learnable_sink, sinks)", "None"),
@@ -201,12 +256,20 @@ def _refuse(function: str, dropout_p, window_size, softcap, alibi_slopes, sink) 
             )
 
 
+def _unpack(packed: torch.Tensor, name: str, layout: str) -> tuple[torch.Tensor, ...]:
+    """The tensors that `packed` is made of, along its third dimension: as many as stand there in `layout`."""
+    count = int(layout.split(", ")[2])
+    if not isinstance(packed, torch.Tensor) or packed.dim() != 5 or packed.shape[2] != count:
+        given = tuple(packed.shape) if isinstance(packed, torch.Tensor) else type(packed).__name__
+        raise InvalidInputError(f"flash_attn_{name}packed_func: {name} must be ({layout}) (given {given}).")
+    return packed.unbind(2)
+
+
 def _refuse_nondeterminism() -> None:
     """Raise unless PyTorch's backward passes, one of which may be ours, are deterministic."""
-    if (
-        not torch.are_deterministic_algorithms_enabled()
-        or torch.is_deterministic_algorithms_warn_only_enabled()
-    ):
+    # torch.compile cannot trace the second question; PyTorch warns of what is not deterministic when the graph runs.
+    warns_only = not torch.compiler.is_compiling() and torch.is_deterministic_algorithms_warn_only_enabled()
+    if warns_only or not torch.are_deterministic_algorithms_enabled():
         raise UnsupportedError(
             "flash_attn_func: deterministic=True with gradients needs PyTorch's switch as well, since the backward "
             "pass may be PyTorch's. Call torch.use_deterministic_algorithms(True), or pass deterministic=False."

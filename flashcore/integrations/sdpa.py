@@ -12,7 +12,9 @@ A call that FlashCore cannot express goes to PyTorch as it came. The others are 
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,7 @@ from flashcore.backends.sdpa import scaled_dot_product_attention as torch_sdpa
 from flashcore.errors import InvalidInputError
 from flashcore.plan import Plan
 from flashcore.problem import check_tensors
+from flashcore.watching import is_recorded, is_transformed, is_watched
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -43,9 +46,10 @@ def scaled_dot_product_attention(
     the TOP LEFT (:func:`flashcore.attention` aligns it to the bottom right), a boolean `attn_mask` that is True where
     a key is seen, dropout whenever `dropout_p` is positive.
 
-    PyTorch computes calls with an attn_mask, with dropout, causal ones with more queries than keys, and inputs that
-    FlashCore does not know; :func:`explain` tells. ``torch.nn.attention.sdpa_kernel`` reaches only those. What
-    FlashCore computes has no second derivative and cannot be vmapped.
+    PyTorch computes calls with an attn_mask, with dropout, causal ones with more queries than keys, inside of
+    ``torch.func``'s transforms and forward-mode differentiation, and inputs that FlashCore does not know;
+    :func:`explain` tells. ``torch.nn.attention.sdpa_kernel`` reaches only those. What FlashCore computes has no second
+    derivative.
     """
     out = computed(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if out is not None:
@@ -99,7 +103,8 @@ class replace_torch:
     """Make ``torch.nn.functional.scaled_dot_product_attention`` FlashCore's, in all threads, from now on.
 
     Use it in a ``with`` statement, or call it once at the top of a program. Leaving the block, or :meth:`restore`, puts
-    back what was there before; blocks may be nested.
+    back what was there before. Blocks may be nested, entered again, and left by several threads in any order: as long
+    as one of them lasts, the function is FlashCore's.
 
     It reaches whatever looks the name up when it calls: Transformers' ``sdpa``, diffusers' default, timm,
     ``torch.nn.MultiheadAttention``. It does not reach a program that imported the function by its name
@@ -107,26 +112,52 @@ class replace_torch:
     programs, and the inference path of ``torch.nn.TransformerEncoderLayer``, which is one C++ operator.
     """
 
+    _lock = threading.Lock()
+    _active: ClassVar[list[list]] = []  # [whose, what was there before], in the order in which they came
+
     def __init__(self) -> None:
-        self._before = F.scaled_dot_product_attention
-        F.scaled_dot_product_attention = scaled_dot_product_attention
+        self._entered = False
+        self._replace()
 
     def restore(self) -> None:
         """Put back what was there before. Does nothing the second time."""
-        if self._before is not None:
-            F.scaled_dot_product_attention, self._before = self._before, None
+        while self._put_back():
+            pass
 
     def __enter__(self) -> replace_torch:
+        if self._entered or not any(owner is self for owner, _ in self._active):
+            self._replace()
+        self._entered = True
         return self
 
     def __exit__(self, *_) -> None:
-        self.restore()
+        self._put_back()
+
+    def _replace(self) -> None:
+        with self._lock:
+            self._active.append([self, F.scaled_dot_product_attention])
+            F.scaled_dot_product_attention = scaled_dot_product_attention
+
+    def _put_back(self) -> bool:
+        """End the latest replacement of this object; False if there is none."""
+        with self._lock:
+            mine = [i for i, (owner, _) in enumerate(self._active) if owner is self]
+            if not mine:
+                return False
+            _, before = self._active.pop(mine[-1])
+            if mine[-1] < len(self._active):  # whoever came later puts back what came before this one
+                self._active[mine[-1]][1] = before
+            else:
+                F.scaled_dot_product_attention = before
+            return True
 
 
 def _declines(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa) -> str | None:
     """Why ``flashcore.attention`` cannot express this call; None if it can, provided that its arguments are valid."""
     if attn_mask is not None:
         return "attn_mask is not None: arbitrary masks and biases"
+    if is_watched() and not is_recorded() and is_transformed(query, key, value):
+        return "a transform of torch.func, or forward-mode differentiation"
     if dropout_p:
         return f"dropout_p={dropout_p}: dropout"
     for name, tensor in (("query", query), ("key", key), ("value", value)):
@@ -138,9 +169,9 @@ def _declines(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa) ->
         return f"{query.shape[1]} query heads and {key.shape[1]} key heads without enable_gqa=True"
     if is_causal and query.shape[2] > key.shape[2]:
         return f"is_causal=True with more queries than keys ({query.shape[2]} > {key.shape[2]})"
-    if torch.compiler.is_compiling():  # an operator's error cannot be caught while it is traced
+    if is_recorded():  # an operator's error cannot be caught while it is traced
         try:
-            check_tensors(query, key, value)
+            check_tensors(*(t.transpose(1, 2) for t in (query, key, value)))
         except InvalidInputError:
             return "inputs that FlashCore does not know"
     return None

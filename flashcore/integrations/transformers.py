@@ -21,6 +21,7 @@ import warnings
 from functools import cache
 
 import torch
+import transformers
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
@@ -28,6 +29,12 @@ from flashcore import api
 from flashcore.backends.sdpa import scaled_dot_product_attention as torch_sdpa
 from flashcore.errors import FlashCoreWarning, UnsupportedError
 from flashcore.integrations.sdpa import computed
+from flashcore.watching import is_recorded
+
+try:
+    from transformers.utils.output_capturing import _active_collector as _collector
+except ImportError:
+    _collector = None
 
 # Transformers takes every name with "flash" in it for one of the flash-attn packages, and tries to import that.
 NAME = "fcore"
@@ -62,7 +69,7 @@ def attention_forward(
     _refuse(
         "cu_seq_lens_q", kwargs.get("cu_seq_lens_q"), "packed sequences by cu_seq_lens; position_ids will do"
     )
-    _refuse("output_attentions", kwargs.get("output_attentions") or None, "attention weights")
+    _refuse("output_attentions", kwargs.get("output_attentions") or _wants_weights(), "attention weights")
     if sliding_window is not None and key.shape[2] > sliding_window:
         _refuse("sliding_window", f"{sliding_window} < {key.shape[2]} keys", "sliding windows")
 
@@ -87,9 +94,16 @@ def attention_forward(
 
 
 def mask(*args, **kwargs) -> torch.Tensor | None:
-    """The mask that Transformers makes for SDPA, marked where it is ``flashcore.attention``'s own causal mask."""
+    """The mask that Transformers makes for SDPA, marked where it is ``flashcore.attention``'s own causal mask.
+
+    :raises UnsupportedError: for models that do not ask an attention function, but would do something with this mask.
+    """
     made = sdpa_mask(*args, **kwargs)
-    if made is not None and not torch.compiler.is_compiling() and _sees_all_keys(**kwargs):
+    if _is_traced_or_captured():
+        return made
+    if (reason := _rejects(type(kwargs.get("config")))) is not None:
+        raise UnsupportedError(f'attn_implementation="{NAME}": {reason}. Use attn_implementation="eager".')
+    if made is not None and _sees_all_keys(**kwargs):
         made.flashcore_causal = True  # whoever derives another mask from this one gets one without the mark
     return made
 
@@ -113,8 +127,31 @@ def _sees_all_keys(
         and isinstance(q_offset, int)
         and q_offset + q_length == kv_offset + kv_length
         and (local_size is None or kv_offset + kv_length <= local_size)
+        # One that is shorter than the cache hides the keys that it leaves out.
+        and (attention_mask is None or attention_mask.shape[-1] >= kv_offset + kv_length)
         and (attention_mask is None or bool(attention_mask.all()))
     )
+
+
+def _is_traced_or_captured() -> bool:
+    """Whether to ask for a tensor's values is to stop, or to decide for other values than these."""
+    return is_recorded() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+
+
+@cache
+def _rejects(config_type: type) -> str | None:
+    """Why a model of this configuration cannot use other attention than its own; None if it can, or is unknown."""
+    model = transformers.MODEL_MAPPING.get(config_type, None)
+    if getattr(model, "_supports_sdpa", True):
+        return None
+    return f"{model.__name__} has attention of its own only, in Transformers"
+
+
+def _wants_weights() -> bool | None:
+    """Whether attention weights are collected from layers that are not told of it. Transformers 4.57 tells them all."""
+    if _collector is None or torch.compiler.is_compiling():
+        return None
+    return "attentions" in (_collector.get() or ()) or None
 
 
 def _is_bottom_right_causal(

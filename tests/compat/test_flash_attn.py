@@ -1,6 +1,7 @@
 """flash-attn's functions: its signatures, results and return values; a clear error for what FlashCore does not do."""
 
 import inspect
+import re
 
 import pytest
 import torch
@@ -23,6 +24,8 @@ FLASH_ATTN = {
     "flash_attn_varlen_func": (
         f"q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, {TAIL}, block_table=None"
     ),
+    "flash_attn_varlen_qkvpacked_func": f"qkv, cu_seqlens, max_seqlen, {TAIL}",
+    "flash_attn_varlen_kvpacked_func": f"q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, {TAIL}",
     "flash_attn_with_kvcache": (
         "q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None, "
         "cache_batch_idx=None, cache_leftpad=None, block_table=None, softmax_scale=None, causal=False, "
@@ -57,7 +60,7 @@ def test_result_and_gradients():
     assert_gradients(grads, q, k, v, dout, causal=True, scale=0.3)
 
 
-@pytest.mark.parametrize("window", [(-1, -1), (None, None), [-1, None]])
+@pytest.mark.parametrize("window", [(-1, -1), (None, None), [-1, None], (8, 4), (4096, -1)])
 def test_no_window(window):
     q, k, v = inputs()
     assert torch.equal(flash_attn_func(q, k, v, window_size=window), flashcore.attention(q, k, v))
@@ -69,6 +72,13 @@ def test_causal_window(window):
     assert torch.equal(
         flash_attn_func(q, k, v, window_size=window), flashcore.attention(q, k, v, causal=True)
     )
+
+
+@pytest.mark.parametrize("window", [(-1, -1), (4096, 4096), (8, 3), (-1, 0), (None, None)])
+def test_window_that_hides_nothing_beside_the_future(window):
+    q, k, v = inputs()
+    out = flash_attn_func(q, k, v, causal=True, window_size=window)
+    assert torch.equal(out, flashcore.attention(q, k, v, causal=True))
 
 
 def test_qkvpacked():
@@ -124,9 +134,13 @@ def test_refuses_what_it_does_not_do(name):
 
 
 def test_refuses_windows_on_either_side():
-    for window in ((4, 0), (4, -1), (-1, 4), (0, 0), (None, 2)):
-        with pytest.raises(UnsupportedError, match="sliding windows"):
+    for window, instead in (
+        ((4, 0), "(-1, 0)"), ((7, -1), "(-1, -1)"), ((-1, 3), "(-1, -1)"), ((0, 0), "(-1, 0)"), ((None, 2), "(-1, -1)"),
+    ):  # fmt: skip
+        with pytest.raises(UnsupportedError, match=f"sliding windows yet. Pass {re.escape(instead)},"):
             flash_attn_func(*inputs(), window_size=window)
+    with pytest.raises(UnsupportedError, match=r"Pass \(-1, 0\),"):
+        flash_attn_func(*inputs(), causal=True, window_size=(7, -1))
 
 
 @pytest.mark.parametrize("packed", [flash_attn_qkvpacked_func, flash_attn_kvpacked_func])
@@ -162,6 +176,10 @@ def test_functions_that_are_not_there_yet_say_so():
     cu_seqlens = torch.tensor([0, 3, 7], dtype=torch.int32)
     with pytest.raises(UnsupportedError, match=r"packed sequences .* not supported yet"):
         flash_attn.flash_attn_varlen_func(q, q, q, cu_seqlens, cu_seqlens, 4, 4, causal=True)
+    with pytest.raises(UnsupportedError, match="flash_attn_varlen_qkvpacked_func: packed sequences"):
+        flash_attn.flash_attn_varlen_qkvpacked_func(torch.stack((q, q, q), 1), cu_seqlens, 4)
+    with pytest.raises(UnsupportedError, match="into a batch for flash_attn_kvpacked_func"):
+        flash_attn.flash_attn_varlen_kvpacked_func(q, torch.stack((q, q), 1), cu_seqlens, cu_seqlens, 4, 4)
     with pytest.raises(UnsupportedError, match="KV cache is not supported yet"):
         flash_attn.flash_attn_with_kvcache(*inputs(), cache_seqlens=4)
 
@@ -170,3 +188,7 @@ def test_invalid_arguments_are_named():
     q, k, v = inputs()
     with pytest.raises(InvalidInputError, match="k and v must have one seqlen"):
         flash_attn_func(q, k, v[:, 1:])
+    with pytest.raises(InvalidInputError, match=r"qkv must be \(batch, seqlen, 3, heads, head_dim\) \(given \(2, 7, 2"):
+        flash_attn_qkvpacked_func(torch.randn(2, 7, 2, 4, 16))
+    with pytest.raises(InvalidInputError, match=r"kv must be \(batch, seqlen, 2, heads, head_dim\) \(given list"):
+        flash_attn_kvpacked_func(q, [k, v])

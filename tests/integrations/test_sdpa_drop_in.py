@@ -216,6 +216,43 @@ def test_restores_somebody_elses(monkeypatch):
     assert F.scaled_dot_product_attention is other
 
 
+def test_left_in_any_order():
+    """As threads leave their blocks."""
+    ours = flashcore.scaled_dot_product_attention
+    one, two, three = (sdpa.replace_torch() for _ in range(3))
+    for replaced in (one, three, two):
+        assert F.scaled_dot_product_attention is ours
+        replaced.restore()
+    assert F.scaled_dot_product_attention is torch_sdpa
+
+
+def test_around_somebody_elses():
+    def other(*_):
+        pass
+
+    with sdpa.replace_torch():
+        F.scaled_dot_product_attention = other
+        with sdpa.replace_torch():
+            assert F.scaled_dot_product_attention is flashcore.scaled_dot_product_attention
+        assert F.scaled_dot_product_attention is other
+    assert F.scaled_dot_product_attention is torch_sdpa
+
+
+def test_entered_again():
+    ours, replaced = flashcore.scaled_dot_product_attention, sdpa.replace_torch()
+    for _ in range(2):
+        with replaced:
+            assert F.scaled_dot_product_attention is ours
+            with replaced:
+                assert F.scaled_dot_product_attention is ours
+            assert F.scaled_dot_product_attention is ours
+        assert F.scaled_dot_product_attention is torch_sdpa
+    with replaced, replaced:
+        replaced.restore()
+        assert F.scaled_dot_product_attention is torch_sdpa
+    assert F.scaled_dot_product_attention is torch_sdpa
+
+
 def test_for_the_rest_of_the_program():
     replaced = sdpa.replace_torch()
     try:
