@@ -27,9 +27,9 @@ from transformers.masking_utils import sdpa_mask
 
 from flashcore import api
 from flashcore.backends.sdpa import scaled_dot_product_attention as torch_sdpa
-from flashcore.errors import FlashCoreWarning, UnsupportedError
+from flashcore.errors import FlashCoreWarning, InvalidInputError, UnsupportedError
 from flashcore.integrations.sdpa import computed
-from flashcore.watching import is_recorded
+from flashcore.watching import is_recorded, is_watched
 
 try:
     from transformers.utils.output_capturing import _active_collector as _collector
@@ -69,22 +69,28 @@ def attention_forward(
     _refuse(
         "cu_seq_lens_q", kwargs.get("cu_seq_lens_q"), "packed sequences by cu_seq_lens; position_ids will do"
     )
-    _refuse("output_attentions", kwargs.get("output_attentions") or _wants_weights(), "attention weights")
+    _refuse("output_attentions", kwargs.get("output_attentions") or None, "attention weights")
     if sliding_window is not None and key.shape[2] > sliding_window:
         _refuse("sliding_window", f"{sliding_window} < {key.shape[2]} keys", "sliding windows")
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    is_causal = query.shape[2] > 1 and attention_mask is None and is_causal  # as Transformers' "sdpa" has it
 
-    if _is_bottom_right_causal(attention_mask, query, key) and not dropout:
-        q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-        return api.attention(q, k, v, causal=True, scale=scaling), None
+    if dropout == 0 and not is_watched() and type(query) is torch.Tensor:
+        own_mask = attention_mask is not None and _is_bottom_right_causal(attention_mask, query, key)
+        if own_mask or (attention_mask is None and (not is_causal or query.shape[2] == key.shape[2])):
+            q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+            try:
+                return api.attention(q, k, v, causal=own_mask or is_causal, scale=scaling), None
+            except InvalidInputError:
+                pass  # PyTorch may know better
     if attention_mask is not None:
+        _refuse("output_attentions", _wants_weights(), "attention weights")
         _warn_that_pytorch_computes("an attention mask: padding, packed sequences or a static cache")
         groups = query.shape[1] // key.shape[1]
         if groups > 1:  # with a mask and grouped heads SDPA would take its unfused path
             key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
     elif dropout:
         _warn_that_pytorch_computes("dropout")
-    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    is_causal = query.shape[2] > 1 and attention_mask is None and is_causal  # as Transformers' "sdpa" has it
     out = computed(query, key, value, attention_mask, dropout, is_causal, scaling, enable_gqa=True)
     if out is None:
         out = torch_sdpa(
@@ -103,6 +109,7 @@ def mask(*args, **kwargs) -> torch.Tensor | None:
         return made
     if (reason := _rejects(type(kwargs.get("config")))) is not None:
         raise UnsupportedError(f'attn_implementation="{NAME}": {reason}. Use attn_implementation="eager".')
+    _refuse("output_attentions", _wants_weights(), "attention weights")
     if made is not None and _sees_all_keys(**kwargs):
         made.flashcore_causal = True  # whoever derives another mask from this one gets one without the mark
     return made
@@ -154,14 +161,11 @@ def _wants_weights() -> bool | None:
     return "attentions" in (_collector.get() or ()) or None
 
 
-def _is_bottom_right_causal(
-    attention_mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor
-) -> bool:
+def _is_bottom_right_causal(attention_mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> bool:
     return (
-        not torch.compiler.is_compiling()
-        and getattr(attention_mask, "flashcore_causal", False)
+        getattr(attention_mask, "flashcore_causal", False)
         and attention_mask.shape[2:] == (query.shape[2], key.shape[2])
-    )
+    )  # fmt: skip
 
 
 def _refuse(argument: str, given: object, feature: str) -> None:

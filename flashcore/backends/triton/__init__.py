@@ -123,16 +123,16 @@ def forward(
     problem: AttentionProblem, config: TritonConfig, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output (B, Sq, Hq, D) and LSE (B, Hq, Sq); see :class:`flashcore.backends.Backend`."""
-    from flashcore.backends.triton import attention
-
-    return attention.forward(problem, config, q, k, v)
+    return prepare(problem, config)(q, k, v)
 
 
 def prepare(problem: AttentionProblem, config: TritonConfig) -> Run:
     """`forward` as a callable (q, k, v) -> (out, lse)."""
     from flashcore.backends.triton import attention
 
-    return attention.prepare_forward(problem, config)
+    run = attention.prepare_forward(problem, config)
+    # Kernels read what is in memory; of a negated view, such as ``z.conj().imag``, that has another sign.
+    return lambda q, k, v: run(q.resolve_neg(), k.resolve_neg(), v.resolve_neg())
 
 
 def backward(
@@ -153,4 +153,5 @@ def backward(
 
     if not isinstance(config, TritonConfig):
         config = configure(problem)
+    q, k, v, dout = (tensor.resolve_neg() for tensor in (q, k, v, dout))
     return attention.backward(problem, config, q, k, v, out, lse, dout)

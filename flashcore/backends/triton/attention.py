@@ -67,7 +67,6 @@ def prepare_forward(problem: AttentionProblem, config: TritonConfig) -> Forward:
     )  # fmt: skip
 
     def unsplit(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        q, k, v = q.resolve_neg(), k.resolve_neg(), v.resolve_neg()
         out = torch.empty(out_shape, dtype=q.dtype, device=q.device)
         lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device)
         launch((q, k, v, out, lse), (q.stride(), k.stride(), v.stride(), strides_out))
@@ -84,7 +83,6 @@ def prepare_forward(problem: AttentionProblem, config: TritonConfig) -> Forward:
     )  # fmt: skip
 
     def split(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        q, k, v = q.resolve_neg(), k.resolve_neg(), v.resolve_neg()
         device = q.device
         parts = torch.empty((splits, *out_shape), dtype=torch.float32, device=device)
         parts_lse = torch.empty((splits, *lse_shape), dtype=torch.float32, device=device)
@@ -112,7 +110,6 @@ def prepare_backward(problem: AttentionProblem, config: TritonConfig) -> Backwar
         ]
 
     def run(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor):
-        q, k, v, dout = q.resolve_neg(), k.resolve_neg(), v.resolve_neg(), dout.resolve_neg()
         dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
         stats = torch.empty(stats_shape, dtype=torch.float32, device=q.device)
         launch_dq(q, k, v, out, dout, lse, stats, dq)
