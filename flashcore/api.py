@@ -13,7 +13,7 @@ from flashcore import plan as planning
 from flashcore.backends import Run
 from flashcore.errors import UnsupportedError
 from flashcore.plan import Plan
-from flashcore.problem import DEVICES, AttentionProblem, check_tensors
+from flashcore.problem import DEVICES, AttentionProblem, check_tensors, checked_scale
 from flashcore.watching import answers_itself, is_recorded, is_transformed, is_watched
 
 # How to run each kind of call seen so far. Strides are not part of the key: no check and no plan depends on them.
@@ -57,12 +57,12 @@ def attention(
     :raises UnsupportedError: no backend, or not the requested one, can do it.
     """
     if is_watched():
-        if is_recorded():
-            return _recorded(q, k, v, causal, scale, return_lse, backend)
         if is_transformed(q, k, v):
             return _transformed(q, k, v, causal, scale, return_lse, backend)
+        if is_recorded():
+            return _recorded(q, k, v, causal, scale, return_lse, backend)
     if _is_any_autocast_enabled():
-        q, k, v = _autocast(q, k, v)
+        q, k, v = autocast(q, k, v)
     try:
         grad = _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
         key = (
@@ -95,12 +95,12 @@ def explain(
     pass and why, and for each rejected backend the one feature that is missing. Raises what :func:`attention` would
     raise.
     """
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     problem = AttentionProblem.from_tensors(q, k, v, causal=causal, scale=scale, return_lse=return_lse)
     return planning.plan(problem, backend)
 
 
-def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The tensors as autocast wants them: where it is enabled, all but float64 ones in its dtype."""
     return tuple(map(_autocast_one, tensors))
 
@@ -122,7 +122,10 @@ def _recorded(q, k, v, causal, scale, return_lse, backend):
     """The call as an operator, for those who record operators or answer them."""
     from flashcore import ops
 
-    out, lse = ops.attention(*_autocast(q, k, v), causal, scale, return_lse, backend)
+    if not torch.compiler.is_compiling():  # which checks the operator's arguments as it traces
+        check_tensors(q, k, v)
+        checked_scale(scale, q.shape[3])
+    out, lse = ops.attention(*autocast(q, k, v), causal, scale, return_lse, backend)
     return (out, lse) if return_lse else out
 
 
@@ -135,8 +138,8 @@ def _transformed(q, k, v, causal, scale, return_lse, backend):
             f"attention: backend {plan.backend!r} cannot be transformed by torch.func (grad, vjp, vmap, ...) or "
             'forward-mode differentiation. Pass backend="sdpa".'
         )
-    out, lse = module.forward(plan.problem, plan.config, *_autocast(q, k, v))
-    return (out, lse) if return_lse else out
+    out, lse = module.forward(plan.problem, plan.config, *autocast(q, k, v))
+    return (out, lse.detach()) if return_lse else out
 
 
 def _prepare(key: tuple | None, q, k, v, causal, scale, return_lse, backend) -> Run:

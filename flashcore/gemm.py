@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from flashcore.api import autocast
 from flashcore.errors import InvalidInputError
 from flashcore.gemm_problem import GemmProblem, check_arguments
 from flashcore.watching import answers_itself, is_recorded, is_transformed, is_watched
@@ -22,6 +23,7 @@ _runs: dict[tuple, Run] = {}
 _MAX_RUNS = 4096
 
 _is_grad_enabled = torch.is_grad_enabled
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 
 
 def matmul(
@@ -46,15 +48,19 @@ def matmul(
     :returns: (m, n), or (batch, m, n) if an operand has a batch; contiguous.
     :raises InvalidInputError: arguments that contradict each other or have no meaning.
 
+    Under ``torch.autocast`` a, b and bias are first cast to its dtype, as PyTorch's own matmul casts them.
+
     Differentiable once in a, b and bias; an activation's backward pass computes the sums again. ``torch.compile`` and
     ``torch.export`` carry it in their graph as the operator ``flashcore::matmul`` (``flashcore/ops.py``).
     """
+    if _is_any_autocast_enabled():
+        a, b, bias = autocast(a, b, bias)
     if is_watched():
-        if is_recorded():
-            return _by_operator(out_dtype, activation, a, b, bias)
         if is_transformed(a, b, bias):
             problem = GemmProblem.from_tensors(a, b, out_dtype=out_dtype, bias=bias, activation=activation)
             return _by_torch(problem, a, b, bias)
+        if is_recorded():
+            return _by_operator(out_dtype, activation, a, b, bias)
     if _needs_grad(a, b, bias):
         return _Matmul.apply(a, b, bias, out_dtype, activation)
     return _matmul(a, b, bias, out_dtype, activation)
@@ -148,7 +154,8 @@ def _matmul(a, b, bias, out_dtype, activation) -> torch.Tensor:
     try:
         key = (
             a.shape, a.stride(), a.dtype, a.device, b.shape, b.stride(), b.dtype, b.device,
-            None if bias is None else (bias.shape, bias.dtype, bias.device), out_dtype, activation, type(a), type(b),
+            None if bias is None else (bias.shape, bias.dtype, bias.device, type(bias)), out_dtype, activation,
+            type(a), type(b),
         )  # fmt: skip
         run = _runs.get(key)
     except (AttributeError, TypeError, RuntimeError):  # not tensors, sparse ones, unhashable values:
@@ -163,7 +170,7 @@ def _matmul(a, b, bias, out_dtype, activation) -> torch.Tensor:
 
 def _prepare(a, b, bias, out_dtype, activation) -> Run:
     """Validate, plan, and return how to run this kind of call."""
-    if any(map(answers_itself, (a, b))):
+    if any(map(answers_itself, (a, b, bias))):
         check_arguments(a, b, out_dtype=out_dtype, bias=bias, activation=activation)
         return partial(_by_operator, out_dtype, activation)
     problem = GemmProblem.from_tensors(a, b, out_dtype=out_dtype, bias=bias, activation=activation)
@@ -221,9 +228,10 @@ def _on_device(run: Run, a, b, bias) -> torch.Tensor:
 
 def _by_torch(problem: GemmProblem, a, b, bias) -> torch.Tensor:
     dtype = getattr(torch, problem.out_dtype)
-    out = torch.matmul(a.to(dtype), b.to(dtype))
+    with torch.autocast(problem.device, enabled=False):
+        out = torch.matmul(a.to(dtype), b.to(dtype))
     if bias is not None:
-        out += bias
+        out = out + bias
     return _activate(problem.activation, out).contiguous()
 
 

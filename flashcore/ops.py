@@ -87,8 +87,12 @@ def _setup_context(ctx, inputs, output):
 
 def _differentiate(ctx, dout, _):
     q, k, v, out, lse = ctx.saved_tensors
-    grads = torch.ops.flashcore.attention_backward(dout, q, k, v, out, lse, *ctx.options)
-    return *grads, *(None for _ in ctx.options)
+    causal, scale, needs_grad, return_lse, backend = ctx.options
+    options = causal, scale, True, return_lse, backend
+    if not needs_grad:  # it was recorded where nobody needed a gradient, nor the LSE
+        out, lse = torch.ops.flashcore.attention_forward(q, k, v, *options)
+    grads = torch.ops.flashcore.attention_backward(dout, q, k, v, out, lse, *options)
+    return *grads, *(None for _ in options)
 
 
 def _refuse_second_derivative(ctx, *_):

@@ -81,7 +81,7 @@ class AttentionProblem:
             head_dim=head_dim,
             head_dim_v=head_dim_v,
             causal=causal,
-            scale=_checked_scale(scale, head_dim),
+            scale=checked_scale(scale, head_dim),
             needs_grad=torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)),
             return_lse=return_lse,
         )
@@ -205,7 +205,7 @@ def _check_agreement(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         )
 
 
-def _checked_scale(scale: float | None, head_dim: int) -> float:
+def checked_scale(scale: float | None, head_dim: int) -> float:
     if scale is None:
         return head_dim**-0.5
     if isinstance(scale, bool) or not isinstance(scale, numbers.Real):

@@ -8,15 +8,27 @@ from torch.autograd import forward_ad
 _is_compiling = torch.compiler.is_compiling
 _tracing_state = torch._C._get_tracing_state
 _dispatch_modes = torch._C._len_torch_dispatch_stack
-_transform = torch._C._functorch.peek_interpreter_stack
+_transforms = torch._C._are_functorch_transforms_active
 
 
 def is_watched() -> bool:
     """Whether it is worth asking the others: whether a call may have to be more than a launch."""
     return (
         _is_compiling() or _tracing_state() is not None or _dispatch_modes() > 0
-        or _transform() is not None or forward_ad._current_level >= 0
+        or _transforms() or forward_ad._current_level >= 0
     )  # fmt: skip
+
+
+def is_transformed(*tensors: torch.Tensor | None) -> bool:
+    """Whether ``torch.func`` transforms what happens here (grad, vjp, vmap, ...), or a tensor has a tangent.
+
+    Ask this first: an operator in a recording loses tangents.
+    """
+    if _transforms():
+        return True
+    return forward_ad._current_level >= 0 and any(
+        isinstance(tensor, torch.Tensor) and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
+    )
 
 
 def is_recorded() -> bool:
@@ -25,15 +37,9 @@ def is_recorded() -> bool:
     return _is_compiling() or _tracing_state() is not None or _dispatch_modes() > 0
 
 
-def is_transformed(*tensors: torch.Tensor | None) -> bool:
-    """Whether one of the tensors is wrapped by ``torch.func`` (grad, vjp, vmap, ...) or has a tangent."""
-    return any(isinstance(tensor, torch.Tensor) and _is_transformed(tensor) for tensor in tensors)
-
-
-def _is_transformed(tensor: torch.Tensor) -> bool:
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        return True
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+def keeps_lengths() -> bool:
+    """Whether what is decided by a length now is decided for all: ``torch.jit.trace``."""
+    return _tracing_state() is not None
 
 
 def answers_itself(tensor: object) -> bool:

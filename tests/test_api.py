@@ -1,22 +1,15 @@
 """The public call: what it returns, remembers and leaves alone. Its numbers are the business of tests/backends."""
 
-import ctypes
 import threading
 import timeit
-from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.autograd import forward_ad
-from torch.fx.experimental.proxy_tensor import make_fx
 
 import flashcore
-from flashcore import api, gradients
+from flashcore import api
 from flashcore.backends import reference
-from flashcore.errors import UnsupportedError
-from flashcore.integrations import sdpa
 from flashcore.plan import override
 from tests.cases import BY_NAME
 from tests.tolerance import assert_forward, assert_gradients
@@ -259,89 +252,6 @@ def test_second_derivative_is_refused(add_backend):
         dq.sum().backward()
 
 
-# ---- who looks at a call ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def opaque(add_backend):
-    """A first backend that reads and writes memory, as kernels do: nobody who watches operators sees anything."""
-
-    def memory(tensor):
-        floats = (ctypes.c_float * tensor.numel()).from_address(tensor.data_ptr())
-        return torch.frombuffer(floats, dtype=torch.float32).view(tensor.shape)
-
-    def forward(problem, config, q, k, v):
-        inputs = [t.contiguous() for t in (q, k, v)]
-        results = reference.forward(problem, config, *map(memory, inputs))
-        made = tuple(q.new_empty(result.shape) for result in results)
-        for tensor, result in zip(made, results, strict=True):
-            memory(tensor).copy_(result)
-        return made
-
-    def backward(problem, config, q, k, v, out, lse, dout):
-        return tuple(grad.clone() for grad in gradients.recompute("reference", problem, q, k, v, out, lse, dout))
-
-    return add_backend("opaque", forward=forward, HAS_BACKWARD=True, backward=backward)
-
-
-def test_opaque_backend(opaque):
-    q, k, v = inputs()
-    assert_forward(flashcore.attention(q, k, v, causal=True), None, q, k, v, causal=True)
-
-
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.*:DeprecationWarning")
-@pytest.mark.parametrize("function", [flashcore.attention, flashcore.scaled_dot_product_attention])
-@pytest.mark.parametrize("record", ["jit", "make_fx"])
-def test_recorded_calls_are_operators(opaque, function, record):
-    def program(q, k, v):
-        return function(q, k, v) + 1
-
-    example, others = torch.randn(2, 3, 2, 4, 6, 8)
-    recorded = torch.jit.trace(program, tuple(example)) if record == "jit" else make_fx(program)(*example)
-    torch.testing.assert_close(recorded(*others), program(*others))
-
-
-def test_fake_tensors(opaque):
-    """In their mode and, as a model's example inputs are, outside of it."""
-    with FakeTensorMode() as mode:
-        tensors = [mode.from_tensor(t) for t in inputs()]
-        assert flashcore.attention(*tensors).shape == (2, 5, 4, 16)
-    out = flashcore.attention(*tensors, return_lse=True)
-    assert [type(t) for t in out] == [FakeTensor] * 2
-    assert out[1].shape == (2, 4, 5)
-    assert type(flashcore.matmul(tensors[0][0, 0], tensors[1][0, 0].t())) is FakeTensor
-
-
-def test_transforms_need_pytorchs_operations(opaque):
-    q, k, v = inputs()
-    expected = torch.autograd.grad(flashcore.attention(q.requires_grad_(), k, v, backend="sdpa").sum(), q)[0]
-
-    def loss(q, **options):
-        return flashcore.attention(q, k, v, **options).sum()
-
-    with pytest.raises(UnsupportedError, match=r"backend 'opaque' cannot be transformed by torch.func"):
-        torch.func.grad(loss)(q.detach())
-    torch.testing.assert_close(torch.func.grad(partial(loss, backend="sdpa"))(q.detach()), expected)
-    with sdpa.replace_torch():
-        swapped = torch.func.grad(lambda q: F.scaled_dot_product_attention(q, q, q).sum())(q.detach())
-    torch.testing.assert_close(
-        swapped, torch.func.grad(lambda q: F.scaled_dot_product_attention(q, q, q).sum())(q.detach())
-    )
-    rows = torch.func.vmap(flashcore.matmul, (0, None))(q.detach()[0], k[0, 0].t())
-    torch.testing.assert_close(rows, q.detach()[0] @ k[0, 0].t())
-
-
-def test_tangents_are_not_lost(opaque):
-    q, k, v = inputs()
-    with forward_ad.dual_level():
-        flashcore.attention(q, k, v)  # has none
-        dual = forward_ad.make_dual(q, torch.ones_like(q))
-        with pytest.raises(UnsupportedError, match="forward-mode"):
-            flashcore.attention(dual, k, v)
-        out = flashcore.attention(dual, k, v, backend="reference")
-        assert forward_ad.unpack_dual(out).tangent.abs().sum() > 0
-
-
 # ---- company -----------------------------------------------------------------------------------------------------
 
 
@@ -378,19 +288,6 @@ GPU_GRADIENT_CASES = (
     "packed_causal", "bhsd_causal", "expanded_causal", "last_strided_causal", "negated_causal", "causal_long",
     "causal_more_keys", "causal_empty_rows",
 )  # fmt: skip
-
-
-@pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.*:DeprecationWarning")
-@pytest.mark.parametrize("seqlen_q", [1, 70])
-@pytest.mark.parametrize("record", ["jit", "make_fx"])
-def test_recorded_on_a_gpu(record, seqlen_q):
-    def program(q, k, v):
-        return flashcore.attention(q[:, -seqlen_q:], k, v, causal=True) + 1
-
-    example, others = torch.randn(2, 3, 2, 70, 4, 64, device="cuda", dtype=torch.bfloat16)
-    recorded = torch.jit.trace(program, tuple(example)) if record == "jit" else make_fx(program)(*example)
-    torch.testing.assert_close(recorded(*others), program(*others))
 
 
 @pytest.mark.gpu

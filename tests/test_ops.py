@@ -210,7 +210,18 @@ def test_flops_are_counted():
     with FlopCounterMode(display=False) as ours:
         flashcore.attention(q.requires_grad_(), k, v).sum().backward()
     assert ours.get_total_flops() == 3.5 * theirs.get_total_flops()
-    a, b = torch.randn(3, 5, 7, requires_grad=True), torch.randn(7, 6, requires_grad=True)
+    wide = torch.randn(2, 9, 2, 24)  # values: of the five products of the backward pass, they take part in two
+    with FlopCounterMode(display=False) as ours:
+        out = flashcore.attention(q, k, wide)
+    forward = ours.get_total_flops()
+    with FlopCounterMode(display=False) as ours:
+        out.sum().backward()
+    assert ours.get_total_flops() / forward == (3 * 16 + 2 * 24) / (16 + 24)
+
+
+@pytest.mark.parametrize("shapes", [((5, 7), (7, 6)), ((3, 5, 7), (7, 6)), ((5, 7), (3, 7, 6)), ((3, 5, 7), (3, 7, 6))])
+def test_flops_of_products_are_counted(shapes):
+    a, b = (torch.randn(shape) for shape in shapes)
     with FlopCounterMode(display=False) as theirs:
         torch.matmul(a, b)
     with FlopCounterMode(display=False) as ours:

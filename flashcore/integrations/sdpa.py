@@ -24,7 +24,7 @@ from flashcore.backends.sdpa import scaled_dot_product_attention as torch_sdpa
 from flashcore.errors import InvalidInputError
 from flashcore.plan import Plan
 from flashcore.problem import check_tensors
-from flashcore.watching import is_recorded, is_transformed, is_watched
+from flashcore.watching import is_recorded, is_transformed, is_watched, keeps_lengths
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -112,7 +112,7 @@ class replace_torch:
     programs, and the inference path of ``torch.nn.TransformerEncoderLayer``, which is one C++ operator.
     """
 
-    _lock = threading.Lock()
+    _lock = threading.RLock()
     _active: ClassVar[list[list]] = []  # [whose, what was there before], in the order in which they came
 
     def __init__(self) -> None:
@@ -125,9 +125,10 @@ class replace_torch:
             pass
 
     def __enter__(self) -> replace_torch:
-        if self._entered or not any(owner is self for owner, _ in self._active):
-            self._replace()
-        self._entered = True
+        with self._lock:
+            if self._entered or not any(owner is self for owner, _ in self._active):
+                self._replace()
+            self._entered = True
         return self
 
     def __exit__(self, *_) -> None:
@@ -145,10 +146,10 @@ class replace_torch:
             if not mine:
                 return False
             _, before = self._active.pop(mine[-1])
-            if mine[-1] < len(self._active):  # whoever came later puts back what came before this one
-                self._active[mine[-1]][1] = before
-            else:
+            if mine[-1] == len(self._active):
                 F.scaled_dot_product_attention = before
+            elif self._active[mine[-1]][1] is scaled_dot_product_attention:  # who came next found ours, not another's
+                self._active[mine[-1]][1] = before
             return True
 
 
@@ -156,7 +157,7 @@ def _declines(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa) ->
     """Why ``flashcore.attention`` cannot express this call; None if it can, provided that its arguments are valid."""
     if attn_mask is not None:
         return "attn_mask is not None: arbitrary masks and biases"
-    if is_watched() and not is_recorded() and is_transformed(query, key, value):
+    if is_watched() and is_transformed(query, key, value):
         return "a transform of torch.func, or forward-mode differentiation"
     if dropout_p:
         return f"dropout_p={dropout_p}: dropout"
@@ -169,6 +170,8 @@ def _declines(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa) ->
         return f"{query.shape[1]} query heads and {key.shape[1]} key heads without enable_gqa=True"
     if is_causal and query.shape[2] > key.shape[2]:
         return f"is_causal=True with more queries than keys ({query.shape[2]} > {key.shape[2]})"
+    if is_causal and keeps_lengths():
+        return "is_causal=True under torch.jit.trace: which keys it hides depends on the lengths"
     if is_recorded():  # an operator's error cannot be caught while it is traced
         try:
             check_tensors(*(t.transpose(1, 2) for t in (query, key, value)))

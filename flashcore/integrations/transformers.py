@@ -104,12 +104,12 @@ def mask(*args, **kwargs) -> torch.Tensor | None:
 
     :raises UnsupportedError: for models that do not ask an attention function, but would do something with this mask.
     """
-    made = sdpa_mask(*args, **kwargs)
-    if _is_traced_or_captured():
-        return made
     if (reason := _rejects(type(kwargs.get("config")))) is not None:
         raise UnsupportedError(f'attn_implementation="{NAME}": {reason}. Use attn_implementation="eager".')
     _refuse("output_attentions", _wants_weights(), "attention weights")
+    made = sdpa_mask(*args, **kwargs)
+    if _is_traced_or_captured():
+        return made
     if made is not None and _sees_all_keys(**kwargs):
         made.flashcore_causal = True  # whoever derives another mask from this one gets one without the mark
     return made
@@ -145,7 +145,6 @@ def _is_traced_or_captured() -> bool:
     return is_recorded() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
-@cache
 def _rejects(config_type: type) -> str | None:
     """Why a model of this configuration cannot use other attention than its own; None if it can, or is unknown."""
     model = transformers.MODEL_MAPPING.get(config_type, None)

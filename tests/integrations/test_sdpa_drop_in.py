@@ -238,6 +238,20 @@ def test_around_somebody_elses():
     assert F.scaled_dot_product_attention is torch_sdpa
 
 
+def test_left_in_any_order_around_somebody_elses():
+    def other(*_):
+        pass
+
+    one = sdpa.replace_torch()
+    F.scaled_dot_product_attention = other
+    two = sdpa.replace_torch()
+    one.restore()
+    assert F.scaled_dot_product_attention is flashcore.scaled_dot_product_attention
+    two.restore()
+    assert F.scaled_dot_product_attention is other
+    F.scaled_dot_product_attention = torch_sdpa
+
+
 def test_entered_again():
     ours, replaced = flashcore.scaled_dot_product_attention, sdpa.replace_torch()
     for _ in range(2):
@@ -250,6 +264,10 @@ def test_entered_again():
     with replaced, replaced:
         replaced.restore()
         assert F.scaled_dot_product_attention is torch_sdpa
+    fresh = sdpa.replace_torch()
+    fresh.restore()
+    with fresh:
+        assert F.scaled_dot_product_attention is ours
     assert F.scaled_dot_product_attention is torch_sdpa
 
 

@@ -1,9 +1,11 @@
 """Tiny random models of Transformers with ``attn_implementation="fcore"``, held to ``"sdpa"``."""
 
+import contextlib
 import copy
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 transformers = pytest.importorskip("transformers")  # the extra "test" brings it
 
@@ -451,8 +453,18 @@ def test_attention_weights_of_layers_that_are_not_told(name, how):
     if how == "config":
         config.output_attentions = True
     model = build(config)
-    with pytest.raises(UnsupportedError, match="output_attentions"):
-        model(tokens(1, 5), **({"output_attentions": True} if how == "argument" else {}))
+    options = {"output_attentions": True} if how == "argument" else {}
+    for where in (contextlib.nullcontext(), FlopCounterMode(display=False)):
+        with pytest.raises(UnsupportedError, match="output_attentions"), where:
+            model(tokens(1, 5), **options)
+        with pytest.raises(UnsupportedError, match="output_attentions"), where:  # a mask of the caller's own
+            model(tokens(1, 5), attention_mask=torch.ones(1, 1, 5, 5, dtype=torch.bool), **options)
+
+
+def test_errors_are_pytorchs():
+    q, k = torch.randn(1, 4, 5, 8), torch.randn(1, 4, 5, 8, dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match="dtype"):
+        integration.attention_forward(torch.nn.Module(), q, k, k, None)
 
 
 @needs_v5
@@ -467,8 +479,14 @@ def test_attention_weights_of_layers_that_are_not_told(name, how):
 def test_models_with_attention_of_their_own_only(config):
     """Transformers gives them the mask that it asks us for, and they would take it for another kind of mask."""
     config.pad_token_id, config.bos_token_id, config.eos_token_id = 0, 1, None
+    model = build(config)
     with pytest.raises(UnsupportedError, match="has attention of its own only"):
-        build(config)(tokens(1, 5))
+        model(tokens(1, 5))
+    with pytest.raises(UnsupportedError, match="has attention of its own only"), FlopCounterMode(display=False):
+        model(tokens(1, 5))
+    with pytest.raises(Exception, match="has attention of its own only"):
+        torch.compile(model, backend="eager", fullgraph=True)(tokens(1, 5))
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("argument", ["s_aux", "position_bias", "head_mask", "cu_seq_lens_q"])

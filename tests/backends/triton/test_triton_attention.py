@@ -260,12 +260,14 @@ def test_later_calls_read_their_own_tensors(config, device):
         assert_gradients(grads, q, k, v, dout, causal=True)
 
 
-def test_gradient_of_an_expanded_tensor(device):
-    """``out.sum()`` sends back a gradient of stride 0."""
+@pytest.mark.parametrize("negated", [False, True])
+def test_gradient_of_an_expanded_tensor(device, negated):
+    """``out.sum()`` sends back a gradient of stride 0; the imaginary part of a conjugate, one with signs to change."""
     case = replace(BY_NAME["causal_65"], batch=1, heads_q=2, heads_k=1, head_dim=16)
     q, k, v = case.inputs(device)
     problem = case.problem(device, needs_grad=True)
     dout = torch.ones((), dtype=q.dtype, device=device).expand(problem.out_shape)
+    dout = torch._neg_view(dout) if negated else dout
     out, lse = backend.forward(problem, AHEAD, q, k, v)
     grads = backend.backward(problem, AHEAD, q, k, v, out, lse, dout)
     assert_gradients(grads, q, k, v, dout, causal=True)
