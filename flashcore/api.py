@@ -56,13 +56,13 @@ def attention(
     :raises InvalidInputError: arguments that no backend could accept.
     :raises UnsupportedError: no backend, or not the requested one, can do it.
     """
-    if is_watched():
-        if is_transformed(q, k, v):
-            return _transformed(q, k, v, causal, scale, return_lse, backend)
-        if is_recorded():
-            return _recorded(q, k, v, causal, scale, return_lse, backend)
     if _is_any_autocast_enabled():
         q, k, v = autocast(q, k, v)
+    if is_watched():
+        run = _by_operations if is_transformed(q, k, v) else _by_operator if is_recorded() else None
+        if run is not None:
+            out, lse = run(causal, scale, return_lse, backend, q, k, v)
+            return (out, lse) if return_lse else out
     try:
         grad = _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
         key = (
@@ -118,19 +118,18 @@ def _autocast_one(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.get_autocast_dtype(device))
 
 
-def _recorded(q, k, v, causal, scale, return_lse, backend):
-    """The call as an operator, for those who record operators or answer them."""
+def _by_operator(causal, scale, return_lse, backend, q, k, v):
+    """(out, lse) by the operator, for those who record operators or answer them."""
     from flashcore import ops
 
     if not torch.compiler.is_compiling():  # which checks the operator's arguments as it traces
         check_tensors(q, k, v)
         checked_scale(scale, q.shape[3])
-    out, lse = ops.attention(*autocast(q, k, v), causal, scale, return_lse, backend)
-    return (out, lse) if return_lse else out
+    return ops.attention(q, k, v, causal, scale, return_lse, backend)
 
 
-def _transformed(q, k, v, causal, scale, return_lse, backend):
-    """The call by a backend that is made of PyTorch's operations, which transforms see through."""
+def _by_operations(causal, scale, return_lse, backend, q, k, v):
+    """(out, lse) by a backend that is made of PyTorch's operations, which transforms see through."""
     plan = explain(q, k, v, causal=causal, scale=scale, return_lse=return_lse, backend=backend)
     module = backends.load(plan.backend)
     if not module.NATIVE_GRAD:
@@ -138,24 +137,16 @@ def _transformed(q, k, v, causal, scale, return_lse, backend):
             f"attention: backend {plan.backend!r} cannot be transformed by torch.func (grad, vjp, vmap, ...) or "
             'forward-mode differentiation. Pass backend="sdpa".'
         )
-    out, lse = module.forward(plan.problem, plan.config, *autocast(q, k, v))
-    return (out, lse.detach()) if return_lse else out
+    return _detach_lse(partial(module.forward, plan.problem, plan.config), q, k, v)
 
 
 def _prepare(key: tuple | None, q, k, v, causal, scale, return_lse, backend) -> Run:
     """Validate, plan, and remember how to run this kind of call."""
     if any(map(answers_itself, (q, k, v))):
-        check_tensors(q, k, v)
         return partial(_by_operator, causal, scale, return_lse, backend)
     plan = explain(q, k, v, causal=causal, scale=scale, return_lse=return_lse, backend=backend)
     run = on_its_device(q, _runner(plan))
     return run if key is None else remember(key, run)
-
-
-def _by_operator(causal, scale, return_lse, backend, q, k, v):
-    from flashcore import ops
-
-    return ops.attention(q, k, v, causal, scale, return_lse, backend)
 
 
 def remember(key: tuple, run: Any) -> Any:

@@ -206,6 +206,7 @@ def _check_agreement(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
 
 
 def checked_scale(scale: float | None, head_dim: int) -> float:
+    """The scale, or its default. Raises InvalidInputError if it is no finite number."""
     if scale is None:
         return head_dim**-0.5
     if isinstance(scale, bool) or not isinstance(scale, numbers.Real):

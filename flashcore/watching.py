@@ -13,10 +13,7 @@ _transforms = torch._C._are_functorch_transforms_active
 
 def is_watched() -> bool:
     """Whether it is worth asking the others: whether a call may have to be more than a launch."""
-    return (
-        _is_compiling() or _tracing_state() is not None or _dispatch_modes() > 0
-        or _transforms() or forward_ad._current_level >= 0
-    )  # fmt: skip
+    return is_recorded() or _transforms() or forward_ad._current_level >= 0
 
 
 def is_transformed(*tensors: torch.Tensor | None) -> bool:

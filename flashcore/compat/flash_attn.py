@@ -59,7 +59,7 @@ def flash_attn_func(
     :raises UnsupportedError: naming the argument that asks for what FlashCore does not do yet.
     """
     sink = next((s for s in (s_aux, learnable_sink, sinks) if s is not None), None)
-    _refuse("flash_attn_func", dropout_p, softcap, alibi_slopes, sink)
+    _refuse(dropout_p, softcap, alibi_slopes, sink)
     causal = _is_causal(q, k, causal, window_size)
     if deterministic and torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
         _refuse_nondeterminism()
@@ -234,14 +234,12 @@ def _is_causal(q: torch.Tensor, k: torch.Tensor, causal, window_size) -> bool:
     hides_past = left >= 0 and left < k.shape[1] - 1
     hides_future = right > 0 and right < q.shape[1] - 1
     if hides_past or hides_future:
-        raise UnsupportedError(
-            f"flash_attn_func: window_size={tuple(window_size)} is not supported: FlashCore does not have sliding "
-            f"windows yet. Pass {(-1, 0) if right == 0 else (-1, -1)}, or use flash-attn's own function."
-        )
+        instead = (-1, 0) if right == 0 else (-1, -1)
+        raise _unsupported("sliding windows", f"window_size={tuple(window_size)}", instead)
     return right == 0
 
 
-def _refuse(function: str, dropout_p, softcap, alibi_slopes, sink) -> None:
+def _refuse(dropout_p, softcap, alibi_slopes, sink) -> None:
     """Raise if an argument asks for something that FlashCore does not do."""
     for wanted, feature, given, neutral in (
         (dropout_p != 0, "dropout", f"dropout_p={dropout_p}", "0.0"),
@@ -250,10 +248,14 @@ def _refuse(function: str, dropout_p, softcap, alibi_slopes, sink) -> None:
         (sink is not None, "attention sinks", "s_aux (learnable_sink, sinks)", "None"),
     ):
         if wanted:
-            raise UnsupportedError(
-                f"{function}: {given} is not supported: FlashCore does not have {feature} yet. Pass {neutral}, or use "
-                "flash-attn's own function."
-            )
+            raise _unsupported(feature, given, neutral)
+
+
+def _unsupported(feature: str, given: str, instead) -> UnsupportedError:
+    return UnsupportedError(
+        f"flash_attn_func: {given} is not supported: FlashCore does not have {feature} yet. Pass {instead}, or use "
+        "flash-attn's own function."
+    )
 
 
 def _unpack(packed: torch.Tensor, name: str, layout: str) -> tuple[torch.Tensor, ...]:

@@ -76,7 +76,7 @@ def attention_forward(
     is_causal = query.shape[2] > 1 and attention_mask is None and is_causal  # as Transformers' "sdpa" has it
 
     if dropout == 0 and not is_watched() and type(query) is torch.Tensor:
-        own_mask = attention_mask is not None and _is_bottom_right_causal(attention_mask, query, key)
+        own_mask = _is_bottom_right_causal(attention_mask, query, key)
         if own_mask or (attention_mask is None and (not is_causal or query.shape[2] == key.shape[2])):
             q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
             try:
@@ -108,9 +108,7 @@ def mask(*args, **kwargs) -> torch.Tensor | None:
         raise UnsupportedError(f'attn_implementation="{NAME}": {reason}. Use attn_implementation="eager".')
     _refuse("output_attentions", _wants_weights(), "attention weights")
     made = sdpa_mask(*args, **kwargs)
-    if _is_traced_or_captured():
-        return made
-    if made is not None and _sees_all_keys(**kwargs):
+    if made is not None and not _is_traced_or_captured() and _sees_all_keys(**kwargs):
         made.flashcore_causal = True  # whoever derives another mask from this one gets one without the mark
     return made
 
@@ -135,8 +133,10 @@ def _sees_all_keys(
         and q_offset + q_length == kv_offset + kv_length
         and (local_size is None or kv_offset + kv_length <= local_size)
         # One that is shorter than the cache hides the keys that it leaves out.
-        and (attention_mask is None or attention_mask.shape[-1] >= kv_offset + kv_length)
-        and (attention_mask is None or bool(attention_mask.all()))
+        and (
+            attention_mask is None
+            or (attention_mask.shape[-1] >= kv_offset + kv_length and bool(attention_mask.all()))
+        )
     )
 
 
@@ -160,11 +160,11 @@ def _wants_weights() -> bool | None:
     return "attentions" in (_collector.get() or ()) or None
 
 
-def _is_bottom_right_causal(attention_mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> bool:
-    return (
-        getattr(attention_mask, "flashcore_causal", False)
-        and attention_mask.shape[2:] == (query.shape[2], key.shape[2])
-    )  # fmt: skip
+def _is_bottom_right_causal(
+    attention_mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor
+) -> bool:
+    marked = getattr(attention_mask, "flashcore_causal", False)
+    return marked and attention_mask.shape[2:] == (query.shape[2], key.shape[2])
 
 
 def _refuse(argument: str, given: object, feature: str) -> None:
