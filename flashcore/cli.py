@@ -22,12 +22,29 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from flashcore import __version__
+
 app = typer.Typer(
     help="FlashCore: measure, diagnose, compile ahead of time, explain.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"flashcore {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
 
 
 def _console(stderr: bool = False) -> Console:
@@ -48,7 +65,7 @@ def _fail(message: str) -> typer.Exit:
 
 def _need_matplotlib() -> None:
     if importlib.util.find_spec("matplotlib") is None:
-        raise _fail("plots need matplotlib: pip install 'flashcore[plot]'")
+        raise _fail("plots need matplotlib: pip install 'flashcore-attention[bench]'")
 
 
 def _show(found: Any) -> None:

@@ -126,6 +126,9 @@ def check_installation(arguments: list[str]) -> None:
 @pytest.mark.usefixtures("replaced")
 @pytest.mark.parametrize("text", numbered("sh"))
 def test_commands(text):
+    installs = [words for words in commands(text) if words[0] == "pip"]
+    if installs and any(words[0] == "flashcore" for words in commands(text)):
+        assert any("cli" in words[-1] for words in installs)
     for words in commands(text):
         run_command(words)
 
@@ -146,6 +149,8 @@ def test_commands_in_containers_exist():
     texts = [text for _, kind, text in blocks() if kind in NOT_RUN]
     found = {name for text in texts for name in re.findall(r"(?:RUN|flashcore) flashcore (\w+)", text)}
     assert {"compile", "doctor"} <= found <= known
+    for text in texts:
+        assert "RUN flashcore" not in text or re.search(r"^RUN pip install .*flashcore\[cli\]", text, re.M)
 
 
 def test_what_doctor_and_warnings_say_is_in_the_sources():

@@ -47,12 +47,13 @@ def _missing_library() -> str | None:
     """What of the compiler and launcher is missing or does not fit PyTorch; None if all is there."""
     import torch
 
+    wanted = torch.version.cuda.split(".")[0]
     try:
         import cuda.bindings
         import cuda.core
     except ImportError as error:
-        return f"{error.name or error} is not installed: pip install 'flashcore[cu{torch.version.cuda.split('.')[0]}]'"
-    bindings, wanted = cuda.bindings.__version__.split(".")[0], torch.version.cuda.split(".")[0]
+        return f"{error.name or error} is not installed: pip install 'flashcore-attention[cu{wanted}]'"
+    bindings = cuda.bindings.__version__.split(".")[0]
     if bindings != wanted:
         return (
             f"cuda-bindings {cuda.bindings.__version__} does not match PyTorch's CUDA {torch.version.cuda}: "
@@ -63,7 +64,7 @@ def _missing_library() -> str | None:
     try:
         nvrtc_version()
     except Exception as error:  # cuda.pathfinder's errors share no public base class
-        return f"NVRTC cannot be loaded ({error}): pip install 'flashcore[cu{wanted}]'"
+        return f"NVRTC cannot be loaded ({error}): pip install 'flashcore-attention[cu{wanted}]'"
     return None
 
 
