@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from flashcore.errors import InvalidInputError
-from flashcore.problem import DEVICES, DTYPES, _gpu, _short
+from flashcore.problem import DEVICES, DTYPES, _gpu, _short, gpu_of, stand_in
 
 HALF_TYPES = ("bfloat16", "float16")
 ACTIVATIONS = ("gelu", "silu", "swiglu")
@@ -72,6 +72,37 @@ class GemmProblem:
             bias=bias is not None,
             activation=activation,
         )
+
+    @classmethod
+    def hypothetical(
+        cls,
+        m: int,
+        n: int,
+        k: int,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        arch: tuple[int, int] | None = None,
+        out_dtype: torch.dtype | None = None,
+        bias: bool = False,
+        activation: str | None = None,
+        weight: bool = False,
+    ) -> GemmProblem:
+        """The problem of an (m, k) and a (k, n) matrix that need not exist, checked as real ones are.
+
+        On this machine's device, or on a GPU of compute capability ``arch``; with ``weight`` b is the transpose of a
+        linear layer's (n, k) weight.
+
+        :raises InvalidInputError: as :meth:`from_tensors`, or a matrix of such a shape could not exist.
+        """
+        stand_in("matmul: the output", (m, n), torch.float32, arch)
+        problem = cls.from_tensors(
+            stand_in("matmul: a", (m, k), dtype, arch),
+            stand_in("matmul: b", (k, n), dtype, arch),
+            out_dtype=out_dtype,
+            bias=stand_in("matmul: bias", (n,), dtype, arch) if bias else None,
+            activation=activation,
+        )  # an expanded element's strides do not say which way memory runs
+        return replace(problem, b_mn_major=not weight, **({} if arch is None else gpu_of(arch)))
 
     @property
     def b_columns(self) -> int:

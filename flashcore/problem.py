@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import numbers
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -85,6 +86,30 @@ class AttentionProblem:
             needs_grad=torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)),
             return_lse=return_lse,
         )
+
+    @classmethod
+    def hypothetical(
+        cls,
+        q_shape: Sequence[int],
+        k_shape: Sequence[int],
+        v_shape: Sequence[int] | None = None,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        arch: tuple[int, int] | None = None,
+        needs_grad: bool = False,
+        **options,
+    ) -> AttentionProblem:
+        """The problem of tensors that need not exist, checked as :meth:`from_tensors` checks those that do.
+
+        Shapes are (batch, seqlen, heads, head_dim), v's as k's by default; ``options`` are those of
+        :meth:`from_tensors`. On this machine's device, or on a GPU of compute capability ``arch``.
+
+        :raises InvalidInputError: as :meth:`from_tensors`, or a tensor of such a shape could not exist.
+        """
+        shapes = {"q": q_shape, "k": k_shape, "v": k_shape if v_shape is None else v_shape}
+        tensors = (stand_in(f"attention: {name}", shape, dtype, arch) for name, shape in shapes.items())
+        problem = cls.from_tensors(*tensors, **options)
+        return replace(problem, needs_grad=needs_grad, **({} if arch is None else gpu_of(arch)))
 
     @property
     def group_size(self) -> int:
@@ -216,6 +241,19 @@ def checked_scale(scale: float | None, head_dim: int) -> float:
     if not math.isfinite(scale):
         raise InvalidInputError(f"attention: scale={scale} is not finite. Leave it out for head_dim ** -0.5.")
     return float(scale)
+
+
+def stand_in(name: str, shape: Sequence[int], dtype: torch.dtype, arch: tuple[int, int] | None) -> torch.Tensor:
+    """A tensor of this shape whose elements are one: it takes no memory. On the GPU if there is one and no ``arch``."""
+    if math.prod(max(1, size) for size in shape) * dtype.itemsize >= 2**63:
+        raise InvalidInputError(f"{name} of shape {tuple(shape)} is larger than any memory (2**63 bytes).")
+    device = "cuda" if arch is None and torch.cuda.is_available() else "cpu"
+    return torch.empty(1, dtype=dtype, device=device).expand(*shape)
+
+
+def gpu_of(arch: tuple[int, int]) -> dict:
+    """A problem's fields on a GPU of this compute capability that need not be here."""
+    return {"device": "cuda", "arch": arch, "sm_count": 132}  # multiprocessors of the H100 SXM and the H200
 
 
 @cache

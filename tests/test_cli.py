@@ -17,7 +17,7 @@ from flashcore.bench import record, report
 from flashcore.bench.cases import SUITES
 from flashcore.bench.peers import PEERS, Peer
 
-NO_NVRTC = cli._nvrtc_missing()
+NO_NVRTC = cli.compile.nvrtc_missing()
 needs_nvrtc = pytest.mark.skipif(NO_NVRTC is not None, reason=str(NO_NVRTC))
 
 
@@ -31,7 +31,7 @@ def flashcore(*arguments: str, code: int = 0) -> str:
 @pytest.fixture
 def no_kernels(monkeypatch):
     """The quick suite also compiles every kernel: not in tests about something else."""
-    monkeypatch.setattr(cli, "_show_compiled", lambda: None)
+    monkeypatch.setattr(cli.bench, "_show_compiled", lambda: None)
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +46,49 @@ def test_python_dash_m():
     )
     for command in ("bench", "doctor", "compile", "explain", "explain-matmul", "profile", "report", "cache"):
         assert command in done.stdout
+
+
+# --- what a user can mend is a sentence, never a traceback
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("bench", "--case", "["), "'[' is not a regular expression"),
+        (("profile", "--case", "["), "'[' is not a regular expression"),
+        (("explain", "--shape", "99999999999999999999,1,1,1,1,64"), "larger than any memory"),
+        (("explain", "--shape", "4294967296,4294967296,1,1,1,64", "--arch", "9.0"), "larger than any memory"),
+        (("explain-matmul", "--shape", "4294967296,4294967296,4294967296"), "larger than any memory"),
+        (("explain-matmul", "--shape", "99999999999999999999,1,1", "--arch", "9.0"), "larger than any memory"),
+        (("explain", "--shape", "1,64,64,8,8,64", "--arch", "9999.0"), "--arch"),
+        (("bench", "--impl", "sdpa", "--case", "d64-s256-b1", "--out", "/proc/nothing"), "/proc/nothing"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_a_sentence(arguments, says):
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 2, result.output
+    assert says in " ".join(result.output.split())
+    assert isinstance(result.exception, SystemExit)
+
+
+@pytest.mark.parametrize(
+    "arguments", [("cache",), ("cache", "--clear"), ("compile",), ("explain", "--shape", "1,64,64,8,8,64"), ("doctor",)]
+)
+def test_a_switch_that_is_none(arguments, monkeypatch):
+    """What needs it says so; ``doctor`` reports it; a plan does not need it."""
+    if arguments == ("compile",) and NO_NVRTC:
+        pytest.skip(NO_NVRTC)
+    monkeypatch.setenv("FLASHCORE_CACHE", "maybe")
+    monkeypatch.setattr(cli.compile, "declared", lambda head_dims: one_kernel())
+    needed = arguments[0] in ("cache", "compile")
+    out = flashcore(*arguments, code=2 if needed else 0)
+    assert ("FLASHCORE_CACHE='maybe' is not a switch" in " ".join(out.split())) == (arguments[0] != "explain")
+
+
+def test_a_missing_library_is_a_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flashcore.plan", None)
+    assert "flashcore doctor says" in flashcore("explain", "--shape", "1,64,64,8,8,64", code=2)
 
 
 # --- bench
@@ -114,7 +157,7 @@ def test_bench_lists():
 
 @needs_nvrtc
 def test_quick_compiles_every_kernel(monkeypatch):
-    monkeypatch.setattr(cli, "_declared", lambda head_dims: one_kernel())
+    monkeypatch.setattr(cli.compile, "declared", lambda head_dims: one_kernel())
     assert one_kernel()[0][0] in flashcore(*BENCH, "--case", "d64-s256-b1")
 
 
@@ -131,7 +174,7 @@ def one_kernel():
 def test_compile_fills_the_cache_and_cache_clears_it(monkeypatch, own_cache):
     from flashcore.backends.hopper import jit
 
-    monkeypatch.setattr(cli, "_declared", lambda head_dims: one_kernel())
+    monkeypatch.setattr(cli.compile, "declared", lambda head_dims: one_kernel())
     for source in (None, "disk"):
         monkeypatch.setattr(jit, "_memory", {})
         (kernel,) = json.loads(flashcore("compile", "--all", "--json"))
@@ -141,17 +184,17 @@ def test_compile_fills_the_cache_and_cache_clears_it(monkeypatch, own_cache):
         assert kernel["spill_bytes"] == 0
         assert (kernel["seconds"] > 0) == (source is None)
     assert "disk cache" in flashcore("compile") or "memory cache" in flashcore("compile")
-    assert cli._cache()["entries"] == 1
-    assert cli._cache()["bytes"] > 1000
+    assert cli.cache.facts()["entries"] == 1
+    assert cli.cache.facts()["bytes"] > 1000
     assert flashcore("cache", "--clear").split("entries")[1].split()[0] == "0"
-    assert cli._cache()["entries"] == 0
+    assert cli.cache.facts()["entries"] == 0
 
 
 @needs_nvrtc
 def test_compile_shows_the_compilers_log_when_a_kernel_does_not_compile(monkeypatch):
     from flashcore.backends.hopper import jit
 
-    monkeypatch.setattr(cli, "_declared", lambda head_dims: one_kernel())
+    monkeypatch.setattr(cli.compile, "declared", lambda head_dims: one_kernel())
     monkeypatch.setattr(jit, "_memory", {})
     monkeypatch.setattr(jit, "kernel_source", lambda config: "this is not C++")
     out = flashcore("compile", code=2)
@@ -161,10 +204,10 @@ def test_compile_shows_the_compilers_log_when_a_kernel_does_not_compile(monkeypa
 
 def test_head_dims_choose_the_kernels_that_serve_them():
     pytest.importorskip("flashcore.backends.hopper.configs")
-    everything = cli._declared(None)
+    everything = cli.compile.declared(None)
     assert {getattr(config, "head_dim", None) for _, config in everything} == {None, 64, 96, 128, 192, 256}
     assert {"gemm", "decode", "forward"} == {name.split("-")[0] for name, _ in everything}
-    chosen = cli._declared([40, 96, 100, 136])  # decoding kernels are compiled for a head_dim as it is
+    chosen = cli.compile.declared([40, 96, 100, 136])  # decoding kernels are compiled for a head_dim as it is
     assert {config.head_dim for name, config in chosen if name.startswith("forward")} == {64, 128, 192}
     assert {config.head_dim for name, config in chosen if name.startswith("decode")} == {40, 96}
 

@@ -76,15 +76,15 @@ def test_example(text):
             assert line.split("  # ")[1] in printed.getvalue()
 
 
-NO_NVRTC = cli._nvrtc_missing()
+NO_NVRTC = cli.compile.nvrtc_missing()
 
 
 @pytest.fixture
 def replaced(tmp_path, monkeypatch):
     """No command measures, profiles, or writes outside of tmp_path; one kernel stands for all."""
     monkeypatch.setenv("FLASHCORE_CACHE_DIR", str(tmp_path / "kernels"))
-    declared = cli._declared
-    monkeypatch.setattr(cli, "_declared", lambda head_dims: declared(head_dims)[:1])
+    declared = cli.compile.declared
+    monkeypatch.setattr(cli.compile, "declared", lambda head_dims: declared(head_dims)[:1])
 
     def measured(name):
         return {"suite": name, "meta": {"gpu": None, "method": {"mode": "wall"}}, "rows": [], "skipped": []}
@@ -94,7 +94,8 @@ def replaced(tmp_path, monkeypatch):
     monkeypatch.setattr(profile, "run", lambda *rest: measured("profile"))
     monkeypatch.setattr(report.Documents, "update", lambda self: [])
     monkeypatch.setattr(record, "RESULTS", tmp_path)
-    monkeypatch.setattr(cli, "_need_matplotlib", lambda: None)
+    for command in (cli.bench, cli.report):
+        monkeypatch.setattr(command, "need_matplotlib", lambda: None)
 
 
 def run_command(words: list[str]) -> None:
@@ -164,7 +165,7 @@ def test_what_doctor_and_warnings_say_is_in_the_sources():
 def test_lines_of_doctor_exist():
     table = (ROOT / "docs/deployment.md").read_text().partition("| line of `doctor` |")[2].partition("\n\n")[0]
     lines = re.findall(r"^\| `(\w+)` \|", table, re.M)
-    printed = {name for values in cli.diagnose().values() for name in values}
+    printed = {name for values in cli.doctor.diagnose().values() for name in values}
     assert len(lines) > 5
     assert set(lines) <= printed
 

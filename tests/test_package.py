@@ -99,7 +99,7 @@ def test_constraints_are_within_what_is_declared(metadata):
 def test_core_imports_nothing_but_what_it_needs():
     """Everywhere, at the top of a module or in a function; Triton comes with torch, or its backend is not there."""
     allowed = {*sys.stdlib_module_names, "flashcore", "torch", "cuda", "numpy", "filelock", "triton"}
-    extras = ("cli", "cli.py", "__main__.py", "bench", "integrations/transformers.py")
+    extras = ("cli", "__main__.py", "bench", "integrations/transformers.py")
     for path in (ROOT / "flashcore").rglob("*.py"):
         name = str(path.relative_to(ROOT / "flashcore"))
         if any(name == extra or name.startswith(f"{extra}/") for extra in extras):

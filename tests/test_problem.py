@@ -154,3 +154,25 @@ def test_any_shapes_are_either_described_or_refused(q, k, v):
     else:
         assert consistent
         assert (problem.q_shape, problem.k_shape, problem.v_shape) == (q, k, v)
+
+
+def test_a_hypothetical_problem_is_that_of_such_tensors():
+    q, k = (2, 64, 8, 64), (2, 96, 2, 64)
+    real = AttentionProblem.from_tensors(
+        torch.empty(q), torch.empty(k), torch.empty(*k[:3], 32), causal=True, scale=0.5, return_lse=True
+    )
+    made = AttentionProblem.hypothetical(
+        q, k, (*k[:3], 32), dtype=torch.float32, causal=True, scale=0.5, return_lse=True
+    )
+    if not torch.cuda.is_available():
+        assert made == real
+    elsewhere = AttentionProblem.hypothetical(q, k, arch=(9, 0), needs_grad=True)
+    assert (elsewhere.device, elsewhere.arch, elsewhere.needs_grad) == ("cuda", (9, 0), True)
+    assert elsewhere.dtype == "bfloat16"
+    assert elsewhere.head_dim_v == 64
+
+
+@pytest.mark.parametrize("q", [(10**20, 1, 1, 64), (2**32, 2**32, 1, 64), (0, 10**20, 1, 64), (1, 64, 3, 64)])
+def test_a_hypothetical_problem_is_checked(q):
+    with pytest.raises(InvalidInputError, match=r"larger than any memory|not a multiple"):
+        AttentionProblem.hypothetical(q, (q[0], 1, 2 if q[2] == 3 else 1, 64), arch=(9, 0))

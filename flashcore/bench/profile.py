@@ -164,15 +164,18 @@ def profile(ncu: str, case: Case | GemmCase, impl: str, metrics: Sequence[str]) 
 def read(text: str) -> list[dict]:
     """The kernels of an ncu log (``--csv --page raw``), one dict each; None where ncu has no value.
 
-    :raises EnvironmentProblem: there is no kernel in it.
+    :raises EnvironmentProblem: there is no kernel in it, or it is another kind of log.
     """
     lines = [line for line in text.splitlines() if line.startswith('"')]
-    table = list(csv.reader(lines))
-    header = next((i for i, line in enumerate(table) if line[0] == "ID"), None)
-    if header is None or len(table) < header + 3:
-        raise EnvironmentProblem(_complaint(text))
-    names, units, *kernels = table[header:]
-    return [_row(dict(zip(names, zip(values, units, strict=True), strict=True))) for values in kernels]
+    try:
+        table = list(csv.reader(lines))
+        header = next((i for i, line in enumerate(table) if line[0] == "ID"), None)
+        if header is None or len(table) < header + 3:
+            raise EnvironmentProblem(_complaint(text))
+        names, units, *kernels = table[header:]
+        return [_row(dict(zip(names, zip(values, units, strict=True), strict=True))) for values in kernels]
+    except (csv.Error, ValueError, KeyError) as error:  # a torn line, no column with the kernel's name
+        raise EnvironmentProblem(f"this is no whole log of ncu --csv --page raw: {error}") from None
 
 
 def _row(cells: dict[str, tuple[str, str]]) -> dict:

@@ -80,6 +80,20 @@ def test_what_ncu_complains_about(text, says):
         profile.read(text)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        log(LONG).replace('"Kernel Name"', '"Kernel"'),
+        log(LONG).rpartition(',"')[0] + "\n",  # torn
+        log(LONG).replace("attention_forward_sm90", "x" * 200_000),  # longer than any field that csv reads
+    ],
+    ids=["no name", "torn", "long"],
+)
+def test_another_kind_of_log_is_named(text):
+    with pytest.raises(EnvironmentProblem, match="no whole log of ncu"):
+        profile.read(text)
+
+
 def test_only_listed_metrics_are_asked_for():
     listed = {"gpu__time_duration", "sm__pipe_tensor_op_hmma_cycles_active", STALLS[0].removesuffix(".ratio")}
     assert profile.choose_metrics(listed) == [
@@ -192,6 +206,17 @@ def test_a_prepared_command_and_its_log(tmp_path):
     assert "attention_forward_sm90" in flashcore("--read", str(path))
     path.write_text("nothing")
     assert "no kernel to profile" in flashcore("--read", str(path), code=2)
+    path.write_bytes(bytes(range(256)))
+    assert "no kernel to profile" in flashcore("--read", str(path), code=2)
+    assert "No such file" in flashcore("--read", str(tmp_path / "nothing"), code=2)
+    assert "directory" in flashcore("--read", str(tmp_path), code=2)
+
+
+@pytest.mark.parametrize("shape", ["99999999999999999999,1,1,1,1,64", "1,64,64,6,4,64", "1,64,64,0,0,64"])
+def test_a_shape_is_checked_before_anything_is_profiled(shape):
+    for more in ([], ["--prepare"]):
+        assert "attention: " in flashcore("--shape", shape, *more, code=2)
+    assert "--dtype" in flashcore("--shape", "1,64,64,4,4,64", "--dtype", "bf16", code=2)
 
 
 @pytest.mark.parametrize(
