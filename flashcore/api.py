@@ -240,7 +240,7 @@ class _Attention(torch.autograd.Function):
 
 def differentiate(plan: Plan, q, k, v, out, lse, dout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dq, dk, dv) by the backward pass that the plan chose."""
-    tensors = q, k, v, out, lse, dout
+    tensors = q, k, v, out, lse, dout, None  # no gradient of the LSE yet
     if plan.backward == planning.TORCH_FLASH:
         return gradients.torch_flash(plan.problem, *tensors)
     if plan.backward == planning.SDPA_RECOMPUTE:

@@ -32,13 +32,15 @@ def torch_flash_rejects(problem: AttentionProblem) -> str | None:
         return f"head_dim {problem.head_dim} > {limit}"
     if problem.causal and problem.seqlen_q != problem.seqlen_k:
         return "causal with seqlen_q != seqlen_k"
+    if problem.features:
+        return backends.FEATURES[min(problem.features)]
     if problem.scale <= 0:
         return f"scale {problem.scale:g} <= 0"
     return None
 
 
 def torch_flash(
-    problem: AttentionProblem, q, k, v, out, lse, dout
+    problem: AttentionProblem, q, k, v, out, lse, dout, dlse
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """PyTorch's flash-attention backward, fed with the output and LSE of whichever forward ran."""
     generator = torch.empty(0, dtype=torch.int64, device=q.device)  # its seed and offset, for dropout: unused
@@ -60,13 +62,13 @@ def torch_flash(
 
 
 def recompute(
-    backend: str, problem: AttentionProblem, q, k, v, out, lse, dout
+    backend: str, problem: AttentionProblem, q, k, v, out, lse, dout, dlse, *extras
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Run a backend made of torch operations, on record this time, and let autograd differentiate it."""
     module = backends.load(backend)
     with _on_record():
         inputs = [t.detach().requires_grad_() for t in (q, k, v)]
-        out, _ = module.forward(problem, module.configure(problem), *inputs)
+        out, _ = module.forward(problem, module.configure(problem), *inputs, *extras)
         dq, dk, dv = torch.autograd.grad(out, inputs, dout)
     return dq, dk, dv
 

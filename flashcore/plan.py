@@ -116,13 +116,14 @@ def _choose_backend(
     for name in candidates:
         module = backends.load(name)
         unavailable = None if anywhere else module.unavailable()
-        reason = unavailable or module.rejects(problem)
+        refusal = backends.refusal(name, problem)
+        reason = unavailable or refusal
         if reason is None:
             if requested != "auto":
                 return name, "requested", tuple(rejected)
             alone = name, f"the first of {', '.join(candidates)} that can"
             return *(_deferral(problem, name, anywhere) or alone), tuple(rejected)
-        if unavailable and problem.device == "cuda" and module.rejects(problem) is None:
+        if unavailable and problem.device == "cuda" and refusal is None:
             _warn_that_the_gpu_could_do_better(name, unavailable)
         rejected.append((name, reason))
     raise UnsupportedError(_unsupported(problem, requested, rejected))
@@ -138,7 +139,7 @@ def _deferral(problem: AttentionProblem, name: str, anywhere: bool) -> tuple[str
         return None
     other, reason = deferral
     module = backends.load(other)
-    if (None if anywhere else module.unavailable()) or module.rejects(problem):
+    if (None if anywhere else module.unavailable()) or backends.refusal(other, problem):
         return None
     return other, f"{name} defers to it: {other} {reason}"
 
@@ -161,7 +162,7 @@ def _others_with_a_backward(problem: AttentionProblem, name: str, anywhere: bool
     """Backends whose backward can follow another's forward, and why they cannot."""
     others = {other: backends.load(other) for other in backends.BACKENDS if other != name}
     reasons = {
-        other: (None if anywhere else module.unavailable()) or module.rejects(problem)
+        other: (None if anywhere else module.unavailable()) or backends.refusal(other, problem)
         for other, module in others.items()
         if module.HAS_BACKWARD
     }

@@ -11,7 +11,9 @@ from functools import cache
 import torch
 
 from flashcore.errors import InvalidInputError
-from flashcore.mask import Mask
+from flashcore.mask import CAUSAL, FULL, Mask, Visible
+from flashcore.score import PLAIN, Score
+from flashcore.score import check as check_score
 
 DTYPES = {
     torch.bfloat16: "bfloat16",
@@ -41,8 +43,9 @@ class AttentionProblem:
     heads_k: int
     head_dim: int  # of q and k
     head_dim_v: int  # of v and the output
-    causal: bool  # aligned to the bottom right: key j is visible to query i iff j <= i + seqlen_k - seqlen_q
+    mask: Mask  # which keys a query sees, aligned to the bottom right
     scale: float  # finite, may be zero or negative
+    score: Score = PLAIN  # what becomes of scaled scores; sinks
     needs_grad: bool = False
     return_lse: bool = False
 
@@ -54,11 +57,15 @@ class AttentionProblem:
         v: torch.Tensor,
         *,
         causal: bool = False,
+        window: tuple[int | None, int | None] | None = None,
         scale: float | None = None,
+        score: Score = PLAIN,
+        extras: tuple[torch.Tensor, ...] = (),
         return_lse: bool = False,
     ) -> AttentionProblem:
         """Check the arguments of ``flashcore.attention`` and name their dimensions.
 
+        :param extras: the tensors that `score` brings, in the order of its ``tensors``.
         :raises InvalidInputError: naming the argument, the rule it breaks and what to do.
         """
         check_tensors(q, k, v)
@@ -66,6 +73,8 @@ class AttentionProblem:
             if not isinstance(flag, bool):
                 raise InvalidInputError(f"attention: {name} must be True or False (given {flag!r}).")
 
+        mask = checked_mask(causal, window)
+        check_score(score, extras, q, k.shape[1])
         arch, sm_count = _gpu(q.device) if q.device.type == "cuda" else (None, 0)
         batch, seqlen_q, heads_q, head_dim = q.shape
         _, seqlen_k, heads_k, head_dim_v = v.shape
@@ -81,9 +90,10 @@ class AttentionProblem:
             heads_k=heads_k,
             head_dim=head_dim,
             head_dim_v=head_dim_v,
-            causal=causal,
+            mask=mask,
             scale=checked_scale(scale, head_dim),
-            needs_grad=torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)),
+            score=score,
+            needs_grad=torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *extras)),
             return_lse=return_lse,
         )
 
@@ -127,8 +137,25 @@ class AttentionProblem:
         return self.batch == 0 or self.seqlen_q == 0 or self.seqlen_k == 0
 
     @property
-    def mask(self) -> Mask:
-        return Mask(self.causal, self.seqlen_q, self.seqlen_k)
+    def causal(self) -> bool:
+        """Whether the mask is the causal one and no window."""
+        return self.mask == CAUSAL
+
+    @property
+    def visible(self) -> Visible:
+        """The mask of these lengths."""
+        return self.mask.of(self.seqlen_q, self.seqlen_k)
+
+    @property
+    def features(self) -> frozenset[str]:
+        """What a backend must name in its FEATURES to get this problem."""
+        has = {
+            "window": self.mask not in (FULL, CAUSAL),
+            "score": self.score.change is not None,
+            "sink": self.score.sink is not None,
+            "head_dim_v": self.head_dim_v != self.head_dim,
+        }
+        return frozenset(name for name, there in has.items() if there)
 
     @property
     def q_shape(self) -> tuple[int, int, int, int]:
@@ -152,7 +179,9 @@ class AttentionProblem:
 
     def __str__(self) -> str:
         where = self.device if self.arch is None else f"sm_{self.arch[0]}{self.arch[1]} ({self.sm_count} SMs)"
-        flags = "".join(f", {name}" for name in ("causal", "needs_grad", "return_lse") if getattr(self, name))
+        flags = "" if self.mask == FULL else f", {self.mask}"
+        flags += "" if self.score == PLAIN else f", {self.score}"
+        flags += "".join(f", {name}" for name in ("needs_grad", "return_lse") if getattr(self, name))
         shapes = f"q {self.q_shape}, k {self.k_shape}, v {self.v_shape}"
         return f"{self.dtype} on {where}, {shapes}, scale {self.scale:.6g}{flags}"
 
@@ -228,6 +257,22 @@ def _check_agreement(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
             f"attention: heads_q={heads_q} is not a multiple of heads_k={heads_k} ({shapes}). "
             "The layout is (batch, seqlen, heads, head_dim): are seqlen and heads swapped?"
         )
+
+
+def checked_mask(causal: bool, window: tuple[int | None, int | None] | None) -> Mask:
+    """The mask of these arguments. Raises InvalidInputError if `window` is no window."""
+    left = right = None
+    if window is not None:
+        sides = window if isinstance(window, (tuple, list)) else ()
+        if len(sides) != 2 or any(
+            side is not None and (isinstance(side, bool) or not isinstance(side, int) or side < 0) for side in sides
+        ):
+            raise InvalidInputError(
+                f"attention: window must be (left, right), each None or a number of keys from 0 on (given {window!r}). "
+                "A causal window of n keys is causal=True, window=(n - 1, 0)."
+            )
+        left, right = sides
+    return Mask(left, 0 if causal else right)
 
 
 def checked_scale(scale: float | None, head_dim: int) -> float:

@@ -55,6 +55,7 @@ def add_backend(monkeypatch):
 
     def add(name: str, **functions) -> types.ModuleType:
         module = types.ModuleType(f"flashcore.backends.{name}")
+        module.FEATURES = frozenset(backends.FEATURES)
         module.NATIVE_GRAD = False
         module.HAS_BACKWARD = False
         module.unavailable = lambda: None

@@ -207,7 +207,7 @@ def test_gradient_of_one_input(add_backend, needing):
 def test_own_backward_gets_its_arguments(add_backend):
     got = {}
 
-    def backward(problem, config, q, k, v, out, lse, dout):
+    def backward(problem, config, q, k, v, out, lse, dout, dlse):
         got.update(problem=problem, config=config, q=q, out=out, lse=lse, dout=dout)
         return torch.full_like(q, 1), torch.full_like(k, 2), torch.full_like(v, 3)
 

@@ -5,14 +5,23 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashcore.mask import Mask
+from flashcore.mask import Mask, Visible
 
-masks = st.builds(Mask, causal=st.booleans(), seqlen_q=st.integers(0, 40), seqlen_k=st.integers(0, 40))
+bounds = st.one_of(st.none(), st.integers(0, 45))
+masks = st.builds(
+    Visible, mask=st.builds(Mask, bounds, bounds), seqlen_q=st.integers(0, 40), seqlen_k=st.integers(0, 40)
+)
 
 
-def kept(mask: Mask, i: int) -> list[int]:
+def kept(visible: Visible, i: int) -> list[int]:
     """The keys that query i sees, by the definition in flashcore.attention's docstring."""
-    return [j for j in range(mask.seqlen_k) if not mask.causal or j <= i + mask.seqlen_k - mask.seqlen_q]
+    left, right = visible.mask.left, visible.mask.right
+    distance = i + visible.seqlen_k - visible.seqlen_q
+    return [
+        j
+        for j in range(visible.seqlen_k)
+        if (left is None or distance - j <= left) and (right is None or j - distance <= right)
+    ]
 
 
 @given(masks)
@@ -31,8 +40,20 @@ def test_keep_broadcasts_over_tensors(mask):
 
 
 @given(masks)
-def test_empty_rows(mask):
-    assert mask.empty_rows == sum(not kept(mask, i) for i in range(mask.seqlen_q))
+def test_begin_and_end(mask):
+    for i in range(mask.seqlen_q):
+        assert list(range(mask.begin(i), mask.end(i))) == kept(mask, i)
+
+
+@given(masks)
+def test_what_is_said_of_all_rows(mask):
+    rows = [kept(mask, i) for i in range(mask.seqlen_q)]
+    assert mask.empty_rows == sum(not row for row in rows)
+    assert all(rows[mask.empty_rows :])
+    assert mask.pairs() == sum(map(len, rows))
+    if mask.seqlen_k:
+        assert mask.bounded_left == any(row and row[0] > 0 for row in rows)
+        assert mask.bounded_right == any(not row or row[-1] < mask.seqlen_k - 1 for row in rows)
 
 
 @given(masks, st.integers(0, 45), st.integers(1, 20))
@@ -45,14 +66,17 @@ def test_ranges_of_a_tile(mask, start, size):
 
 
 @pytest.mark.parametrize(
-    ("seqlen_q", "seqlen_k", "rows"),
+    ("mask", "seqlen_q", "seqlen_k", "rows"),
     [
-        (3, 3, ["x..", "xx.", "xxx"]),
-        (2, 4, ["xxx.", "xxxx"]),
-        (4, 2, ["..", "..", "x.", "xx"]),
+        (Mask(right=0), 3, 3, ["x..", "xx.", "xxx"]),
+        (Mask(right=0), 2, 4, ["xxx.", "xxxx"]),
+        (Mask(right=0), 4, 2, ["..", "..", "x.", "xx"]),
+        (Mask(1, 0), 4, 4, ["x...", "xx..", ".xx.", "..xx"]),
+        (Mask(1, 1), 2, 4, [".xxx", "..xx"]),
+        (Mask(0, 1), 4, 2, ["..", "x.", "xx", ".x"]),
     ],
 )
-def test_pictures(seqlen_q, seqlen_k, rows):
-    """The three alignments, as flash-attn documents them."""
-    mask = Mask(True, seqlen_q, seqlen_k)
-    assert ["".join(".x"[mask.keep(i, j)] for j in range(seqlen_k)) for i in range(seqlen_q)] == rows
+def test_pictures(mask, seqlen_q, seqlen_k, rows):
+    """Alignments and windows, as flash-attn documents them."""
+    visible = mask.of(seqlen_q, seqlen_k)
+    assert ["".join(".x"[visible.keep(i, j)] for j in range(seqlen_k)) for i in range(seqlen_q)] == rows

@@ -9,12 +9,13 @@ from flashcore import backends
 from flashcore.bench.cases import SUITES
 from flashcore.bench.record import WITHOUT_TRITON
 from flashcore.errors import FlashCoreWarning, InvalidInputError, UnsupportedError
+from flashcore.mask import CAUSAL, FULL
 from flashcore.plan import _plan, override, plan
 from flashcore.problem import AttentionProblem
 
 PROBLEM = AttentionProblem(
     dtype="bfloat16", device="cpu", arch=None, sm_count=0, batch=2, seqlen_q=128, seqlen_k=128, heads_q=8, heads_k=2,
-    head_dim=64, head_dim_v=64, causal=True, scale=0.125,
+    head_dim=64, head_dim_v=64, mask=CAUSAL, scale=0.125,
 )  # fmt: skip
 ON_HOPPER = replace(PROBLEM, device="cuda", arch=(9, 0), sm_count=132)
 
@@ -30,7 +31,7 @@ def test_first_backend_that_can(add_backend):
     add_backend("first", rejects=lambda problem: None if problem.causal else "causal=False")
     chosen = plan(PROBLEM)
     assert (chosen.backend, chosen.rejected) == ("first", ())
-    other = plan(replace(PROBLEM, causal=False))
+    other = plan(replace(PROBLEM, mask=FULL))
     assert (other.backend, other.rejected) == ("second", (("first", "causal=False"),))
 
 
@@ -53,7 +54,7 @@ def test_one_warning_when_the_gpu_could_do_better(add_backend):
         assert plan(ON_HOPPER).backend == "slow"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert plan(replace(ON_HOPPER, causal=False)).backend == "slow"  # said before
+        assert plan(replace(ON_HOPPER, mask=FULL)).backend == "slow"  # said before
         assert plan(replace(ON_HOPPER, arch=(8, 0))).backend == "slow"
         assert plan(PROBLEM).backend == "slow"
 
@@ -84,7 +85,7 @@ def usable(monkeypatch):
 
 
 DECODING = replace(
-    ON_HOPPER, batch=8, seqlen_q=1, seqlen_k=8192, heads_q=32, heads_k=8, head_dim=128, head_dim_v=128, causal=False,
+    ON_HOPPER, batch=8, seqlen_q=1, seqlen_k=8192, heads_q=32, heads_k=8, head_dim=128, head_dim_v=128, mask=FULL,
 )  # fmt: skip
 
 
@@ -140,8 +141,8 @@ def test_a_plan_for_elsewhere_follows_the_same_rules():
     ("change", "reason"),
     [
         # A long prompt, a chunk of one, and small problems, which the host bounds
-        ({"seqlen_q": 8192, "causal": True}, None),
-        ({"seqlen_q": 512, "causal": True}, None),
+        ({"seqlen_q": 8192, "mask": CAUSAL}, None),
+        ({"seqlen_q": 512, "mask": CAUSAL}, None),
         ({"seqlen_q": 3, "seqlen_k": 512}, None),
         # Up to 8 rows for each key head: the decoding kernel, if it has work for the SMs
         ({"seqlen_k": 1}, None),
@@ -184,7 +185,7 @@ def test_the_suites_of_prefill_measure_hopper():
             problem = replace(
                 ON_HOPPER, dtype=case.dtype, batch=case.batch, seqlen_q=case.seqlen_q, seqlen_k=case.seqlen_k,
                 heads_q=case.heads, heads_k=case.kv_heads, head_dim=case.head_dim, head_dim_v=case.head_dim,
-                causal=case.causal,
+                mask=CAUSAL if case.causal else FULL,
             )  # fmt: skip
             assert plan(problem, anywhere=True).backend == "hopper", (name, case.name)
             assert name not in WITHOUT_TRITON  # it has Triton beside it
@@ -286,14 +287,14 @@ def test_the_backward_of_another_backend(add_backend, no_triton):
     add_backend("other", HAS_BACKWARD=True, rejects=lambda problem: "causal" if problem.causal else None)
     add_backend("fake")
     none = "fake has no backward of its own yet"
-    chosen = plan(replace(ON_HOPPER, needs_grad=True, causal=False))
+    chosen = plan(replace(ON_HOPPER, needs_grad=True, mask=FULL))
     assert (chosen.backend, chosen.backward, chosen.backward_why) == ("fake", "other", none)
-    chosen = plan(replace(ON_HOPPER, needs_grad=True, causal=True))
+    chosen = plan(replace(ON_HOPPER, needs_grad=True, mask=CAUSAL))
     assert (chosen.backward, chosen.backward_why) == ("next", f"{none}; other cannot: causal")
     with override(backward="next"):
-        assert backward(replace(ON_HOPPER, causal=False)) == "next"
+        assert backward(replace(ON_HOPPER, mask=FULL)) == "next"
     with override(backward="other"), pytest.raises(UnsupportedError, match="other cannot: causal"):
-        backward(replace(ON_HOPPER, causal=True))
+        backward(replace(ON_HOPPER, mask=CAUSAL))
 
 
 def test_training_on_hopper_takes_the_backward_of_triton(monkeypatch):
@@ -310,7 +311,7 @@ def test_training_on_hopper_takes_the_backward_of_triton(monkeypatch):
     [
         ({}, None),
         ({"dtype": "float16"}, None),
-        ({"seqlen_q": 5, "causal": False}, None),
+        ({"seqlen_q": 5, "mask": FULL}, None),
         ({"heads_k": 1, "head_dim": 256, "head_dim_v": 256}, None),
         ({"arch": (8, 6), "head_dim": 192, "head_dim_v": 192}, None),
         ({"seqlen_q": 5}, "causal with seqlen_q != seqlen_k"),

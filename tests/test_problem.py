@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import flashcore
 from flashcore.errors import InvalidInputError
+from flashcore.mask import CAUSAL
 from flashcore.problem import AttentionProblem
 from tests.cases import CASES
 
@@ -88,7 +89,7 @@ def test_dimensions_are_named():
     problem = AttentionProblem.from_tensors(q, k, v, causal=True, return_lse=True)
     assert problem == AttentionProblem(
         dtype="float32", device="cpu", arch=None, sm_count=0, batch=2, seqlen_q=5, seqlen_k=7, heads_q=6, heads_k=3,
-        head_dim=16, head_dim_v=24, causal=True, scale=0.25, needs_grad=False, return_lse=True,
+        head_dim=16, head_dim_v=24, mask=CAUSAL, scale=0.25, needs_grad=False, return_lse=True,
     )  # fmt: skip
     assert problem.group_size == 2
     assert (problem.q_shape, problem.k_shape, problem.v_shape) == (q.shape, k.shape, v.shape)

@@ -18,14 +18,24 @@ if TYPE_CHECKING:
 
 BACKENDS: tuple[str, ...] = ("hopper", "triton", "sdpa", "reference")
 
-Run = Callable[["torch.Tensor", "torch.Tensor", "torch.Tensor"], "tuple[torch.Tensor, torch.Tensor | None]"]
+# (q, k, v, *extras) -> (out, lse); extras: the tensors that the problem's score brings, in the order of its names.
+Run = Callable[..., "tuple[torch.Tensor, torch.Tensor | None]"]
+
+# What a problem may ask for beyond the plain case (AttentionProblem.features), in words.
+FEATURES: dict[str, str] = {
+    "window": "a sliding window",
+    "score": "a score function",
+    "sink": "sinks",
+    "head_dim_v": "a head_dim of v that differs from q's",
+}
 
 
 class Backend(Protocol):
     """What every backend module provides. Shapes are those of :class:`~flashcore.problem.AttentionProblem`."""
 
+    FEATURES: frozenset[str]  # of FEATURES: those that the forward has; a problem with another one is refused
     NATIVE_GRAD: bool  # forward is made of torch operations, so autograd differentiates it as it stands
-    HAS_BACKWARD: bool  # the module has a `backward` of its own
+    HAS_BACKWARD: bool  # the module has a `backward` of its own, with all its FEATURES
 
     def unavailable(self) -> str | None:
         """Why this backend cannot run on this machine at all; None if it can. Cached."""
@@ -43,7 +53,7 @@ class Backend(Protocol):
         """The frozen config for this problem, with a ``why`` and a readable ``str()``; None if there is no choice."""
 
     def forward(
-        self, problem: AttentionProblem, config: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+        self, problem: AttentionProblem, config: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *extras
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Compute ``out``, contiguous (B, Sq, Hq, Dv) in q's dtype, and ``lse``, contiguous float32 (B, Hq, Sq).
 
@@ -52,7 +62,7 @@ class Backend(Protocol):
         """
 
     def prepare(self, problem: AttentionProblem, config: Any) -> Run:
-        """Optional: ``forward`` as a callable (q, k, v) -> (out, lse), with what the tensors do not decide done."""
+        """Optional: ``forward`` as a callable (q, k, v, *extras) -> (out, lse), with all done that needs no tensor."""
 
     def backward(
         self,
@@ -64,8 +74,12 @@ class Backend(Protocol):
         out: torch.Tensor,
         lse: torch.Tensor,
         dout: torch.Tensor,
+        dlse: torch.Tensor | None,
+        *extras: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Optional, see HAS_BACKWARD: compute ``(dq, dk, dv)``, shaped like q, k and v.
+
+        ``dlse`` is None, or the gradient of the LSE, like it in shape.
 
         ``out`` and ``lse`` may be another backend's, and ``config`` is that one's then. ``dout`` may have any strides,
         0 included.
@@ -77,8 +91,17 @@ def load(name: str) -> Backend:
     return importlib.import_module(f"{__name__}.{name}")
 
 
+def refusal(name: str, problem: AttentionProblem) -> str | None:
+    """The one feature of this problem that the backend called `name` lacks; None if it can compute it."""
+    backend = load(name)
+    for feature, words in FEATURES.items():
+        if feature in problem.features - backend.FEATURES:
+            return words
+    return backend.rejects(problem)
+
+
 def prepare(name: str, problem: AttentionProblem, config: Any) -> Run:
-    """A callable (q, k, v) -> (out, lse) for tensors of this problem."""
+    """A callable (q, k, v, *extras) -> (out, lse) for tensors of this problem."""
     backend = load(name)
     if hasattr(backend, "prepare"):
         return backend.prepare(problem, config)

@@ -6,6 +6,7 @@ import torch
 
 from flashcore.problem import AttentionProblem
 
+FEATURES = frozenset({"window", "score", "sink", "head_dim_v"})
 NATIVE_GRAD = False
 HAS_BACKWARD = True
 
@@ -23,10 +24,15 @@ def configure(problem: AttentionProblem) -> None:
 
 
 def forward(
-    problem: AttentionProblem, config: None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    problem: AttentionProblem, config: None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *extras: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return q.new_zeros(problem.out_shape), q.new_full(problem.lse_shape, -torch.inf, dtype=torch.float32)
+    lse = q.new_full(problem.lse_shape, -torch.inf, dtype=torch.float32)
+    if problem.score.sink is not None:
+        lse = torch.logaddexp(lse, extras[-1].float()[:, None])
+    return q.new_zeros(problem.out_shape), lse
 
 
-def backward(problem: AttentionProblem, config: None, q, k, v, out, lse, dout) -> tuple[torch.Tensor, ...]:
+def backward(
+    problem: AttentionProblem, config: None, q, k, v, out, lse, dout, dlse, *extras
+) -> tuple[torch.Tensor, ...]:
     return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)

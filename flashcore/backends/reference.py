@@ -15,6 +15,7 @@ import torch
 
 from flashcore.problem import AttentionProblem
 
+FEATURES = frozenset({"window", "score", "sink", "head_dim_v"})
 NATIVE_GRAD = True
 HAS_BACKWARD = False
 
@@ -35,12 +36,12 @@ def configure(problem: AttentionProblem) -> None:
 
 
 def forward(
-    problem: AttentionProblem, config: None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    problem: AttentionProblem, config: None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *extras: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     chunk = max(1, CHUNK_SCORES // (problem.batch * problem.heads_q * problem.seqlen_k))
     with torch.autocast(q.device.type, enabled=False):
         chunks = [
-            _attend(problem, start, q[:, start : start + chunk], k, v)
+            _attend(problem, start, q[:, start : start + chunk], k, v, *extras)
             for start in range(0, problem.seqlen_q, chunk)
         ]
         out = torch.cat([out for out, _ in chunks], dim=1)
@@ -49,7 +50,7 @@ def forward(
 
 
 def _attend(
-    problem: AttentionProblem, start: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    problem: AttentionProblem, start: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *extras: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of the queries from `start` on, as many as `q` holds: out (B, Sq, Hq, Dv), lse (B, Hq, Sq)."""
     exact = torch.float64 if q.dtype is torch.float64 else torch.float32
@@ -60,7 +61,18 @@ def _attend(
     scores = torch.einsum("bikgd,bjkd->bkgij", q, k) * problem.scale
     i = torch.arange(start, start + q.shape[1], device=q.device)[:, None]
     j = torch.arange(problem.seqlen_k, device=q.device)[None, :]
-    scores = scores.masked_fill(~problem.mask.keep(i, j), -torch.inf)
+    if problem.score.change is not None:
+        heads = torch.arange(problem.heads_q, device=q.device).view(-1, problem.group_size, 1, 1)
+        batches = torch.arange(problem.batch, device=q.device).view(-1, 1, 1, 1, 1)
+        names = {"score": scores, "batch": batches, "head": heads, "query": i, "key": j,
+                 "offset": problem.visible.offset}  # fmt: skip
+        captured = tuple(tensor.to(exact) for tensor in extras[: len(problem.score.captured)])
+        scores = torch.as_tensor(problem.score.change.value(names, captured)).to(exact).expand_as(scores)
+    scores = scores.masked_fill(~problem.visible.keep(i, j), -torch.inf)
+    if problem.score.sink is not None:  # one more key, whose value is 0
+        sink = extras[-1].to(exact).view(-1, problem.group_size, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sink], dim=-1)
+        v = torch.nn.functional.pad(v, (0, 0, 0, 0, 0, 1))
 
     lse = scores.logsumexp(dim=-1)
     empty = lse.isneginf()[..., None]

@@ -3,7 +3,7 @@
 SDPA's ``is_causal`` is aligned to the top left, ours to the bottom right; they agree when both lengths do. Otherwise:
 
 - More queries than keys: the first queries see nothing and give zeros; the rest is a square causal problem.
-- More keys than queries: an explicit mask, built for a chunk of queries at a time so that it stays small.
+- More keys than queries, or a window: an explicit mask, built for a chunk of queries at a time so that it stays small.
 
 SDPA returns no LSE, so a problem that asks for it is rejected and goes to the next backend.
 """
@@ -21,6 +21,7 @@ from torch._C._nn import (
 
 from flashcore.problem import AttentionProblem
 
+FEATURES = frozenset({"window", "head_dim_v"})
 NATIVE_GRAD = True
 HAS_BACKWARD = False
 
@@ -86,32 +87,39 @@ def forward(
         enable_gqa=problem.group_size > 1 and not config.expand_heads,
     )
     with torch.autocast(q.device.type, enabled=False):
-        if not problem.causal or problem.seqlen_q == 1:
+        empty = problem.visible.empty_rows
+        if not _hides(problem):
             out = sdpa(q, k, v)
         elif _needs_mask(problem):
-            out = _causal_with_more_keys(problem, sdpa, q, k, v)
+            out = _with_a_mask(problem, sdpa, q[:, :, empty:], k, v)
+            out = F.pad(out, (0, 0, empty, 0)) if empty else out
         else:
-            empty = problem.mask.empty_rows
             out = sdpa(q[:, :, empty:], k, v, is_causal=True)
             out = F.pad(out, (0, 0, empty, 0)) if empty else out
     return out.transpose(1, 2).contiguous(), None
 
 
 def _needs_mask(problem: AttentionProblem) -> bool:
-    return problem.causal and 1 < problem.seqlen_q < problem.seqlen_k
+    return _hides(problem) and not (problem.causal and problem.seqlen_q >= problem.seqlen_k)
 
 
-def _causal_with_more_keys(problem: AttentionProblem, sdpa, q, k, v) -> torch.Tensor:
-    """Bottom-right causal attention with an explicit mask, on (B, H, S, D) views."""
+def _hides(problem: AttentionProblem) -> bool:
+    """Whether the mask hides a key from some query."""
+    return problem.visible.bounded_left or problem.visible.bounded_right
+
+
+def _with_a_mask(problem: AttentionProblem, sdpa, q, k, v) -> torch.Tensor:
+    """The queries that see a key, with an explicit mask, on (B, H, S, D) views."""
+    visible, empty = problem.visible, problem.visible.empty_rows
     chunk = max(1, CHUNK_MASK // problem.seqlen_k)
     outs = []
-    for start in range(0, problem.seqlen_q, chunk):
+    for start in range(empty, problem.seqlen_q, chunk):
         stop = min(start + chunk, problem.seqlen_q)
-        _, seen = problem.mask.kv_range(start, stop)
+        begin, end = visible.kv_range(start, stop)
         i = torch.arange(start, stop, device=q.device)[:, None]
-        j = torch.arange(seen, device=q.device)[None, :]
-        keep = problem.mask.keep(i, j)
-        outs.append(sdpa(q[:, :, start:stop], k[:, :, :seen], v[:, :, :seen], attn_mask=keep))
+        j = torch.arange(begin, end, device=q.device)[None, :]
+        rows, keys = slice(start - empty, stop - empty), slice(begin, end)
+        outs.append(sdpa(q[:, :, rows], k[:, :, keys], v[:, :, keys], attn_mask=visible.keep(i, j)))
     return torch.cat(outs, dim=2)
 
 

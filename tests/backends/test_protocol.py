@@ -13,6 +13,7 @@ NAMES = (*backends.BACKENDS, "empty")
 def test_has_what_the_protocol_names(name):
     backend = backends.load(name)
     assert isinstance(backend.NATIVE_GRAD, bool)
+    assert frozenset(backends.FEATURES) >= backend.FEATURES
     assert isinstance(backend.HAS_BACKWARD, bool)
     assert hasattr(backend, "backward") == backend.HAS_BACKWARD
     for function in ("unavailable", "rejects", "configure", "forward"):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import flashcore
 from flashcore.backends import sdpa
+from flashcore.mask import CAUSAL
 from flashcore.problem import AttentionProblem
 from tests.cases import BY_NAME, VALUES, Case
 from tests.tolerance import assert_forward
@@ -39,15 +40,15 @@ def attention(case: Case) -> torch.Tensor:
     [
         ({}, False),
         ({"heads_q": 2}, False),
-        ({"causal": True}, False),
-        ({"causal": True, "seqlen_q": 256}, False),  # more queries than keys: a square problem and zeros
-        ({"causal": True, "seqlen_q": 1}, False),
-        ({"causal": True, "seqlen_q": 64}, True),
+        ({"mask": CAUSAL}, False),
+        ({"mask": CAUSAL, "seqlen_q": 256}, False),  # more queries than keys: a square problem and zeros
+        ({"mask": CAUSAL, "seqlen_q": 1}, False),
+        ({"mask": CAUSAL, "seqlen_q": 64}, True),
         ({"dtype": "float32"}, True),
         ({"head_dim_v": 32}, True),
         ({"head_dim": 512, "head_dim_v": 512}, True),
         ({"arch": (7, 5)}, True),
-        ({"device": "cpu", "arch": None, "causal": True, "seqlen_q": 64}, torch.__version__ < (2, 9)),
+        ({"device": "cpu", "arch": None, "mask": CAUSAL, "seqlen_q": 64}, torch.__version__ < (2, 9)),
         ({"device": "cpu", "arch": None, "head_dim_v": 32}, True),
     ],
 )

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from flashcore.backends import Run
 
+FEATURES: frozenset[str] = frozenset()
 NATIVE_GRAD = False
 HAS_BACKWARD = False
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from flashcore.backends import Run
 
+FEATURES: frozenset[str] = frozenset()
 NATIVE_GRAD = False
 HAS_BACKWARD = True
 
@@ -144,6 +145,7 @@ def backward(
     out: torch.Tensor,
     lse: torch.Tensor,
     dout: torch.Tensor,
+    dlse: None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients (dq, dk, dv), bit-identical over repeats; see :class:`flashcore.backends.Backend`.
 

@@ -44,6 +44,7 @@ from flashcore.backends.triton.configs import (
     user_key,
     write_user_table,
 )
+from flashcore.mask import CAUSAL, FULL
 from flashcore.problem import AttentionProblem
 
 MATMULS = {"forward": 2, "dq": 3, "dkdv": 4, "dk": 3, "dv": 2}  # of each kernel, 2 FLOP per multiply-add
@@ -148,7 +149,7 @@ def problem_for(
     properties = torch.cuda.get_device_properties(0)
     return AttentionProblem(
         "bfloat16", "cuda", (properties.major, properties.minor), properties.multi_processor_count, batch, seqlen,
-        seqlen, heads, heads_k, head_dim, head_dim, causal, head_dim**-0.5, needs_grad=True,
+        seqlen, heads, heads_k, head_dim, head_dim, CAUSAL if causal else FULL, head_dim**-0.5, needs_grad=True,
     )  # fmt: skip
 
 

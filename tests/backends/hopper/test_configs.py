@@ -17,11 +17,12 @@ from flashcore.backends.hopper.configs import (
     declared_configs,
     tile_blocks,
 )
+from flashcore.mask import CAUSAL, FULL
 from flashcore.problem import AttentionProblem
 
 PROBLEM = AttentionProblem(
     dtype="bfloat16", device="cuda", arch=(9, 0), sm_count=132, batch=2, seqlen_q=1024, seqlen_k=1024, heads_q=8,
-    heads_k=2, head_dim=128, head_dim_v=128, causal=True, scale=0.1,
+    heads_k=2, head_dim=128, head_dim_v=128, mask=CAUSAL, scale=0.1,
 )  # fmt: skip
 
 
@@ -35,7 +36,8 @@ def test_declared_configs_are_feasible():
 @pytest.mark.parametrize("seqlen", [1, 512, 1024, 2048, 4096, 131072])
 def test_every_accepted_problem_gets_a_declared_config(head_dim, seqlen, causal):
     problem = dataclasses.replace(
-        PROBLEM, head_dim=head_dim, head_dim_v=head_dim, seqlen_q=seqlen, seqlen_k=seqlen, causal=causal
+        PROBLEM, head_dim=head_dim, head_dim_v=head_dim, seqlen_q=seqlen, seqlen_k=seqlen,
+        mask=CAUSAL if causal else FULL,
     )
     assert hopper.rejects(problem) is None
     config = choose_forward(problem)
@@ -50,7 +52,8 @@ def test_no_row_is_dead(row):
     """Some problem gets this row: none before it takes them all."""
     problems = [
         dataclasses.replace(
-            PROBLEM, head_dim=row.head_dim, head_dim_v=row.head_dim, batch=batch, seqlen_q=n, seqlen_k=n, causal=causal
+            PROBLEM, head_dim=row.head_dim, head_dim_v=row.head_dim, batch=batch, seqlen_q=n, seqlen_k=n,
+            mask=CAUSAL if causal else FULL,
         )
         for batch in (1, 8)
         for n in (64, 512, 1024, 2048, 4096, 16384)
@@ -135,7 +138,7 @@ def test_divisor(d, n, near):
 def test_blocks_cover_what_is_visible(causal, seqlen_q, seqlen_k, data):
     """The blocks of the tiles reach every key that their rows see, and the last tile ends with the last row."""
     row = data.draw(st.sampled_from(FORWARD_TABLE))
-    problem = dataclasses.replace(PROBLEM, seqlen_q=seqlen_q, seqlen_k=seqlen_k, causal=causal)
+    problem = dataclasses.replace(PROBLEM, seqlen_q=seqlen_q, seqlen_k=seqlen_k, mask=CAUSAL if causal else FULL)
     config = row.config("bfloat16", causal)
     blocks = tile_blocks(config, problem)
     shift = len(blocks) * config.tile_m - -(-seqlen_q // 64) * 64 if causal else 0
@@ -154,7 +157,7 @@ def test_one_tile_only_where_every_tile_has_a_cta(shape, one_tile, causal):
     batch, heads, seqlen, head_dim = shape
     problem = dataclasses.replace(
         PROBLEM, batch=batch, heads_q=heads, heads_k=heads, seqlen_q=seqlen, seqlen_k=seqlen, head_dim=head_dim,
-        head_dim_v=head_dim, causal=causal,
+        head_dim_v=head_dim, mask=CAUSAL if causal else FULL,
     )  # fmt: skip
     config = choose_forward(problem)
     assert config.one_tile == (batch * heads * -(-seqlen // config.tile_m) <= problem.sm_count)

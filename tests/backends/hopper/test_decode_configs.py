@@ -15,11 +15,12 @@ from flashcore.backends.hopper.decode_configs import (
     choose_decode,
     declared_configs,
 )
+from flashcore.mask import CAUSAL, FULL
 from flashcore.problem import AttentionProblem
 
 PROBLEM = AttentionProblem(
     dtype="bfloat16", device="cuda", arch=(9, 0), sm_count=132, batch=8, seqlen_q=1, seqlen_k=8192, heads_q=32,
-    heads_k=8, head_dim=128, head_dim_v=128, causal=False, scale=0.1,
+    heads_k=8, head_dim=128, head_dim_v=128, mask=FULL, scale=0.1,
 )  # fmt: skip
 
 
@@ -27,7 +28,7 @@ PROBLEM = AttentionProblem(
     ("changes", "served"),
     [
         ({}, True),
-        ({"dtype": "float16", "causal": True}, True),
+        ({"dtype": "float16", "mask": CAUSAL}, True),
         ({"seqlen_q": 2}, True),
         ({"seqlen_q": 3}, False),
         ({"seqlen_q": 8, "heads_k": 32}, True),

@@ -13,10 +13,11 @@ import pytest
 from flashcore.backends import triton as backend
 from flashcore.backends.triton import configs
 from flashcore.backends.triton.configs import LEAST_SHARED_MEMORY, SHARED_MEMORY, TABLES, Tile, choose
+from flashcore.mask import CAUSAL, FULL
 from flashcore.problem import AttentionProblem
 
 H200 = AttentionProblem(
-    "bfloat16", "cuda", (9, 0), 132, 8, 2048, 2048, 16, 16, 128, 128, True, 128**-0.5, needs_grad=True
+    "bfloat16", "cuda", (9, 0), 132, 8, 2048, 2048, 16, 16, 128, 128, CAUSAL, 128**-0.5, needs_grad=True
 )
 UNKNOWN = (13, 7)
 
@@ -65,7 +66,7 @@ def test_the_number_of_keys_decides_where_it_was_measured_to():
     assert short.dq != middle.dq == long.dq
     assert short.forward == middle.forward != long.forward
     assert short.dkdv == middle.dkdv == long.dkdv
-    assert choose(replace(problem, causal=False)).dkdv != middle.dkdv
+    assert choose(replace(problem, mask=FULL)).dkdv != middle.dkdv
 
 
 def test_an_unknown_gpu_gets_safe_rows_and_no_tma():
@@ -148,7 +149,7 @@ def test_user_table(tmp_path):
 
 
 def test_sections_fit_in_l2():
-    assert configs.heads_per_section(replace(H200, causal=False), 128) == 1
+    assert configs.heads_per_section(replace(H200, mask=FULL), 128) == 1
     heads = configs.heads_per_section(H200, 128)
     assert heads * 2 * 2048 * 128 * 2 <= configs.L2_SHARE
     assert configs.heads_per_section(replace(H200, seqlen_k=10**6), 128) == 1
@@ -195,6 +196,7 @@ from dataclasses import asdict
 from flashcore.backends.triton.compile import compile_kernel, resources
 from flashcore.backends.triton.configs import TABLES, _SAFE, _float32
 from flashcore.backends.triton.sass import disassemble, overwritten_operands
+from flashcore.mask import CAUSAL, FULL
 from flashcore.problem import AttentionProblem
 
 arch = tuple(json.loads(sys.argv[1]))
@@ -208,7 +210,8 @@ for row in rows:
         variants += [("bfloat16", False), ("float16", True)]
     for dtype, causal in variants:
         problem = AttentionProblem(
-            dtype, "cuda", arch, 132, 2, 2048, 2048, 16 if decode else 4, 4, row.head_dim, row.head_dim, causal, 0.1,
+            dtype, "cuda", arch, 132, 2, 2048, 2048, 16 if decode else 4, 4, row.head_dim, row.head_dim,
+            CAUSAL if causal else FULL, 0.1,
         )
         compiled = compile_kernel(kernel, problem, row.tile, arch, pack_gqa=decode)
         ttgir = compiled.asm["ttgir"]

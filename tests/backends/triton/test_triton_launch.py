@@ -144,12 +144,13 @@ def test_what_is_remembered_is_bounded(kernel, monkeypatch):
 def test_constants_come_last_and_in_order(name, monkeypatch):
     """A compiled kernel takes all its arguments by position, constants too."""
     from flashcore.backends.triton import configs
+    from flashcore.mask import CAUSAL
     from flashcore.problem import AttentionProblem
 
     made = []
     monkeypatch.setattr(attention, "Launch", lambda *args: made.append(args))
     problem = AttentionProblem(
-        "bfloat16", "cuda", (9, 0), 132, 1, 64, 64, 4, 2, 64, 64, True, 0.1, needs_grad=True
+        "bfloat16", "cuda", (9, 0), 132, 1, 64, 64, 4, 2, 64, 64, CAUSAL, 0.1, needs_grad=True
     )
     config = configs.TritonConfig(*[configs.Tile(64, 64, 4, 2)] * 3, splits=2)
     attention.prepare_forward.__wrapped__(problem, config)
