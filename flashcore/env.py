@@ -4,7 +4,9 @@
 variable                    default                        meaning
 ==========================  =============================  ==========================================================
 ``FLASHCORE_CACHE_DIR``     ``$XDG_CACHE_HOME/flashcore``  where compiled kernels are kept; any number of processes
-                            or ``~/.cache/flashcore``      may share it
+                            or ``~/.cache/flashcore``;     may share it
+                            ``/tmp/flashcore-<user id>``
+                            for a user without a home
 ``FLASHCORE_CACHE``         ``1``                          ``0``: neither read nor write compiled kernels on disk
 ``FLASHCORE_KEEP_SOURCES``  ``0``                          ``1``: keep each kernel's source beside its cubin
 ``FLASHCORE_COMMIT``        the clone's HEAD               the commit that ``flashcore bench`` records
@@ -26,11 +28,23 @@ _FALSE = frozenset({"0", "false", "no", "off"})
 
 
 def cache_dir() -> Path:
-    """The directory for compiled kernels. It need not exist; creating it is the caller's business."""
+    """The directory for compiled kernels. It need not exist, and need not be this user's: see ``disk.py``.
+
+    :raises EnvironmentProblem: FLASHCORE_CACHE_DIR names the home of a user that does not exist.
+    """
     if chosen := os.environ.get("FLASHCORE_CACHE_DIR"):
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "flashcore"
+        try:
+            return Path(chosen).expanduser()
+        except RuntimeError:
+            raise EnvironmentProblem(
+                f"FLASHCORE_CACHE_DIR={chosen!r}: there is no such home directory. Set it to an absolute path."
+            ) from None
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "flashcore"
+    try:
+        return Path.home() / ".cache" / "flashcore"
+    except RuntimeError:  # neither HOME nor an entry in passwd, as in containers with a user id of their own
+        return Path("/tmp") / f"flashcore-{os.getuid()}"
 
 
 def cache_enabled() -> bool:

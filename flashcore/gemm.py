@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from flashcore.api import autocast
 from flashcore.errors import InvalidInputError
 from flashcore.gemm_problem import GemmProblem, check_arguments
+from flashcore.plan import warn_that_the_gpu_could_do_better
 from flashcore.watching import answers_itself, is_recorded, is_transformed, is_watched
 
 Run = Callable[[torch.Tensor, torch.Tensor, "torch.Tensor | None"], torch.Tensor]
@@ -127,13 +128,14 @@ def plan_gemm(problem: GemmProblem, anywhere: bool = False) -> GemmPlan:
     """Who computes a problem, and how: here, or `anywhere` that has all libraries. Memoised."""
     from flashcore.backends import hopper
 
-    reason = f"device {problem.device} is not a GPU" if problem.device != "cuda" else None
-    if reason is None and not anywhere:
-        reason = hopper.unavailable()
-    if reason is None:
+    if problem.device != "cuda":
+        reason = f"device {problem.device} is not a GPU"
+    else:
         from flashcore.backends.hopper import gemm
 
         reason = gemm.rejects(problem)
+        if reason is None and not anywhere and (reason := hopper.unavailable()):
+            warn_that_the_gpu_could_do_better("matmul", "hopper", reason)
     if reason is not None:
         return GemmPlan(
             problem, "torch", None, None, "torch's matmul takes everything", (("hopper", reason),)

@@ -124,7 +124,7 @@ def _choose_backend(
             alone = name, f"the first of {', '.join(candidates)} that can"
             return *(_deferral(problem, name, anywhere) or alone), tuple(rejected)
         if unavailable and problem.device == "cuda" and refusal is None:
-            _warn_that_the_gpu_could_do_better(name, unavailable)
+            warn_that_the_gpu_could_do_better("attention", name, unavailable)
         rejected.append((name, reason))
     raise UnsupportedError(_unsupported(problem, requested, rejected))
 
@@ -145,9 +145,9 @@ def _deferral(problem: AttentionProblem, name: str, anywhere: bool) -> tuple[str
 
 
 @lru_cache
-def _warn_that_the_gpu_could_do_better(name: str, reason: str) -> None:
+def warn_that_the_gpu_could_do_better(operation: str, name: str, reason: str) -> None:
     """Once per reason: something that is not installed must not make every call slow in silence."""
-    message = f"attention: backend {name} would run this on this GPU, and faster, but cannot: {reason}"
+    message = f"{operation}: backend {name} would run this on this GPU, and faster, but cannot: {reason}"
     warnings.warn(message, FlashCoreWarning, stacklevel=2)
 
 

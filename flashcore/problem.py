@@ -34,7 +34,7 @@ class AttentionProblem:
 
     dtype: str  # "bfloat16", "float16", "float32" or "float64": of q, k, v and the output
     device: str  # "cuda" or "cpu"
-    arch: tuple[int, int] | None  # compute capability, such as (9, 0); None on the CPU
+    arch: tuple[int, int] | None  # compute capability, such as (9, 0); None on the CPU and on AMD's GPUs
     sm_count: int  # streaming multiprocessors; 0 on the CPU
     batch: int
     seqlen_q: int
@@ -302,9 +302,10 @@ def gpu_of(arch: tuple[int, int]) -> dict:
 
 
 @cache
-def _gpu(device: torch.device) -> tuple[tuple[int, int], int]:
+def _gpu(device: torch.device) -> tuple[tuple[int, int] | None, int]:
     properties = torch.cuda.get_device_properties(device)
-    return (properties.major, properties.minor), properties.multi_processor_count
+    arch = None if torch.version.hip else (properties.major, properties.minor)
+    return arch, properties.multi_processor_count
 
 
 def _short(dtype: torch.dtype) -> str:

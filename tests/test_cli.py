@@ -12,7 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from flashcore import cli
+from flashcore import cli, disk
 from flashcore.bench import record, report
 from flashcore.bench.cases import SUITES
 from flashcore.bench.peers import PEERS, Peer
@@ -184,10 +184,10 @@ def test_compile_fills_the_cache_and_cache_clears_it(monkeypatch, own_cache):
         assert kernel["spill_bytes"] == 0
         assert (kernel["seconds"] > 0) == (source is None)
     assert "disk cache" in flashcore("compile") or "memory cache" in flashcore("compile")
-    assert cli.cache.facts()["entries"] == 1
-    assert cli.cache.facts()["bytes"] > 1000
+    assert disk.facts()["entries"] == 1
+    assert disk.facts()["bytes"] > 1000
     assert flashcore("cache", "--clear").split("entries")[1].split()[0] == "0"
-    assert cli.cache.facts()["entries"] == 0
+    assert disk.facts()["entries"] == 0
 
 
 @needs_nvrtc
@@ -258,6 +258,15 @@ def test_doctor_says_when_the_cache_cannot_be_written(monkeypatch, tmp_path):
     blocked.write_text("")
     monkeypatch.setenv("FLASHCORE_CACHE_DIR", str(blocked / "kernels"))
     assert json.loads(flashcore("doctor", "--json"))["cache"]["writable"] is False
+
+
+def test_doctor_and_cache_say_what_is_not_trusted(own_cache):
+    own_cache.mkdir()
+    own_cache.chmod(0o777)
+    (own_cache / "kernels").mkdir()
+    assert "chmod go-w" in json.loads(flashcore("doctor", "--json"))["cache"]["problem"]
+    assert "chmod go-w" in flashcore("cache", code=2)
+    assert "chmod go-w" in flashcore("cache", "--clear", code=2)
 
 
 # --- explain

@@ -1,5 +1,6 @@
 """The environment variables, and that the table in the docstring is complete."""
 
+import os
 import re
 from pathlib import Path
 
@@ -29,6 +30,16 @@ def test_cache_dir(monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
     monkeypatch.setenv("FLASHCORE_CACHE_DIR", "~/kernels")
     assert env.cache_dir() == Path("/home/someone/kernels")
+
+
+def test_a_user_without_a_home(monkeypatch):
+    """A container's user id that passwd does not know, and no HOME."""
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    assert env.cache_dir() == Path(f"/tmp/flashcore-{os.getuid()}")
+    monkeypatch.setenv("FLASHCORE_CACHE_DIR", "~/kernels")
+    with pytest.raises(EnvironmentProblem, match=r"FLASHCORE_CACHE_DIR='~/kernels'.*absolute path"):
+        env.cache_dir()
 
 
 @pytest.mark.parametrize(

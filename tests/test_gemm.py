@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 
 import flashcore
 from flashcore import gemm
+from flashcore.errors import FlashCoreWarning
 from flashcore.gemm_problem import GemmProblem
 from tests.gemm_cases import CASES, GemmCase, product
 from tests.poison import poisoned_outputs
@@ -180,6 +182,26 @@ def test_explain_names_config_and_schedule(monkeypatch):
     assert "hopper" in text
     assert "tile 256 x 192" in text
     assert "66 clusters" in text
+
+
+def test_one_warning_when_the_gpu_could_do_better(monkeypatch):
+    """A missing library on a Hopper GPU; not another GPU, or a problem that the kernel does not take."""
+    from flashcore.backends import hopper
+
+    reason = "NVRTC cannot be loaded (a reason of this test's own)"
+    monkeypatch.setattr(hopper, "unavailable", lambda: reason)
+    problem = GemmProblem("bfloat16", "bfloat16", "cuda", (9, 0), 132, 1, 136, 8, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for other in (replace(problem, arch=(8, 0)), replace(problem, dtype="float32", out_dtype="float32")):
+            assert gemm.plan_gemm(other).backend == "torch"
+        assert gemm.plan_gemm(problem, anywhere=True).backend == "hopper"
+    with pytest.warns(FlashCoreWarning, match="matmul: backend hopper would .* cannot: NVRTC cannot be loaded"):
+        assert gemm.plan_gemm(problem).rejected == (("hopper", reason),)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gemm.plan_gemm(replace(problem, m=144))
+    gemm.plan_gemm.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def _fused_kernel_takes_groups(problem: AttentionProblem) -> bool:
     if problem.device == "cpu":
         return torch.__version__ >= (2, 9)  # https://github.com/pytorch/pytorch/pull/157893
     half = problem.dtype in ("bfloat16", "float16")
-    return problem.arch >= (8, 0) and half and problem.head_dim <= 256 and not _needs_mask(problem)
+    return (problem.arch or (0, 0)) >= (8, 0) and half and problem.head_dim <= 256 and not _needs_mask(problem)
 
 
 def forward(

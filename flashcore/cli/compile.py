@@ -35,8 +35,16 @@ def compile_kernels(
         print(json.dumps(kernels, indent=1))
     else:
         show_kernels(kernels)
-        cache = jit.disk_cache()
-        console().print(f"cache: {cache.path}" if cache else "cache: off or not writable, nothing was kept on disk")
+        console().print(f"cache: {where_kept()}", markup=False)
+
+
+def where_kept() -> str:
+    from flashcore import disk
+
+    cache = disk.facts()
+    if cache["enabled"] and cache["writable"] and not cache["problem"]:
+        return cache["path"]
+    return f"nothing was kept on disk: {cache['problem'] or 'it is off or not writable'}"
 
 
 def nvrtc_missing() -> str | None:

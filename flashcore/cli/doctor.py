@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from flashcore.cli import cache
 from flashcore.cli.console import console
 
 
@@ -27,10 +26,11 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for
 
 def diagnose() -> dict[str, dict]:
     """Everything ``doctor`` says. No probe raises: what does not work is the answer."""
+    from flashcore import disk
     from flashcore.bench import machine
 
     variables = {name: value for name, value in sorted(os.environ.items()) if name.startswith(("FLASHCORE_", "CUDA_"))}
-    return {"machine": machine.describe(), "backends": backends(), "cache": cache.facts(), "variables": variables}
+    return {"machine": machine.describe(), "backends": backends(), "cache": disk.facts(), "variables": variables}
 
 
 def backends() -> dict[str, str]:

@@ -148,7 +148,7 @@ def test_the_other_warning_that_counts_begins_as_expected():
     from flashcore import plan
 
     with pytest.warns(FlashCoreWarning, match=e2e.NOT_OURS):
-        plan._warn_that_the_gpu_could_do_better("a test's", "a reason")
+        plan.warn_that_the_gpu_could_do_better("attention", "a test's", "a reason")
 
 
 @pytest.mark.parametrize(("good", "when"), [(3, "while it was timed"), (10, "while attention was watched")])

@@ -36,7 +36,7 @@ def unavailable() -> str | None:
     """Why this machine cannot run the backend; None if it can."""
     import torch
 
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() or torch.version.hip:
         return "no CUDA device is available"
     capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
     if (9, 0) not in capabilities:

@@ -12,16 +12,13 @@ import json
 import re
 import threading
 import time
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from filelock import FileLock
-
 import flashcore
-from flashcore import env
-from flashcore.errors import CompileError, FlashCoreWarning
+from flashcore import disk, env
+from flashcore.errors import CompileError
 
 DEVICE_SOURCES = Path(flashcore.__file__).parent / "device"
 ARCH = "sm_90a"  # wgmma and setmaxnreg exist for exactly this target
@@ -148,10 +145,29 @@ def nvrtc_version() -> str:
     """Version of the NVRTC library that compiles the kernels, such as "13.0"."""
     from cuda.bindings import nvrtc
 
-    error, major, minor = nvrtc.nvrtcVersion()
-    if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-        raise CompileError(f"NVRTC does not answer: {error}")
+    major, minor = _nvrtc(nvrtc.nvrtcVersion)
     return f"{major}.{minor}"
+
+
+@functools.cache
+def nvrtc_build() -> str:
+    """Which build of NVRTC that is, patch release included: what it writes above the PTX of an empty program."""
+    from cuda.bindings import nvrtc
+
+    (program,) = _nvrtc(nvrtc.nvrtcCreateProgram, b"", b"empty.cu", 0, [], [])
+    _nvrtc(nvrtc.nvrtcCompileProgram, program, 1, [b"--gpu-architecture=compute_90"])
+    (size,) = _nvrtc(nvrtc.nvrtcGetPTXSize, program)
+    ptx = bytearray(size)
+    _nvrtc(nvrtc.nvrtcGetPTX, program, ptx)
+    _nvrtc(nvrtc.nvrtcDestroyProgram, program)
+    return "\n".join(line for line in ptx.decode().splitlines() if line.startswith("//"))
+
+
+def _nvrtc(function: Any, *arguments: Any) -> list:
+    error, *results = function(*arguments)
+    if error != 0:
+        raise CompileError(f"NVRTC does not answer: {function.__name__}: {error}")
+    return results
 
 
 _OPTIONS = dict(
@@ -189,99 +205,46 @@ def _resource_report(log: str) -> dict[str, Any]:
 
 def _keep_source(config: KernelConfig, source: str) -> str:
     digest = hashlib.sha256(source.encode()).hexdigest()[:16]
-    path = env.cache_dir() / "sources" / f"{config.entry}-{digest}.cu"
+    folder, name = env.cache_dir(), f"{config.entry}-{digest}.cu"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"// {config}\n{source}")
+        disk.write(folder, "sources", name, data=f"// {config}\n{source}".encode())
     except OSError as error:
         return f"not kept: {error}"
-    return str(path)
+    return str(folder / "sources" / name)
 
 
 # ---- caches --------------------------------------------------------------------------------------------------------
 
-_MAGIC = b"flashcore kernel 1\n"
+_MAGIC = b"flashcore kernel 2\n"
 
 
-def _pack_entry(cubin: bytes, report: dict[str, Any]) -> bytes:
-    header = json.dumps({**report, "sha256": hashlib.sha256(cubin).hexdigest()}).encode()
-    return _MAGIC + header + b"\n" + cubin
+def _pack_entry(key: str, cubin: bytes, report: dict[str, Any]) -> bytes:
+    content = json.dumps(report).encode() + b"\n" + cubin
+    return _MAGIC + _digest(key, content) + b"\n" + content
 
 
-def _unpack_entry(entry: bytes) -> tuple[bytes, dict[str, Any]] | None:
-    """Cubin and report, or None if the entry is damaged."""
-    if not entry.startswith(_MAGIC):
+def _unpack_entry(key: str, entry: bytes) -> tuple[bytes, dict[str, Any]] | None:
+    """Cubin and report, or None if the entry is damaged or another key's."""
+    digest, _, content = entry.removeprefix(_MAGIC).partition(b"\n")
+    if not entry.startswith(_MAGIC) or digest != _digest(key, content):
         return None
-    header, _, cubin = entry[len(_MAGIC) :].partition(b"\n")
-    try:
-        report = json.loads(header)
-    except ValueError:
-        return None
-    if report.pop("sha256", None) != hashlib.sha256(cubin).hexdigest():
-        return None
-    return cubin, report
+    report, _, cubin = content.partition(b"\n")
+    return cubin, json.loads(report)
 
 
-class DiskCache:
-    """Compiled kernels on disk, shared by processes: atomic files, one compilation per key at a time."""
-
-    def __init__(self, path: Path):
-        from cuda.core.utils import FileStreamProgramCache
-
-        self.path = path
-        self._locks = path / "locks"
-        self._locks.mkdir(parents=True, exist_ok=True)
-        self._store = FileStreamProgramCache(path / "kernels")
-
-    def get(self, key: str) -> tuple[bytes, dict[str, Any]] | None:
-        try:
-            entry = self._store[key]
-        except KeyError:
-            return None
-        return _unpack_entry(entry)
-
-    def put(self, key: str, cubin: bytes, report: dict[str, Any]) -> None:
-        self._store[key] = _pack_entry(cubin, report)
-
-    def lock(self, key: str) -> FileLock:
-        return FileLock(self._locks / f"{key}.lock")
-
-    def clear(self) -> None:
-        self._store.clear()
-
-    def __len__(self) -> int:
-        return len(self._store)
+def _digest(key: str, content: bytes) -> bytes:
+    return hashlib.sha256(key.encode() + b"\n" + content).hexdigest().encode()
 
 
-_warned_directories: set[Path] = set()
-
-
-def disk_cache() -> DiskCache | None:
-    """The disk cache; None if it is switched off or its directory cannot be written (warns once)."""
-    if not env.cache_enabled():
-        return None
-    path = env.cache_dir()
-    try:
-        return DiskCache(path)
-    except OSError as error:
-        _warn_unwritable(path, error)
-        return None
-
-
-def _warn_unwritable(path: Path, error: OSError) -> None:
-    if path not in _warned_directories:
-        _warned_directories.add(path)
-        warnings.warn(
-            f"kernels are not kept on disk, every process compiles its own: {path} cannot be written ({error}). "
-            "Set FLASHCORE_CACHE_DIR to a writable directory.",
-            FlashCoreWarning,
-            stacklevel=2,
-        )
+def disk_cache() -> disk.DiskCache | None:
+    """The disk cache; None if it is switched off."""
+    return disk.DiskCache(env.cache_dir()) if env.cache_enabled() else None
 
 
 def cache_key(source: str) -> str:
     """Content key of a translation unit: its text, the options, the compiler's and this package's versions."""
-    parts = (source, json.dumps(_OPTIONS, sort_keys=True), nvrtc_version(), flashcore.__version__)
+    compiler = (nvrtc_version(), nvrtc_build())
+    parts = (source, json.dumps(_OPTIONS, sort_keys=True), *compiler, flashcore.__version__)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
@@ -310,22 +273,19 @@ def _compile_or_read(config: KernelConfig) -> CompiledKernel:
     source = kernel_source(config)
     if env.keep_sources():
         _keep_source(config, source)
-    cache, key = disk_cache(), cache_key(source)
+    cache = disk_cache()
     if cache is None:
         return _timed_compile(config, source)
-    try:
-        if (found := cache.get(key)) is not None:
-            return _from_disk(config, found)
-        with cache.lock(key):
-            if (found := cache.get(key)) is not None:  # another process was faster
-                return _from_disk(config, found)
-            kernel = _timed_compile(config, source)
-            report = {name: getattr(kernel, name) for name in ("registers", "spill_bytes", "warnings")}
-            cache.put(key, kernel.cubin, report)
+    key = cache_key(source)
+    if kernel := _from_disk(config, cache, key):
+        return kernel
+    with cache.lock(key):
+        if kernel := _from_disk(config, cache, key):  # another process was faster
             return kernel
-    except OSError as error:
-        _warn_unwritable(cache.path, error)
-        return _timed_compile(config, source)
+        kernel = _timed_compile(config, source)
+        report = {name: getattr(kernel, name) for name in ("registers", "spill_bytes", "warnings")}
+        cache.put(key, _pack_entry(key, kernel.cubin, report))
+        return kernel
 
 
 def _timed_compile(config: KernelConfig, source: str) -> CompiledKernel:
@@ -337,7 +297,11 @@ def _timed_compile(config: KernelConfig, source: str) -> CompiledKernel:
     )
 
 
-def _from_disk(config: KernelConfig, found: tuple[bytes, dict[str, Any]]) -> CompiledKernel:
+def _from_disk(config: KernelConfig, cache: disk.DiskCache, key: str) -> CompiledKernel | None:
+    entry = cache.get(key)
+    found = entry and _unpack_entry(key, entry)
+    if not found:
+        return None
     cubin, report = found
     return CompiledKernel(
         config, cubin, report["registers"], report["spill_bytes"], tuple(report["warnings"]),

@@ -1,7 +1,7 @@
 """The Triton backend: portable kernels for every NVIDIA GPU from compute capability 8.0 on, forward and backward.
 
-With ``TRITON_INTERPRET=1`` set before Triton is first imported, the same kernels run on the CPU in Triton's
-interpreter: slowly, for tests.
+The tests of this package run the same kernels on the CPU in Triton's interpreter, which they mend first: as it is, it
+computes garbage with bfloat16. So nobody else gets it (`INTERPRETER_IS_MENDED`), whatever ``TRITON_INTERPRET`` says.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import importlib.metadata
 import importlib.util
 import math
 import os
+import re
 import shutil
+import sys
 import sysconfig
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,33 +32,63 @@ NATIVE_GRAD = False
 HAS_BACKWARD = True
 
 USER_TABLE = "triton_tiles.json"  # in the cache directory
-MIN_TRITON = "3.4"  # tensor descriptors made on the host
+# The first and the last release whose internals are as launch.py and compile.py use them. 3.4 is the first with tensor
+# descriptors that are made on the host.
+SUPPORTED_TRITON = (3, 4), (3, 8)
+INTERPRETER_IS_MENDED = False  # set by tests
 
 
 def unavailable() -> str | None:
     """Why this machine cannot run the backend; None if it can."""
-    return _missing() or (None if interpreted() else _no_gpu() or _no_compiler())
+    if reason := _missing():
+        return reason
+    if not interpreted():
+        return _no_gpu() or _no_compiler()
+    if INTERPRETER_IS_MENDED:
+        return None
+    return "Triton runs in its interpreter here, which computes garbage with bfloat16: unset TRITON_INTERPRET"
 
 
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    """Whether kernels run in Triton's interpreter, which is decided when they are defined."""
+    if kernels := sys.modules.get(f"{__name__}.attention_fwd"):
+        return _is_interpreted(kernels.attention_fwd)
+    if (language := sys.modules.get("triton.language")) and _is_interpreted(language.cdiv):
+        return True
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")  # what Triton takes
+
+
+def _is_interpreted(function: object) -> bool:
+    return type(function).__name__ == "InterpretedFunction"
 
 
 @functools.cache
 def _missing() -> str | None:
     """Looks without importing: that takes a good part of a second, and plans that use another backend need not wait."""
     if importlib.util.find_spec("triton") is None:
-        return f"Triton is not installed: pip install 'triton>={MIN_TRITON}'"
-    try:
-        version = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:  # a nightly build goes by another name
-        return None
-    if tuple(int(part) for part in version.split(".")[:2]) < tuple(
-        int(part) for part in MIN_TRITON.split(".")
-    ):
-        return f"Triton {version} is too old: pip install 'triton>={MIN_TRITON}'"
+        return f"Triton is not installed: pip install '{_requirement()}'"
+    for distribution in ("triton", "pytorch-triton"):  # the latter comes with nightly builds of PyTorch
+        try:
+            version = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        return _unsupported(version)
     return None
+
+
+def _unsupported(version: str) -> str | None:
+    first, last = SUPPORTED_TRITON
+    release = tuple(map(int, re.match(r"(\d+)\.(\d+)", version).groups()))
+    if first <= release <= last:
+        return None
+    age = "old" if release < first else "new"
+    return f"Triton {version} is too {age}: this version of FlashCore needs '{_requirement()}'"
+
+
+def _requirement() -> str:
+    """What of Triton is supported, as pip writes it."""
+    (major, minor), (last, newest) = SUPPORTED_TRITON
+    return f"triton>={major}.{minor},<{last}.{newest + 1}"
 
 
 @functools.cache
@@ -87,8 +119,8 @@ def _no_compiler() -> str | None:
 
 def rejects(problem: AttentionProblem) -> str | None:
     """The one feature of the problem that the kernels lack; None if they have all."""
-    if problem.device != "cuda" and not interpreted():
-        return f"device {problem.device} is not a GPU"
+    if problem.arch is None and not (problem.device == "cpu" and INTERPRETER_IS_MENDED and interpreted()):
+        return f"device {problem.device} is not an NVIDIA GPU"
     if problem.arch is not None and problem.arch < (8, 0):
         return f"compute capability {problem.arch[0]}.{problem.arch[1]} < 8.0"
     if problem.dtype == "float64":

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.compiler import ASTSource, CompiledKernel
 
 from flashcore.backends.triton.attention_bwd import attention_bwd_dkdv, attention_bwd_dq
@@ -80,12 +79,14 @@ def compile_kernel(
 
 def resources(compiled: CompiledKernel) -> Resources:
     """Shared memory as Triton allots it; registers and spills as its assembler reports them."""
-    capability = compiled.metadata.target.arch
+    tools = triton.knobs.nvidia
+    blackwell = compiled.metadata.target.arch >= 100 and hasattr(tools, "ptxas_blackwell")  # from Triton 3.6 on
+    assembler = tools.ptxas_blackwell if blackwell else tools.ptxas
+    target = re.search(r"^\.target (\w+)", compiled.asm["ptx"], re.MULTILINE)[1]
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder, "kernel.ptx")
         ptx.write_text(compiled.asm["ptx"])
-        command = [get_ptxas(capability).path, "-v", f"--gpu-name={sm_arch_from_capability(capability)}"]
-        command += [str(ptx), "-o", str(ptx.with_suffix(".cubin"))]
+        command = [assembler.path, "-v", f"--gpu-name={target}", str(ptx), "-o", str(ptx.with_suffix(".cubin"))]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     registers = int(re.search(r"Used (\d+) registers", report)[1])
     spilled = int(re.search(r"(\d+) bytes spill stores", report)[1])

@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
+from flashcore import disk
+from flashcore.errors import FlashCoreWarning
 from flashcore.problem import AttentionProblem
 
 MAX_HEAD_DIM = 256
@@ -320,16 +324,54 @@ def user_key(kernel: str, problem: AttentionProblem) -> str:
 
 
 def write_user_table(path: Path, tiles: dict[str, Tile | None]) -> None:
-    """Add `tiles`, by :func:`user_key`, to the table at `path`."""
+    """Add `tiles`, by :func:`user_key`, to the table at `path`.
+
+    :raises OSError: it cannot be written.
+    """
     table = _read_user_table(path) | tiles
-    path.parent.mkdir(parents=True, exist_ok=True)
     document = {key: tile and asdict(tile) for key, tile in sorted(table.items())}
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    disk.write(path.parent, path.name, data=json.dumps(document, indent=1).encode() + b"\n")
     _read_user_table.cache_clear()
 
 
 @lru_cache(maxsize=8)
 def _read_user_table(path: Path) -> dict[str, Tile | None]:
-    if not path.exists():
+    """The tiles at `path`; none, and a warning, if what is there is no such table or not to be trusted."""
+    try:
+        document = json.loads(disk.read(path.parent, path.name))
+        if not isinstance(document, dict):
+            raise ValueError("it is no table of tiles")
+        return {key: _tile_from(key, tile) for key, tile in document.items()}
+    except (FileNotFoundError, NotADirectoryError):
         return {}
-    return {key: tile and Tile(**tile) for key, tile in json.loads(path.read_text()).items()}
+    except (OSError, ValueError) as error:
+        warnings.warn(
+            f"the tiles tuned on this machine are not used: {path}: {error}. Delete the file, or set "
+            "FLASHCORE_CACHE_DIR to a directory of your own.",
+            FlashCoreWarning,
+            stacklevel=2,
+        )
+        return {}
+
+
+def _tile_from(key: str, values: Any) -> Tile | None:
+    """A tile as `write_user_table` wrote it. Only dV's may be None.
+
+    :raises ValueError: it is none.
+    """
+    if values is None and ", dv " in key:
+        return None
+    try:
+        tile = Tile(**values)
+    except TypeError:
+        raise ValueError(f"{key}: {values} is no tile") from None
+    sizes = (tile.tile_m, tile.tile_n, tile.warps, tile.stages, 1 if tile.registers is None else tile.registers)
+    powers = (tile.tile_m, tile.tile_n, tile.warps)
+    if not (
+        all(type(size) is int and size > 0 for size in sizes)
+        and all(type(flag) is bool for flag in (tile.lookahead, tile.tma, tile.q_registers))
+        and all(size & (size - 1) == 0 for size in powers)
+        and min(tile.tile_m, tile.tile_n) >= 16
+    ):
+        raise ValueError(f"{key}: {values} is no tile")
+    return tile

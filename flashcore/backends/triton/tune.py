@@ -527,9 +527,8 @@ def main() -> None:
         print(report(document["rows"]))
         print(table_rows(document["rows"]))
         return
-    reason = backend.unavailable()
-    if reason or backend.interpreted():
-        raise SystemExit(f"nothing to tune: {reason or 'kernels run in the interpreter'}")
+    if reason := backend.unavailable():
+        raise SystemExit(f"nothing to tune: {reason}")
 
     start = time.monotonic()
     deadline = start + arguments.seconds
@@ -566,7 +565,10 @@ def main() -> None:
     print(report(records))
     if arguments.install:
         path = env.cache_dir() / backend.USER_TABLE
-        write_user_table(path, installed(records))
+        try:
+            write_user_table(path, installed(records))
+        except OSError as error:
+            raise SystemExit(f"not installed: {error}") from None
         print(f"written: {path}")
 
 

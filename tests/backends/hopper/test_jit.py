@@ -2,16 +2,22 @@
 
 import concurrent.futures
 import dataclasses
+import errno
+import os
 import subprocess
 import sys
+import tempfile
 from typing import ClassVar
 
 import pytest
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-bindings (extra cu13 or cu12)")
 
+from flashcore import disk
 from flashcore.backends.hopper import jit
-from flashcore.errors import CompileError, FlashCoreWarning
+from flashcore.errors import CompileError, EnvironmentProblem, FlashCoreWarning
+
+pytestmark = pytest.mark.filterwarnings("error")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +46,7 @@ def sources(tmp_path, monkeypatch):
     (device / "tiny.cuh").write_text(TINY)
     monkeypatch.setattr(jit, "DEVICE_SOURCES", device)
     monkeypatch.setattr(jit, "_memory", {})
-    monkeypatch.setattr(jit, "_warned_directories", set())
+    monkeypatch.setattr(disk, "_warned", set())
     monkeypatch.setenv("FLASHCORE_CACHE_DIR", str(tmp_path / "cache"))
     jit._flatten.cache_clear()
     yield device
@@ -78,9 +84,16 @@ def test_key_is_the_content(sources, monkeypatch):
     keys.add(key())
     monkeypatch.setattr(jit, "nvrtc_version", lambda: "99.9")
     keys.add(key())
+    monkeypatch.setattr(jit, "nvrtc_build", lambda: "99.9.1")
+    keys.add(key())
     monkeypatch.setattr("flashcore.__version__", "99.9")
     keys.add(key())
-    assert len(keys) == 6
+    assert len(keys) == 7
+
+
+def test_the_build_of_nvrtc_names_its_patch_release():
+    assert f"V{jit.nvrtc_version()}." in jit.nvrtc_build()
+    assert jit.nvrtc_build().count("\n") < 20
 
 
 def test_includes_are_pasted_once(sources):
@@ -98,21 +111,114 @@ DAMAGE = {
     "emptied": lambda entry: b"",
     "a bit flipped": lambda entry: entry[:-1] + bytes([entry[-1] ^ 1]),
     "beheaded": lambda entry: entry[8:],
+    "a bit of the report flipped": lambda entry: entry.replace(b'"registers": ', b'"registers": 1', 1),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_entry_is_rebuilt(damage, tmp_path):
     first = jit.compile_kernel(TinyConfig())
-    entries = [file for file in (tmp_path / "cache" / "kernels" / "entries").rglob("*") if file.is_file()]
-    assert len(entries) == 1
-    entries[0].write_bytes(DAMAGE[damage](entries[0].read_bytes()))
+    (entry,) = (tmp_path / "cache" / "kernels").iterdir()
+    damaged = DAMAGE[damage](entry.read_bytes())
+    assert damaged != entry.read_bytes()
+    entry.write_bytes(damaged)
     forget()
     again = jit.compile_kernel(TinyConfig())
     assert again.from_cache is None
     assert again.cubin == first.cubin
     forget()
     assert jit.compile_kernel(TinyConfig()).from_cache == "disk"
+
+
+def test_another_kernels_entry_is_not_taken(tmp_path):
+    jit.compile_kernel(TinyConfig(1))
+    (one,) = (tmp_path / "cache" / "kernels").iterdir()
+    second = jit.compile_kernel(TinyConfig(2))
+    (two,) = set((tmp_path / "cache" / "kernels").iterdir()) - {one}
+    one.rename(two)
+    forget()
+    again = jit.compile_kernel(TinyConfig(2))
+    assert (again.from_cache, again.cubin) == (None, second.cubin)
+
+
+@pytest.fixture
+def compilations(monkeypatch):
+    calls = []
+    compile_once = jit._compile
+    monkeypatch.setattr(jit, "_compile", lambda *args: (calls.append(args), compile_once(*args))[1])
+    return calls
+
+
+def test_what_cannot_be_kept_is_compiled_once(compilations, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.warns(FlashCoreWarning, match="kernels are not kept on disk.*No space left"):
+        jit.compile_kernel(TinyConfig())
+    assert len(compilations) == 1
+
+
+def test_an_error_of_the_compiler_is_no_error_of_the_disk(monkeypatch):
+    calls = []
+
+    def compile_once(*args):
+        calls.append(args)
+        raise OSError("the compiler's")
+
+    monkeypatch.setattr(jit, "_compile", compile_once)
+    with pytest.raises(OSError, match="the compiler's"):
+        jit.compile_kernel(TinyConfig())
+    assert len(calls) == 1
+
+
+def test_a_read_only_cache_is_read(tmp_path, monkeypatch):
+    """As on a read-only file system, also where root runs: nothing is made, and nothing is said."""
+    jit.compile_kernel(TinyConfig())
+    forget()
+
+    def read_only(*args, **kwargs):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    for name in ("mkdir", "replace"):
+        monkeypatch.setattr(os, name, read_only)
+    assert jit.compile_kernel(TinyConfig()).from_cache == "disk"
+    with pytest.warns(FlashCoreWarning, match="Read-only file system"):
+        assert jit.compile_kernel(TinyConfig(2)).from_cache is None
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_root_warms_and_nobody_runs(monkeypatch, compilations):
+    """The recipe for containers in docs/deployment.md."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # tmp_path is root's alone
+        os.chmod(folder, 0o755)
+        monkeypatch.setenv("FLASHCORE_CACHE_DIR", f"{folder}/flashcore")
+        jit.compile_kernel(TinyConfig())
+        assert disk.facts()["shared"]
+        jit._memory.clear()
+        os.seteuid(65534)
+        try:
+            assert jit.compile_kernel(TinyConfig()).from_cache == "disk"
+        finally:
+            os.seteuid(0)
+    assert len(compilations) == 1
+
+
+def test_planted_kernels_are_not_loaded(tmp_path):
+    jit.compile_kernel(TinyConfig())
+    (entry,) = (tmp_path / "cache" / "kernels").iterdir()
+    entry.chmod(0o666)
+    forget()
+    with pytest.warns(FlashCoreWarning, match="chmod go-w"):
+        assert jit.compile_kernel(TinyConfig()).from_cache is None
+    forget()
+    assert jit.compile_kernel(TinyConfig()).from_cache == "disk"  # it was replaced
+
+
+def test_a_wrong_switch_is_named(monkeypatch):
+    monkeypatch.setenv("FLASHCORE_CACHE", "maybe")
+    with pytest.raises(EnvironmentProblem, match="FLASHCORE_CACHE='maybe'"):
+        jit.compile_kernel(TinyConfig())
 
 
 def test_an_unwritable_directory_costs_one_warning(tmp_path, monkeypatch):
@@ -155,13 +261,10 @@ def test_eight_cold_processes_compile_once(sources):
     assert len({size for _, size in results}) == 1
 
 
-def test_threads_compile_once(monkeypatch):
-    calls = []
-    compile_once = jit._compile
-    monkeypatch.setattr(jit, "_compile", lambda *args: (calls.append(args), compile_once(*args))[1])
+def test_threads_compile_once(compilations):
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         kernels = list(pool.map(jit.compile_kernel, [TinyConfig()] * 8))
-    assert len(calls) == 1
+    assert len(compilations) == 1
     assert all(kernel is kernels[0] for kernel in kernels)
 
 

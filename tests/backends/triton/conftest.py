@@ -1,7 +1,7 @@
 """Without a GPU these tests run the kernels in Triton's interpreter; with one, they run them compiled.
 
-Triton decides when it is first imported. So it is imported here, while tests are collected, with TRITON_INTERPRET set;
-and the variable is set again for the tests of this folder only, so that for all others the backend stays unavailable.
+Triton decides when it is first imported. So it is imported here, while tests are collected, with TRITON_INTERPRET set.
+The backend agrees to that for the tests of this folder only, so that for all others it stays unavailable.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+import flashcore.backends.triton
+
 INTERPRET = not torch.cuda.is_available()
 
 
@@ -20,6 +22,7 @@ INTERPRET = not torch.cuda.is_available()
 def _interpret(monkeypatch):
     if INTERPRET:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
+        monkeypatch.setattr(flashcore.backends.triton, "INTERPRETER_IS_MENDED", True)
 
 
 @pytest.fixture

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
+import types
+import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from flashcore.backends import triton as backend
 from flashcore.backends.triton import configs
 from flashcore.backends.triton.configs import LEAST_SHARED_MEMORY, SHARED_MEMORY, TABLES, Tile, choose
+from flashcore.errors import FlashCoreWarning
 from flashcore.mask import CAUSAL, FULL
 from flashcore.problem import AttentionProblem
 
@@ -148,6 +154,70 @@ def test_user_table(tmp_path):
     assert choose(other_gpu, user_table=path) == choose(other_gpu)
 
 
+BROKEN_TABLES = {
+    "cut": lambda text: text[:-20],
+    "empty": lambda text: "",
+    "no table": lambda text: "[1, 2]",
+    "no text": lambda text: "\udcff",
+    "no tile": lambda text: text.replace("32", "[]"),
+    "a foreign tile": lambda text: text.replace("tile_n", "BLOCK_N"),
+    "a tile of floats": lambda text: text.replace("64", "64.0"),
+    "no power of two": lambda text: text.replace("32", "48"),
+    "none at all": lambda text: text[: text.index(": {")] + ": null}",
+}
+
+
+@pytest.mark.parametrize("damage", BROKEN_TABLES)
+def test_a_user_table_that_is_none_warns_once_and_counts_for_nothing(damage, tmp_path):
+    path = tmp_path / "table.json"
+    tiles = {configs.user_key("dq", H200): Tile(64, 32, 4, 2)}
+    configs.write_user_table(path, tiles)
+    path.write_text(BROKEN_TABLES[damage](path.read_text()), errors="surrogateescape")
+    configs._read_user_table.cache_clear()
+    with pytest.warns(FlashCoreWarning, match=f"not used: {path}.*FLASHCORE_CACHE_DIR"):
+        assert choose(H200, user_table=path) == choose(H200)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        choose(replace(H200, batch=4), user_table=path)
+        configs.write_user_table(path, tiles)  # replaces it
+        assert choose(H200, user_table=path).dq == Tile(64, 32, 4, 2)
+
+
+def test_a_user_table_that_others_may_write_counts_for_nothing(tmp_path):
+    path = tmp_path / "table.json"
+    configs.write_user_table(path, {configs.user_key("dq", H200): Tile(64, 32, 4, 2)})
+    path.chmod(0o666)
+    with pytest.warns(FlashCoreWarning, match="can be written by other users"):
+        assert choose(H200, user_table=path) == choose(H200)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_a_user_table_in_another_users_home(tmp_path):
+    tmp_path.chmod(0o700)
+    os.seteuid(65534)
+    try:
+        with pytest.warns(FlashCoreWarning, match="Permission denied"):
+            assert choose(H200, user_table=tmp_path / "table.json") == choose(H200)
+    finally:
+        os.seteuid(0)
+
+
+def test_a_user_table_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "table.json"
+    tiles = {configs.user_key("dq", H200): Tile(64, 32, 4, 2)}
+    configs.write_user_table(path, tiles)
+    before = path.read_text()
+
+    def full(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        configs.write_user_table(path, {configs.user_key("forward", H200): Tile(64, 32, 4, 2)})
+    assert path.read_text() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_sections_fit_in_l2():
     assert configs.heads_per_section(replace(H200, mask=FULL), 128) == 1
     heads = configs.heads_per_section(H200, 128)
@@ -172,9 +242,95 @@ def test_rejects_what_a_grid_cannot_count():
     assert "2^31" in backend.rejects(replace(H200, seqlen_q=2**24, batch=2**12, heads_q=16))
 
 
-def test_rejects_the_cpu_outside_the_interpreter(monkeypatch):
+@pytest.mark.parametrize("variable", [None, "1", "true"])
+def test_rejects_the_cpu_outside_these_tests(monkeypatch, variable):
+    monkeypatch.setattr(backend, "INTERPRETER_IS_MENDED", False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    if variable:
+        monkeypatch.setenv("TRITON_INTERPRET", variable)
     assert "cpu" in backend.rejects(replace(H200, device="cpu", arch=None))
+
+
+INTERPRETED = """
+import sys, torch
+if "first" in sys.argv: import triton.language
+import flashcore
+from flashcore.backends import triton
+from flashcore.errors import UnsupportedError
+q = torch.randn(1, 8, 2, 16).bfloat16()
+plan = flashcore.explain(q, q, q)
+print(plan.backend)
+print(dict(plan.rejected)["triton"])
+try:
+    flashcore.attention(q, q, q, backend="triton")
+except UnsupportedError as error:
+    print("refused" if "TRITON_INTERPRET" in str(error) else error)
+"""
+
+
+@pytest.mark.parametrize("first", [(), ("first",)])
+@pytest.mark.parametrize("variable", ["1", "true", "ON"])
+def test_the_interpreter_is_for_tests(variable, first):
+    """Somebody debugs a kernel of their own; Triton's interpreter has every truth value for its variable."""
+    environment = {**os.environ, "TRITON_INTERPRET": variable}
+    command = [sys.executable, "-c", INTERPRETED, *first]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    auto, reason, explicit = done.stdout.splitlines()
+    assert auto != "triton"
+    assert "unset TRITON_INTERPRET" in reason
+    assert explicit == "refused"
+
+
+def test_what_is_loaded_decides_not_what_the_variable_says_later(monkeypatch):
+    class InterpretedFunction:
+        pass
+
+    class JITFunction:
+        pass
+
+    name = f"{backend.__name__}.attention_fwd"
+    for loaded, variable, expected in ((JITFunction, "1", False), (InterpretedFunction, "0", True)):
+        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(attention_fwd=loaded()))
+        monkeypatch.setenv("TRITON_INTERPRET", variable)
+        assert backend.interpreted() is expected
+
+
+@pytest.mark.parametrize(
+    ("version", "verdict"),
+    [
+        ("3.3.1", "too old"),
+        ("3.4.0", None),
+        ("3.5.1", None),
+        ("3.7.1+git0123abc", None),
+        ("3.8.0", None),
+        ("3.9.0", "too new"),
+        ("3.10.0", "too new"),
+        ("4.0a1", "too new"),
+    ],
+)
+def test_which_triton_is_supported(version, verdict, monkeypatch):
+    installed = {"triton": version}
+    for name in ("triton", "pytorch-triton"):
+        installed = {name: version}
+        monkeypatch.setattr(backend.importlib.metadata, "version", lambda name, known=installed: known[name])
+        monkeypatch.setattr(backend.importlib.metadata, "PackageNotFoundError", KeyError)
+        reason = backend._missing.__wrapped__()
+        assert (verdict in reason and version in reason and "triton>=3.4,<3.9" in reason) if verdict else reason is None
+
+
+def test_what_is_used_of_triton_is_in_all_supported_releases():
+    """Modules looked up in 3.4.0, 3.5.1, 3.7.1 and 3.8.0. (``get_ptxas`` of the NVIDIA backend changed in between.)"""
+    sources = "".join(path.read_text() for path in Path(backend.__file__).parent.glob("*.py"))
+    used = re.findall(r"^\s*(?:from|import) (triton[\w.]*)", sources, re.MULTILINE)
+    known = {"triton", "triton.language", "triton.compiler", "triton.backends.compiler", "triton.tools.tensor_descriptor"}
+    assert set(used) == known
+
+
+def test_the_tests_triton_is_a_supported_one():
+    pyproject = Path(__file__).parents[3] / "pyproject.toml"
+    (wanted,) = re.findall(r'"triton>=3\.\d+,(<.+?)"', pyproject.read_text())
+    assert backend._requirement().endswith(f",{wanted}")
+    assert backend._unsupported(importlib.metadata.version("triton")) is None
 
 
 def test_needs_what_triton_builds_its_launchers_with(monkeypatch, tmp_path):
