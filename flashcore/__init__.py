@@ -16,6 +16,9 @@ __version__ = "0.1.0"
 # Public name -> the module that defines it. A module's own name stands for the module.
 _PUBLIC = {
     "attention": "api",
+    "alibi": "score",
+    "bias": "score",
+    "softcap": "score",
     "explain": "api",
     "explain_matmul": "gemm",
     "linear": "gemm",

@@ -82,3 +82,14 @@ def _on_record() -> Iterator[None]:
     included = torch._C._dispatch_tls_local_include_set()
     with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
         yield
+
+
+def of_sinks(
+    sink: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The gradient of the sinks (heads_q,): a sink is a key whose value is 0."""
+    delta = (out.float() * dout.float()).sum(dim=-1).transpose(1, 2)  # (B, Hq, Sq)
+    if dlse is not None:
+        delta = delta - dlse
+    probability = (sink.float()[:, None] - lse).exp()
+    return -(probability * delta).sum(dim=(0, 2)).to(sink.dtype)

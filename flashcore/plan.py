@@ -6,7 +6,7 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -20,6 +20,7 @@ NO_GRAD = "none"
 AUTOGRAD = "autograd"
 TORCH_FLASH = "torch-flash"
 SDPA_RECOMPUTE = "sdpa-recompute"
+REFERENCE_RECOMPUTE = "reference-recompute"
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Plan:
     problem: AttentionProblem
     backend: str  # a name of backends.BACKENDS, or "empty" when there is nothing to multiply
     config: Any  # the backend's frozen config, or None where it has no choice
-    backward: str  # "none", "autograd", the name of a backend with a backward, "torch-flash" or "sdpa-recompute"
+    backward: str  # "none", "autograd", the name of a backend with a backward, "torch-flash" or "...-recompute"
     why: str  # of the backend
     backward_why: str
     rejected: tuple[tuple[str, str], ...]  # (backend, the one feature it lacks), in order of preference
@@ -182,7 +183,8 @@ def _choose_backward(
         name: None if module.HAS_BACKWARD else f"{name} has no backward of its own yet",
         **_others_with_a_backward(problem, name, anywhere),
         TORCH_FLASH: no_flash and f"PyTorch's flash backward does not take {no_flash}",
-        SDPA_RECOMPUTE: None,
+        SDPA_RECOMPUTE: backends.refusal("sdpa", replace(problem, return_lse=False)),
+        REFERENCE_RECOMPUTE: None,
     }
     if forced is not None:
         reason = possible.get(forced, f"it is none of {', '.join(possible)}")

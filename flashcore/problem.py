@@ -12,7 +12,7 @@ import torch
 
 from flashcore.errors import InvalidInputError
 from flashcore.mask import CAUSAL, FULL, Mask, Visible
-from flashcore.score import PLAIN, Score
+from flashcore.score import PLAIN, SCORE, Score
 from flashcore.score import check as check_score
 
 DTYPES = {
@@ -22,6 +22,8 @@ DTYPES = {
     torch.float64: "float64",
 }
 DEVICES = ("cuda", "cpu")
+# From here on kernels fold the scale into the exponent. They divide by it: a smaller one's quotients could overflow.
+LEAST_SCALE = 1e-20
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,14 @@ class AttentionProblem:
     def visible(self) -> Visible:
         """The mask of these lengths."""
         return self.mask.of(self.seqlen_q, self.seqlen_k)
+
+    @property
+    def kernel_score(self) -> Score:
+        """What a kernel that wants a positive scale does to its scores: a scale that is not one is a change too."""
+        structure = self.score.structure
+        if structure.change is None and not self.scale >= LEAST_SCALE:
+            return replace(structure, change=SCORE)
+        return structure
 
     @property
     def features(self) -> frozenset[str]:

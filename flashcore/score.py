@@ -12,7 +12,7 @@ import ast
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -299,6 +299,11 @@ class Score:
     def tensors(self) -> tuple[str, ...]:
         """Names of the tensors that come after q, k and v."""
         return (*(f"captured{i}" for i in range(len(self.captured))), *(("sink",) if self.sink else ()))
+
+    @property
+    def structure(self) -> Score:
+        """What a kernel is compiled for: the same for tensors of any size."""
+        return replace(self, captured=tuple((dtype, (0,) * len(shape)) for dtype, shape in self.captured))
 
     def __str__(self) -> str:
         parts = [f"score {self.change}"] if self.change is not None else []

@@ -6,11 +6,13 @@ kernel that reads a neighbour's element, a gap between rows or a row past the en
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 
 from flashcore.problem import AttentionProblem
+from flashcore.score import bind
 
 GUARD = 512  # elements of NaN before and after each tensor; keeps its base aligned to 1 KiB in half precision
 
@@ -32,6 +34,21 @@ class Case:
     scale: float | None = None
     head_dim_v: int | None = None  # None: as head_dim
     values: str = "normal"
+    window: tuple[int | None, int | None] | None = None
+    score: str | None = None  # of SCORES
+    sink: bool = False
+
+    def options(self, device: str | torch.device = "cpu") -> dict:
+        """What ``flashcore.attention`` is told besides q, k and v, and ``attention_math`` as well."""
+        generator = torch.Generator().manual_seed(1)
+        sink = torch.randn(self.heads_q, generator=generator) if self.sink else None
+        return {
+            "causal": self.causal,
+            "window": self.window,
+            "scale": self.scale,
+            "score": None if self.score is None else SCORES[self.score](self, device),
+            "sink": None if sink is None else sink.to(device, getattr(torch, self.dtype)),
+        }
 
     def inputs(
         self, device: str | torch.device = "cpu", seed: int = 0
@@ -63,9 +80,10 @@ class Case:
     ) -> AttentionProblem:
         """What ``AttentionProblem.from_tensors`` makes of the inputs."""
         one = replace(self, batch=1, seqlen_q=1, seqlen_k=1).inputs(device)  # for the device's properties
-        problem = AttentionProblem.from_tensors(
-            *one, causal=self.causal, scale=self.scale, return_lse=return_lse
-        )
+        options = self.options(device)
+        spec, _ = bind(options.pop("score"), options.pop("sink"))
+        problem = AttentionProblem.from_tensors(*one, **options, return_lse=return_lse)
+        problem = replace(problem, score=spec)
         lengths = {"batch": self.batch, "seqlen_q": self.seqlen_q, "seqlen_k": self.seqlen_k}
         return replace(problem, needs_grad=needs_grad, **lengths)
 
@@ -120,6 +138,12 @@ def _outliers(tensors: dict[str, torch.Tensor]) -> None:
     tensors["v"][:, ::17] *= 50
 
 
+def _huge(tensors: dict[str, torch.Tensor]) -> None:
+    """Scores of 10^10: their last bit is worth thousands, and one key has all the weight."""
+    tensors["q"] *= 3e4
+    tensors["k"] *= 3e4
+
+
 def _rising(tensors: dict[str, torch.Tensor]) -> None:
     """Later keys score higher, so that the running row maximum changes in every block."""
     seqlen = tensors["k"].shape[1]
@@ -127,7 +151,35 @@ def _rising(tensors: dict[str, torch.Tensor]) -> None:
     tensors["k"].abs_().mul_(torch.linspace(0.1, 4, seqlen)[:, None, None])
 
 
-VALUES = {"normal": lambda tensors: None, "large": _large, "outliers": _outliers, "rising": _rising}
+VALUES = {"normal": lambda tensors: None, "large": _large, "outliers": _outliers, "huge": _huge, "rising": _rising}
+
+def _slopes(case: Case, device: str | torch.device) -> torch.Tensor:
+    return torch.linspace(0.05, 0.5, case.heads_q, device=device)
+
+
+def _alibi(case: Case, device: str | torch.device):
+    slopes, offset = _slopes(case, device), case.seqlen_k - case.seqlen_q
+    return lambda score, batch, head, query, key: score - slopes[head] * abs(query + offset - key)
+
+
+def _bias(case: Case, device: str | torch.device):
+    generator = torch.Generator().manual_seed(2)
+    table = torch.randn(1, case.heads_q, case.seqlen_q, case.seqlen_k, generator=generator).to(device, torch.bfloat16)
+    return lambda score, batch, head, query, key: score + table[batch * 0, head, query, key]
+
+
+def _prefix(case: Case, device: str | torch.device):
+    """What is hidden by a score: the keys beyond the query, but for the first 20."""
+    return lambda score, batch, head, query, key: torch.where((key <= query) | (key < 20), score, -math.inf)
+
+
+# Written for symbols and for tensors alike.
+SCORES = {
+    "softcap": lambda case, device: lambda score, *_: 2.0 * torch.tanh(score / 2.0),
+    "alibi": _alibi,
+    "bias": _bias,
+    "prefix": _prefix,
+}
 
 # Lengths beside the tile sizes 64, 80, 96, 128, 176, 192 and 256, and far from all.
 ODD_LENGTHS = (1, 63, 64, 65, 127, 128, 129, 191, 193, 257, 511, 513)
@@ -200,6 +252,46 @@ CASES: tuple[Case, ...] = (
     Case("large_scores_causal", values="large", seqlen_q=257, seqlen_k=257, causal=True, dtype="float16"),
     Case("outliers", values="outliers", seqlen_q=129, seqlen_k=257, head_dim=128),
     Case("rising_scores", values="rising", seqlen_q=129, seqlen_k=513),
+    Case("huge_scores", values="huge", seqlen_q=256, seqlen_k=256),
+    Case("huge_scores_causal", values="huge", seqlen_q=513, seqlen_k=513, causal=True, head_dim=128),
+    Case("huge_scores_one_query", values="huge", seqlen_q=1, seqlen_k=777, heads_k=1),
+    # Windows: their edges beside tiles, without a mask and under the causal one.
+    *(
+        Case(f"window_{left}_{right}", seqlen_q=259, seqlen_k=259, heads_k=2, window=(left, right), head_dim=64)
+        for left, right in ((0, 0), (0, None), (None, 5), (63, 64), (64, 1), (65, 127), (300, 0), (128, 300))
+    ),
+    *(
+        Case(f"window_{n}_causal_d{d}", seqlen_q=513, seqlen_k=513, heads_k=1, window=(n, 0), causal=True, head_dim=d)
+        for n, d in ((0, 64), (1, 128), (79, 128), (80, 128), (127, 64), (128, 64), (129, 128), (63, 256), (64, 256),
+                     (95, 192), (1000, 128), (200, 256))
+    ),
+    Case("window_more_keys", seqlen_q=129, seqlen_k=1031, window=(100, 0), causal=True),
+    Case("window_more_queries", seqlen_q=513, seqlen_k=200, window=(64, 10)),
+    Case("window_one_query", seqlen_q=1, seqlen_k=1031, heads_q=8, heads_k=2, window=(100, 0), causal=True),
+    Case("window_few_queries", seqlen_q=4, seqlen_k=333, heads_q=2, heads_k=1, head_dim=128, window=(37, 0)),
+    Case("window_long", batch=1, seqlen_q=2053, seqlen_k=2053, heads_q=2, heads_k=2, window=(300, 0), causal=True,
+         head_dim=128),
+    Case("window_many_small_tiles", batch=16, seqlen_q=257, seqlen_k=257, heads_q=12, heads_k=12, window=(40, 0)),
+    # Scores and sinks.
+    *(
+        Case(f"{score}_d{d}", score=score, seqlen_q=200, seqlen_k=333, heads_k=2, causal=True, head_dim=d, batch=1)
+        for score in SCORES for d in (64, 128, 256)
+    ),
+    *(Case(f"{score}_one_query", score=score, seqlen_q=1, seqlen_k=333, heads_k=1) for score in SCORES),
+    Case("softcap_window_sink", score="softcap", sink=True, window=(70, 0), causal=True, seqlen_q=300, seqlen_k=300),
+    Case("alibi_full_float16", score="alibi", dtype="float16", seqlen_q=129, seqlen_k=129),
+    Case("sink", sink=True, seqlen_q=129, seqlen_k=257),
+    Case("sink_causal_d128", sink=True, causal=True, seqlen_q=257, seqlen_k=257, heads_k=1, head_dim=128),
+    Case("sink_empty_rows", sink=True, causal=True, seqlen_q=193, seqlen_k=65),
+    Case("sink_one_query", sink=True, seqlen_q=1, seqlen_k=333, heads_q=8, heads_k=2),
+    Case("sink_few_tiles", sink=True, batch=1, heads_q=2, heads_k=2, seqlen_q=64, seqlen_k=2000),
+    # Values of another head_dim.
+    *(
+        Case(f"d{d}_dv{dv}", head_dim=d, head_dim_v=dv, seqlen_q=257, seqlen_k=257, heads_k=2, causal=True)
+        for d, dv in ((192, 128), (64, 128), (64, 256), (128, 64), (256, 64), (80, 96), (72, 8), (96, 96))
+    ),
+    Case("d192_dv128_window", head_dim=192, head_dim_v=128, seqlen_q=257, seqlen_k=257, window=(100, 0), causal=True),
+    Case("d64_dv128_one_query", head_dim=64, head_dim_v=128, seqlen_q=1, seqlen_k=333, heads_k=1),
     Case("rising_scores_causal", values="rising", seqlen_q=513, seqlen_k=513, head_dim=128, causal=True),
 )  # fmt: skip
 

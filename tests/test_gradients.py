@@ -18,7 +18,7 @@ def run_torch_flash(case: Case, device: str = "cpu"):
     q, k, v = (t.to(device) for t in case.inputs())
     out, lse = attention_math(q, k, v, causal=case.causal, scale=case.scale)
     dout = torch.randn_like(out).to(device)
-    grads = gradients.torch_flash(case.problem(), q, k, v, out, lse, dout)
+    grads = gradients.torch_flash(case.problem(), q, k, v, out, lse, dout, None)
     return grads, q, k, v, dout
 
 

@@ -382,7 +382,7 @@ def test_override_backward(add_backend):
     [
         ("fake", "fake has no backward of its own yet"),
         ("torch-flash", "does not take dtype float32"),
-        ("magic", "none of fake, torch-flash, sdpa-recompute"),
+        ("magic", "none of fake, torch-flash, sdpa-recompute, reference-recompute"),
     ],
 )
 def test_override_backward_that_cannot(add_backend, no_triton, choice, message):

@@ -13,6 +13,7 @@ import flashcore
 from flashcore.errors import InvalidInputError
 from flashcore.mask import CAUSAL
 from flashcore.problem import AttentionProblem
+from flashcore.score import bind
 from tests.cases import CASES
 
 
@@ -127,10 +128,16 @@ def test_needs_lse():
     assert dataclasses.replace(problem, needs_grad=True).needs_lse
 
 
+def described(case, q, k, v):
+    options = case.options()
+    spec, extras = bind(options.pop("score"), options.pop("sink"))
+    return AttentionProblem.from_tensors(q, k, v, **options, score=spec, extras=extras)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_cases_are_described_as_validation_describes_them(case):
     q, k, v = case.inputs()
-    assert case.problem() == AttentionProblem.from_tensors(q, k, v, causal=case.causal, scale=case.scale)
+    assert case.problem() == described(case, q, k, v)
     assert case.problem().is_empty == (q.numel() == 0 or k.numel() == 0)
 
 

@@ -9,6 +9,8 @@ the same rule as the others.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 FORWARD_FACTOR = 2.0
@@ -24,23 +26,40 @@ def attention_math(
     causal: bool,
     scale: float | None,
     dtype: torch.dtype | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    score: Callable | None = None,
+    sink: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention in `dtype`, by default that of q, one textbook operation after the other. Differentiable.
 
-    :returns: out (B, Sq, Hq, Dv) and lse (B, Hq, Sq) in that dtype; a query without a key gives 0 and -inf.
+    :param score: a function of the scaled scores and of index tensors.
+    :returns: out (B, Sq, Hq, Dv) and lse (B, Hq, Sq) in that dtype; a query without a key gives 0 and -inf,
+        or its sink.
     """
     dtype = dtype or q.dtype
     seqlen_q, seqlen_k, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     q, k, v = (t.to(dtype).transpose(1, 2) for t in (q, k, v))
     k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
     scores = q @ (k * (q.shape[-1] ** -0.5 if scale is None else scale)).transpose(-1, -2)
-    if causal:
-        visible = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool, device=q.device).tril(seqlen_k - seqlen_q)
-        scores = torch.where(visible, scores, -torch.inf)
-        empty = ~visible.any(dim=1)
-    else:
-        empty = torch.full((seqlen_q,), seqlen_k == 0, device=q.device)
-    probabilities = torch.where(empty[:, None], 0.0, scores.softmax(dim=-1))
+    query, key = (torch.arange(n, device=q.device) for n in (seqlen_q, seqlen_k))
+    if score is not None:
+        batch, head = (torch.arange(n, device=q.device) for n in scores.shape[:2])
+        scores = score(scores, batch[:, None, None, None], head[:, None, None], query[:, None], key).to(dtype)
+    left, right = window or (None, None)
+    distance = key - (query[:, None] + seqlen_k - seqlen_q)  # to the right
+    hidden = torch.zeros(seqlen_q, seqlen_k, dtype=torch.bool, device=q.device)
+    if causal or right is not None:
+        hidden |= distance > (0 if causal else right)
+    if left is not None:
+        hidden |= distance < -left
+    scores = torch.where(hidden, -torch.inf, scores)
+    if sink is not None:  # one more key, whose value is 0
+        scores = torch.cat([scores, sink.to(dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], dim=-1)
+        v = torch.nn.functional.pad(v, (0, 0, 0, 1))
+    if scores.shape[-1] == 0:
+        return q.new_zeros(*q.shape[:3], v.shape[-1]).transpose(1, 2), q.new_full(q.shape[:3], -torch.inf)
+    empty = (scores == -torch.inf).all(dim=-1)
+    probabilities = torch.where(empty[..., None], 0.0, scores.softmax(dim=-1))
     lse = torch.where(empty, -torch.inf, scores.logsumexp(dim=-1))
     return (probabilities @ v).transpose(1, 2), lse
 
@@ -54,11 +73,12 @@ def assert_forward(
     *,
     causal: bool = False,
     scale: float | None = None,
+    **features,
 ) -> None:
     """Assert that `out`, and `lse` unless it is None, are attention of q, k and v."""
     with torch.no_grad():
-        exact, exact_lse = attention_math(q, k, v, causal=causal, scale=scale, dtype=torch.float64)
-        torch_out, _ = attention_math(q, k, v, causal=causal, scale=scale)
+        exact, exact_lse = attention_math(q, k, v, causal=causal, scale=scale, dtype=torch.float64, **features)
+        torch_out, _ = attention_math(q, k, v, causal=causal, scale=scale, **features)
     assert out.dtype == q.dtype, f"out is {out.dtype}, q is {q.dtype}"
     assert out.is_contiguous(), f"out has strides {out.stride()}"
     # A score's rounding error grows with the score, and moves a value's weight by as much.
@@ -82,10 +102,11 @@ def assert_gradients(
     *,
     causal: bool = False,
     scale: float | None = None,
+    **features,
 ) -> None:
     """Assert that `grads` are the gradients of attention with respect to q, k and v for the output gradient `dout`."""
-    exact = _gradients(q, k, v, dout, causal, scale, torch.float64)
-    by_torch = _gradients(q, k, v, dout, causal, scale, q.dtype)
+    exact = _gradients(q, k, v, dout, torch.float64, causal=causal, scale=scale, **features)
+    by_torch = _gradients(q, k, v, dout, q.dtype, causal=causal, scale=scale, **features)
     for name, like, grad, reference, truth in zip(
         ("dq", "dk", "dv"), (q, k, v), grads, by_torch, exact, strict=True
     ):
@@ -144,10 +165,10 @@ def assert_same_specials(result: torch.Tensor, exact: torch.Tensor, what: str) -
             )
 
 
-def _gradients(q, k, v, dout, causal, scale, dtype) -> tuple[torch.Tensor, ...]:
+def _gradients(q, k, v, dout, dtype, **options) -> tuple[torch.Tensor, ...]:
     inputs = [t.detach().to(dtype).requires_grad_() for t in (q, k, v)]
     with torch.enable_grad():
-        out, _ = attention_math(*inputs, causal=causal, scale=scale)
+        out, _ = attention_math(*inputs, **options)
     return torch.autograd.grad(out, inputs, dout.to(dtype))
 
 

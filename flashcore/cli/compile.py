@@ -64,7 +64,7 @@ def declared(head_dims: Sequence[int] | None) -> list[tuple[str, Any]]:
     forward = configs.declared_configs()
     if not head_dims:
         return forward + decode_configs.declared_configs() + gemm_configs.declared_configs()
-    wanted = {configs.padded_head_dim(head_dim) for head_dim in head_dims}
+    wanted = {configs.row_head_dim(head_dim, head_dim) for head_dim in head_dims}
     found = [(name, config) for name, config in forward if config.head_dim in wanted]
     if missing := wanted - {config.head_dim for _, config in found}:
         raise fail(f"no kernel serves head_dim {', '.join(map(str, sorted(missing)))}")

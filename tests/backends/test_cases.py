@@ -20,7 +20,7 @@ def accepted(device: str) -> list:
         if backend.unavailable() is None:
             for case in CASES:
                 problem = case.problem(device)
-                if not problem.is_empty and backend.rejects(problem) is None:
+                if not problem.is_empty and backends.refusal(name, problem) is None:
                     pairs.append(pytest.param(name, case, id=f"{name}-{case}"))
     for case in CASES:
         if case.problem(device).is_empty:
@@ -31,12 +31,12 @@ def accepted(device: str) -> list:
 def check(name: str, case: Case, device: str) -> None:
     """Run the case with poisoned outputs, with the LSE if the backend gives one, and hold it to the error rule."""
     q, k, v = case.inputs(device)
-    options = {"causal": case.causal, "scale": case.scale, "backend": name}
-    gives_lse = name == "auto" or backends.load(name).rejects(case.problem(device, return_lse=True)) is None
+    options = case.options(device)
+    gives_lse = name == "auto" or backends.refusal(name, case.problem(device, return_lse=True)) is None
     with poisoned_outputs():
-        result = flashcore.attention(q, k, v, return_lse=gives_lse, **options)
+        result = flashcore.attention(q, k, v, return_lse=gives_lse, backend=name, **options)
     out, lse = result if gives_lse else (result, None)
-    assert_forward(out, lse, q, k, v, causal=case.causal, scale=case.scale)
+    assert_forward(out, lse, q, k, v, **options)
 
 
 @pytest.mark.parametrize(("name", "case"), accepted("cpu"))

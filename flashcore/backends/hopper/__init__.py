@@ -18,12 +18,9 @@ if TYPE_CHECKING:
 
     from flashcore.backends import Run
 
-FEATURES: frozenset[str] = frozenset()
+FEATURES = frozenset({"window", "score", "sink", "head_dim_v"})
 NATIVE_GRAD = False
 HAS_BACKWARD = False
-
-# The kernel divides by the scale; below this the quotient of its rescaling threshold could overflow.
-_MIN_SCALE = 1e-20
 
 # Keys from which on it matters that the clusters of so few heads leave SMs idle (docs/log/0018).
 _FEW_HEADS_KEYS = 65536
@@ -75,14 +72,11 @@ def rejects(problem: AttentionProblem) -> str | None:
         return f"device {problem.device} with compute capability {problem.arch} is not Hopper (9, 0)"
     if problem.dtype not in ("bfloat16", "float16"):
         return f"dtype {problem.dtype} is neither bfloat16 nor float16"
-    if problem.head_dim_v != problem.head_dim:
-        return f"head_dim_v {problem.head_dim_v} differs from head_dim {problem.head_dim}"
-    if problem.head_dim > 256:
-        return f"head_dim {problem.head_dim} > 256"
-    if problem.head_dim % 8:
-        return f"head_dim {problem.head_dim} is not a multiple of 8"
-    if not problem.scale >= _MIN_SCALE:
-        return f"scale {problem.scale} is not positive (at least {_MIN_SCALE})"
+    for name, head_dim in (("head_dim", problem.head_dim), ("head_dim_v", problem.head_dim_v)):
+        if head_dim > 256:
+            return f"{name} {head_dim} > 256"
+        if head_dim % 8:
+            return f"{name} {head_dim} is not a multiple of 8"
     if problem.batch * problem.heads_q * math.ceil(problem.seqlen_q / 64) >= 2**31:
         return "more than 2^31 query tiles"
     return None
@@ -132,7 +126,8 @@ def prepare(problem: AttentionProblem, config: ForwardConfig | DecodeConfig) -> 
 
 
 def forward(
-    problem: AttentionProblem, config: ForwardConfig | DecodeConfig, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+    problem: AttentionProblem, config: ForwardConfig | DecodeConfig, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    *extras: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Output (B, Sq, Hq, D) and LSE (B, Hq, Sq); see :class:`flashcore.backends.Backend`."""
-    return prepare(problem, config)(q, k, v)
+    return prepare(problem, config)(q, k, v, *extras)

@@ -8,7 +8,14 @@ import torch
 from flashcore.backends.hopper import tma
 from flashcore.backends.hopper.configs import ForwardConfig, paired_heads
 from flashcore.backends.hopper.jit import compile_kernel
-from flashcore.backends.hopper.launch import LOG2_E, allocate, cuda_launch, current_stream
+from flashcore.backends.hopper.launch import (
+    allocate,
+    cuda_launch,
+    current_stream,
+    diagonals,
+    exponent_scale,
+    extra_arguments,
+)
 from flashcore.problem import AttentionProblem
 
 _MAX_MAPS = 1024  # tensor maps kept per operand: the caching allocator hands out the same few addresses
@@ -30,19 +37,21 @@ class ForwardLauncher:
         paired_rounds = -(-(paired // 2 * m_blocks) // self._grid)
         # The entry's parameters after the LSE pointer, in order.
         self._scalars = (
-            numpy.float32(problem.scale * LOG2_E), numpy.int32(problem.batch), numpy.int32(problem.heads_q),
+            exponent_scale(problem), numpy.int32(problem.batch), numpy.int32(problem.heads_q),
             divisor(problem.heads_q), divisor(problem.group_size), numpy.int32(problem.seqlen_q),
-            numpy.int32(problem.seqlen_k), numpy.int32(m_blocks), divisor(m_blocks), numpy.int32(paired),
-            numpy.int32(paired_rounds), divisor(max(1, heads - paired)),
+            numpy.int32(problem.seqlen_k), *diagonals(problem), numpy.int32(m_blocks), divisor(m_blocks),
+            numpy.int32(paired), numpy.int32(paired_rounds), divisor(max(1, heads - paired)),
         )  # fmt: skip
+        self._out_shape = problem.out_shape
+        self._extra_arguments = extra_arguments(problem)
         self._map_sets: dict[tuple, tuple] = {}  # all addresses and strides -> the four tensor maps
         self._maps: tuple[dict, ...] = ({}, {}, {}, {})  # of q, k, v, out: (address, strides) -> tensor map
         self._loaded: dict[int, tuple] = {}  # device index -> (cuda.core.launch, kernel, launch config)
 
     def __call__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *extras: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        out, lse, lse_address = allocate(q, self._lse_shape)
+        out, lse, lse_address = allocate(q, self._out_shape, self._lse_shape)
         key = (
             q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), q.stride(), k.stride(), v.stride(),
         )  # fmt: skip
@@ -52,7 +61,10 @@ class ForwardLauncher:
             maps, _copies = self._make_maps(key, q, k, v, out)
         device = out.device.index
         launch, kernel, launch_config = self._loaded.get(device) or self._load(device)
-        launch(current_stream(device), launch_config, kernel, *maps, lse_address, *self._scalars)
+        launch(
+            current_stream(device), launch_config, kernel, *maps, lse_address, *self._scalars,
+            *self._extra_arguments(extras),
+        )  # fmt: skip
         return out, lse
 
     def _make_maps(self, key: tuple, *tensors: torch.Tensor) -> tuple[tuple, list[torch.Tensor]]:
@@ -91,6 +103,6 @@ class ForwardLauncher:
 
 
 def divisor(d: int) -> numpy.uint64:
-    """A positive divisor below 2^31 as ``struct Divisor`` (device/attention/tiles.cuh) takes it."""
+    """A positive divisor below 2^31 as ``struct Divisor`` (device/attention/schedule.cuh) takes it."""
     shift = (d - 1).bit_length()
     return numpy.uint64(shift << 32 | (2**32 * (2**shift - d) // d + 1))

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar
 
 from flashcore.problem import AttentionProblem
+from flashcore.score import PLAIN, Score
 
 SMEM_LIMIT = 227 * 1024  # bytes of shared memory one CTA may have on sm_90
 REGISTER_FILE = 64 * 1024  # 32-bit registers of one SM
 
-_ELEMENTS = {"bfloat16": "Bf16", "float16": "Fp16"}
+ELEMENTS = {"bfloat16": "Bf16", "float16": "Fp16"}
 # Consumer warpgroups: registers per thread of (producer, consumer). One of each needs no redistribution; the others
 # redistribute what they were launched with, which is a multiple of 8 for each thread.
 _REGISTERS = {1: (255, 255), 2: (40, 232), 3: (32, 160), 4: (32, 112)}
@@ -28,7 +29,9 @@ class ForwardConfig:
 
     dtype: str  # "bfloat16" | "float16"
     head_dim: int  # of the tile, a multiple of 16; shorter heads are filled with zeros by TMA
-    causal: bool
+    head_dim_v: int  # the same of V and O
+    bounded_left: bool  # whether the mask hides keys far to the left
+    bounded_right: bool  # whether it hides keys to the right
     tile_n: int  # keys per block
     consumers: int  # consumer warpgroups, 64 query rows each
     stages: int  # ring slots, each one block of K or of V
@@ -36,6 +39,7 @@ class ForwardConfig:
     turns: bool  # warpgroups take turns at issuing matrix products
     one_tile: bool = False  # for launches with a CTA for every tile: half the code, and none of it for a second tile
     key_parts: int = 1  # 2: two warpgroups have the same 64 query rows and every other block of keys
+    score: Score = PLAIN  # what becomes of scores; without shapes
     wait_limit: int = 0  # > 0: a barrier wait traps after so many tries (development)
     why: str = field(default="", compare=False)  # the reason of the table row it came from
 
@@ -65,21 +69,33 @@ class ForwardConfig:
         return _REGISTERS[self.consumers][1]
 
     @property
+    def longest_first(self) -> bool:
+        """Whether tiles differ so much in keys that long ones are dealt out first, and with short ones."""
+        return self.bounded_right and not self.bounded_left
+
+    @property
+    def o_in_ring(self) -> bool:
+        """Whether outputs wait for the copy engine in slots of the ring, not in the Q buffers of their tiles."""
+        return self.q_buffers == 1 and not self.one_tile
+
+    @property
     def smem_bytes(self) -> int:
         """``sizeof(ForwardSmem<Config>)``, which the kernel asserts."""
-        row = -(-self.head_dim // 64) * 128  # bytes; chunks of 64 elements, the last one maybe partly used
-        q = self.q_buffers * self.tile_m * row
-        kv = self.key_parts * self.stages * self.tile_n * row
+        # Bytes; chunks of 64 elements, the last one maybe partly used.
+        row, row_v = (-(-d // 64) * 128 for d in (self.head_dim, self.head_dim_v))
+        q = self.q_buffers * self.tile_m * (row if self.o_in_ring else max(row, row_v))
+        kv = self.key_parts * self.stages * self.tile_n * max(row, row_v)
         barriers = 8 * 2 * (self.key_parts * self.stages + self.q_buffers * self.row_groups)
         return -(-(q + kv + barriers) // 1024) * 1024
 
     def infeasible(self) -> str | None:
         """Why this config cannot be a kernel; None if it can."""
         registers = 128 * (self.producer_registers + self.consumers * self.consumer_registers)
-        if self.dtype not in _ELEMENTS:
+        if self.dtype not in ELEMENTS:
             return f"dtype {self.dtype} is neither bfloat16 nor float16"
-        if self.head_dim % 16 or not 16 <= self.head_dim <= 256:
-            return f"head_dim {self.head_dim} is not a multiple of 16 up to 256"
+        for name in ("head_dim", "head_dim_v"):
+            if getattr(self, name) % 16 or not 16 <= getattr(self, name) <= 256:
+                return f"{name} {getattr(self, name)} is not a multiple of 16 up to 256"
         if self.tile_n % 16 or not 16 <= self.tile_n <= 256:
             return f"tile_n {self.tile_n} is not a multiple of 16 up to 256"
         if self.smem_bytes > SMEM_LIMIT:
@@ -90,29 +106,37 @@ class ForwardConfig:
             return "one warpgroup cannot take turns"
         if self.key_parts > 1 and not (self.one_tile and self.key_parts == self.consumers == 2):
             return "keys are shared out between the two warpgroups of a CTA with one tile"
-        if self.stages < (self.consumers + 2 if self.q_buffers == 1 and not self.one_tile else 3):
+        chunks, chunks_v = (-(-d // 64) for d in (self.head_dim, self.head_dim_v))
+        if self.o_in_ring and self.tile_n * max(chunks, chunks_v) < 64 * chunks_v:
+            return f"a slot of {self.tile_n} rows cannot hold a warpgroup's output"
+        if self.stages < (self.consumers + 2 if self.o_in_ring else 3):
             return f"{self.stages} stages cannot hold a K, a V and, with one Q buffer, every warpgroup's output"
         return None
 
     def constants(self) -> dict[str, int | bool]:
         """Name and value of every constant of the device-side ``struct Config``."""
-        derived = ("tile_m", "row_groups", "threads", "producer_registers", "consumer_registers", "smem_bytes")
-        names = [f.name for f in fields(self) if f.name not in ("dtype", "why")] + list(derived)
+        derived = (
+            "tile_m", "row_groups", "threads", "producer_registers", "consumer_registers", "longest_first",
+            "smem_bytes",
+        )  # fmt: skip
+        names = [f.name for f in fields(self) if f.name not in ("dtype", "score", "why")] + list(derived)
         return {name: getattr(self, name) for name in names}
 
     @property
     def element(self) -> str:
         """The device-side element type."""
-        return _ELEMENTS[self.dtype]
+        return ELEMENTS[self.dtype]
 
     def __str__(self) -> str:
-        mask = "causal" if self.causal else "full"
+        mask = "window" if self.bounded_left else "causal" if self.bounded_right else "full"
+        head_dims = str(self.head_dim) + (f"/{self.head_dim_v}" if self.head_dim_v != self.head_dim else "")
         return (
-            f"{self.dtype} head_dim {self.head_dim} {mask}: tile {self.tile_m} x {self.tile_n}, "
+            f"{self.dtype} head_dim {head_dims} {mask}: tile {self.tile_m} x {self.tile_n}, "
             f"{self.consumers} consumer warpgroups, {self.stages} stages, {self.q_buffers} Q buffers"
             + (", turns" if self.turns else "")
             + (", one tile a CTA" if self.one_tile else "")
             + (", keys in two parts" if self.key_parts == 2 else "")
+            + (f", {self.score}" if self.score != PLAIN else "")
         )
 
 
@@ -130,13 +154,26 @@ class ForwardRow:
     why: str
     key_parts: int = 1  # 2: only for launches with a CTA for every tile
 
-    def config(self, dtype: str, causal: bool, one_tile: bool = False) -> ForwardConfig:
+    def config(
+        self, dtype: str, causal: bool = False, one_tile: bool = False, *, window: bool = False,
+        head_dims: tuple[int, int] | None = None, score: Score = PLAIN,
+    ) -> ForwardConfig:  # fmt: skip
+        """The variant with these facts. Values wider than the row's heads leave fewer buffers and stages."""
+        head_dim, head_dim_v = head_dims or (self.head_dim, self.head_dim)
         one_tile = one_tile or self.key_parts > 1
-        return ForwardConfig(
-            dtype, self.head_dim, causal, self.tile_n, self.consumers, self.stages, 1 if one_tile else self.q_buffers,
-            self.turns, one_tile, self.key_parts, why=self.why,
+        config = ForwardConfig(
+            dtype, head_dim, head_dim_v, window, causal, self.tile_n, self.consumers, self.stages,
+            1 if one_tile else self.q_buffers, self.turns, one_tile, self.key_parts, score, why=self.why,
         )  # fmt: skip
+        while config.smem_bytes > SMEM_LIMIT and config.q_buffers > 1:
+            config = replace(config, q_buffers=config.q_buffers - 1)
+        while config.smem_bytes > SMEM_LIMIT and config.stages > 3:
+            config = replace(config, stages=config.stages - 1)
+        return config
 
+
+# What the ends of a tile in a window cost, in blocks.
+_EXPOSED_BLOCKS = 1
 
 _TWO_PARTS = "64 rows put the most SMs to work, and two warpgroups share their keys"
 
@@ -156,39 +193,55 @@ FORWARD_TABLE: tuple[ForwardRow, ...] = (
 )  # fmt: skip
 
 
-def padded_head_dim(head_dim: int) -> int:
-    """The tile's head_dim for a problem's head_dim: the next multiple of 64."""
-    return -(-head_dim // 64) * 64
+def row_head_dim(head_dim: int, head_dim_v: int) -> int:
+    """The head_dim of the rows that serve a problem: the next multiple of 64."""
+    return -(-max(head_dim, head_dim_v) // 64) * 64
+
+
+def tile_head_dim(head_dim: int) -> int:
+    """The head_dim of a tile: the next multiple of 16, what a matrix product reduces at a time."""
+    return -(-head_dim // 16) * 16
 
 
 def choose_forward(problem: AttentionProblem) -> ForwardConfig:
     """The config for a problem that the backend accepts: that of the row with the least work for its busiest CTA."""
     best, best_time = None, math.inf
+    visible = problem.visible
+    facts = dict(
+        window=visible.bounded_left,
+        head_dims=(tile_head_dim(problem.head_dim), tile_head_dim(problem.head_dim_v)),
+        score=problem.kernel_score,
+    )
     for row in FORWARD_TABLE:
-        if row.head_dim != padded_head_dim(problem.head_dim):
+        if row.head_dim != row_head_dim(problem.head_dim, problem.head_dim_v):
             continue
-        config = row.config(problem.dtype, problem.causal)
+        config = row.config(problem.dtype, visible.bounded_right, **facts)
+        if config.infeasible() is not None:
+            continue
         tiles = -(-problem.seqlen_q // config.tile_m) * problem.batch * problem.heads_q
         if config.one_tile and tiles > problem.sm_count:
             continue
         blocks = -(-max(blocks_per_cta(config, problem)) // config.key_parts)
         time = blocks * config.tile_n * 64 * config.consumers * row.weight
         if time < best_time:
-            best = row.config(problem.dtype, problem.causal, one_tile=tiles <= problem.sm_count)
+            best = row.config(problem.dtype, visible.bounded_right, one_tile=tiles <= problem.sm_count, **facts)
             best_time = time
     if best is None:
-        raise LookupError(f"no row of FORWARD_TABLE has head_dim {padded_head_dim(problem.head_dim)}")
+        raise LookupError(f"no row of FORWARD_TABLE serves head_dim {problem.head_dim}, {problem.head_dim_v}")
     return best
 
 
 def tile_blocks(config: ForwardConfig, problem: AttentionProblem) -> list[int]:
     """Key blocks of a head's tiles (``TileScheduler::set``)."""
+    visible, blocks = problem.visible, []
     m_blocks = -(-problem.seqlen_q // config.tile_m)
-    if not config.causal:
-        return [-(-problem.seqlen_k // config.tile_n)] * m_blocks
-    end = -(-problem.seqlen_q // 64) * 64 + problem.seqlen_k - problem.seqlen_q  # keys that the last tile reaches
-    keys = [min(problem.seqlen_k, end - (m_blocks - 1 - m) * config.tile_m) for m in range(m_blocks)]
-    return [max(1, -(-n // config.tile_n)) for n in keys]
+    # With a right bound the tiles end with the last row.
+    first_row = -(-problem.seqlen_q // 64) * 64 - m_blocks * config.tile_m if config.bounded_right else 0
+    for row in range(first_row, first_row + m_blocks * config.tile_m, config.tile_m):
+        end = max(1, -(-visible.end(row + config.tile_m - 1) // config.tile_n))
+        begin = min(visible.begin(row) // config.tile_n if config.bounded_left else 0, end - 1)
+        blocks.append(end - begin)
+    return blocks
 
 
 def blocks_per_cta(config: ForwardConfig, problem: AttentionProblem) -> list[float]:
@@ -196,7 +249,9 @@ def blocks_per_cta(config: ForwardConfig, problem: AttentionProblem) -> list[flo
     blocks, heads = tile_blocks(config, problem), problem.batch * problem.heads_q
     m_blocks, tiles = len(blocks), len(blocks) * problem.batch * problem.heads_q
     ctas = min(tiles, problem.sm_count)
-    if not config.causal:
+    if config.bounded_left:  # each tile for itself: its first product of scores and its last one of values hide nothing
+        return [-(-(tiles - cta) // ctas) * (max(blocks) + _EXPOSED_BLOCKS) for cta in range(ctas)]
+    if not config.longest_first:
         return [-(-(tiles - cta) // ctas) * blocks[0] for cta in range(ctas)]
     if tiles > 32 * ctas:
         return [sum(blocks) * heads / ctas] * ctas
@@ -209,7 +264,7 @@ def paired_heads(config: ForwardConfig, problem: AttentionProblem, ctas: int) ->
 
     As many as fill whole rounds of units over the CTAs but one; the tiles of the rest even out the ends.
     """
-    if not config.causal:
+    if not config.longest_first:
         return 0
     m_blocks = -(-problem.seqlen_q // config.tile_m)
     heads = problem.batch * problem.heads_q
@@ -236,12 +291,16 @@ def deal_tiles(m_blocks: int, heads: int, paired: int, ctas: int, cta: int) -> l
 
 
 def declared_configs() -> list[tuple[str, ForwardConfig]]:
-    """Every variant that :func:`choose_forward` can return, with a name."""
+    """Every variant of plain scores that :func:`choose_forward` can return for head_dims of the table, with a name.
+
+    Those of other head_dims and scores are compiled when they are met.
+    """
     configs = []
-    for row, causal, one_tile, dtype in itertools.product(FORWARD_TABLE, (False, True), (False, True), _ELEMENTS):
-        config = row.config(dtype, causal, one_tile)
+    masks = {"full": (False, False), "causal": (True, False), "window": (True, True)}
+    for row, mask, one_tile, dtype in itertools.product(FORWARD_TABLE, masks, (False, True), ELEMENTS):
+        causal, window = masks[mask]
+        config = row.config(dtype, causal, one_tile, window=window)
         if config.one_tile == one_tile:
             kind = "-two-parts" if config.key_parts > 1 else "-one-tile" if one_tile else ""
-            mask = "causal" if causal else "full"
             configs.append((f"forward-{row.head_dim}-{row.consumers}x{row.tile_n}-{mask}{kind}-{dtype}", config))
     return configs

@@ -8,7 +8,14 @@ import torch
 from flashcore.backends.hopper import tma
 from flashcore.backends.hopper.decode_configs import DecodeConfig
 from flashcore.backends.hopper.jit import compile_kernel
-from flashcore.backends.hopper.launch import LOG2_E, allocate, cuda_launch, current_stream
+from flashcore.backends.hopper.launch import (
+    allocate,
+    cuda_launch,
+    current_stream,
+    diagonals,
+    exponent_scale,
+    extra_arguments,
+)
 from flashcore.problem import AttentionProblem
 
 
@@ -22,17 +29,19 @@ class DecodeLauncher:
         self._clusters = problem.batch * problem.heads_k
         # The entry's parameters after the strides, in order.
         self._scalars = (
-            numpy.float32(problem.scale * LOG2_E), numpy.int32(problem.heads_k), numpy.int32(problem.group_size),
-            numpy.int32(problem.seqlen_q), numpy.int32(problem.seqlen_k), numpy.int32(problem.causal),
+            exponent_scale(problem), numpy.int32(problem.heads_k), numpy.int32(problem.group_size),
+            numpy.int32(problem.seqlen_q), numpy.int32(problem.seqlen_k), *diagonals(problem),
         )  # fmt: skip
+        self._out_shape = problem.out_shape
+        self._extra_arguments = extra_arguments(problem)
         # Strides that the kernel can read: of q, k and v -> the entry's parameters, (batch, row, head) of each.
         self._strides: dict[tuple, tuple[int, ...]] = {}
         self._loaded: dict[int, tuple] = {}  # device index -> (cuda.core.launch, kernel, launch config)
 
     def __call__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *extras: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        out, lse, lse_address = allocate(q, self._lse_shape)
+        out, lse, lse_address = allocate(q, self._out_shape, self._lse_shape)
         addresses = q.data_ptr(), k.data_ptr(), v.data_ptr()
         strides = self._strides.get((q.stride(), k.stride(), v.stride()))
         if strides is None or (addresses[0] | addresses[1] | addresses[2]) % tma.ALIGNMENT:
@@ -44,7 +53,7 @@ class DecodeLauncher:
         launch, kernel, launch_config = self._loaded.get(device) or self._load(device)
         launch(
             current_stream(device), launch_config, kernel, *addresses, out.data_ptr(), lse_address, *strides,
-            *self._scalars,
+            *self._scalars, *self._extra_arguments(extras),
         )  # fmt: skip
         return out, lse
 

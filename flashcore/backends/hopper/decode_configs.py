@@ -10,8 +10,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from flashcore.backends.hopper.configs import _ELEMENTS
+from flashcore.backends.hopper.configs import ELEMENTS
 from flashcore.problem import AttentionProblem
+from flashcore.score import PLAIN, Score
 
 MAX_ROWS = 8  # queries x heads of a group
 MAX_HEAD_DIM = 128
@@ -29,7 +30,9 @@ class DecodeConfig:
 
     dtype: str  # "bfloat16" | "float16"
     head_dim: int  # the problem's own
+    head_dim_v: int
     cluster: int = 1  # CTAs that share the keys of a head; the launch's business, not the kernel's
+    score: Score = PLAIN  # what becomes of scores; without shapes
     why: str = field(default="", compare=False)
 
     source: ClassVar[str] = "attention/decode_sm90.cuh"
@@ -49,7 +52,7 @@ class DecodeConfig:
     def smem_bytes(self) -> int:
         """``sizeof(DecodeSmem<Config>)``, which the kernel asserts."""
         q = -(-self.head_dim // 32) * 32 * 16
-        of_a_row = 1 + self.warps * (self.head_dim + 4) + 2 * (self.warps + 1)
+        of_a_row = 2 + self.warps * (self.head_dim_v + 4) + 2 * (self.warps + 1)
         return q + 4 * MAX_ROWS * of_a_row
 
     @property
@@ -59,32 +62,36 @@ class DecodeConfig:
 
     def constants(self) -> dict[str, int | bool]:
         """Name and value of every constant of the device-side ``struct Config``."""
-        return {name: getattr(self, name) for name in ("head_dim", "warps", "threads", "smem_bytes")}
+        return {name: getattr(self, name) for name in ("head_dim", "head_dim_v", "warps", "threads", "smem_bytes")}
 
     @property
     def element(self) -> str:
         """The device-side element type."""
-        return _ELEMENTS[self.dtype]
+        return ELEMENTS[self.dtype]
 
     def __str__(self) -> str:
         shared = "" if self.cluster == 1 else f", its keys shared out among {self.cluster} CTAs"
-        return f"{self.dtype} head_dim {self.head_dim}: up to {MAX_ROWS} rows of a key head packed{shared}"
+        head_dims = str(self.head_dim) + (f"/{self.head_dim_v}" if self.head_dim_v != self.head_dim else "")
+        score = f", {self.score}" if self.score != PLAIN else ""
+        return f"{self.dtype} head_dim {head_dims}{score}: up to {MAX_ROWS} rows of a key head packed{shared}"
 
 
 def choose_decode(problem: AttentionProblem) -> DecodeConfig | None:
     """The config for a problem that the backend accepts; None where it is not for this kernel."""
     rows = problem.seqlen_q * problem.group_size
-    if rows > MAX_ROWS or problem.head_dim > MAX_HEAD_DIM:
+    if rows > MAX_ROWS or max(problem.head_dim, problem.head_dim_v) > MAX_HEAD_DIM:
         return None
     why = f"{rows} rows for each key head: time is what reading the keys takes"
-    return DecodeConfig(problem.dtype, problem.head_dim, choose_cluster(problem), why)
+    head_dims = problem.head_dim, problem.head_dim_v
+    return DecodeConfig(problem.dtype, *head_dims, choose_cluster(problem), problem.kernel_score, why)
 
 
 def choose_cluster(problem: AttentionProblem) -> int:
     """The size of clusters with which the busiest SM is done first."""
     # A CTA that has an SM for itself reads as fast as two together, unless its heads are short and it asks for little.
     slots = problem.sm_count * (2 if problem.head_dim <= 64 else 1)
-    blocks = -(-problem.seqlen_k // _BLOCK_N)
+    begin, end = problem.visible.kv_range(0, problem.seqlen_q)
+    blocks = -(-end // _BLOCK_N) - begin // _BLOCK_N
 
     def time(cluster: int) -> int:
         ctas = problem.batch * problem.heads_k * cluster
@@ -97,7 +104,7 @@ def choose_cluster(problem: AttentionProblem) -> int:
 def declared_configs(head_dims: Iterable[int] = (64, 96, 128)) -> list[tuple[str, DecodeConfig]]:
     """The variants for these head_dims, with a name. Those of other ones are compiled when they are met."""
     return [
-        (f"decode-{head_dim}-{dtype}", DecodeConfig(dtype, head_dim))
-        for head_dim, dtype in itertools.product(head_dims, _ELEMENTS)
+        (f"decode-{head_dim}-{dtype}", DecodeConfig(dtype, head_dim, head_dim))
+        for head_dim, dtype in itertools.product(head_dims, ELEMENTS)
         if head_dim <= MAX_HEAD_DIM
     ]

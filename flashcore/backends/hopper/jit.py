@@ -18,7 +18,9 @@ from typing import Any, Protocol
 
 import flashcore
 from flashcore import disk, env
+from flashcore.backends.hopper.configs import ELEMENTS
 from flashcore.errors import CompileError
+from flashcore.score import Score
 
 DEVICE_SOURCES = Path(flashcore.__file__).parent / "device"
 ARCH = "sm_90a"  # wgmma and setmaxnreg exist for exactly this target
@@ -87,7 +89,9 @@ class CompiledKernel:
 @functools.cache
 def _flatten(path: str) -> str:
     """A device source with its includes pasted in, each file once, so that the text alone decides the cubin."""
-    seen = {DEVICE_SOURCES / "ptx/types.cuh"} if path != "ptx/types.cuh" else set()  # precedes every kernel file
+    # These precede every kernel file, or those of attention: a printed score needs their functions.
+    before = ("ptx/types.cuh", "ptx/math.cuh") if path.startswith("attention/") else ("ptx/types.cuh",)
+    seen = {DEVICE_SOURCES / one for one in before if one != path}
 
     def paste(file: Path) -> str:
         if file in seen:
@@ -106,19 +110,70 @@ def _flatten(path: str) -> str:
     return paste((DEVICE_SOURCES / path).resolve())
 
 
+def score_source(score: Score) -> str:
+    """``struct Score`` and what a kernel's entry needs to make one (device/attention/score.cuh)."""
+    members: list[tuple[str, str]] = []  # type and name; the entry's parameters for it
+    functions, floats, change = [], "", "s"
+    if score.change is not None:
+        members.append(("float", "scale"))
+        used = [name for name in ("batch", "head", "offset") if name in score.change.names]
+        floats = " ".join(f"[[maybe_unused]] const float {name}_f = float({name});" for name in used)
+        floats += " const float score = s * scale;"
+        change = score.change.print("cuda")
+    functions.append(f"""\
+  __forceinline__ float apply(float s, int batch, int head, int query, int key, float query_f, float key_f,
+                              int offset) const {{
+    {floats}
+    return {change};
+  }}""")
+    for slot, (dtype, shape) in enumerate(score.captured):
+        name, dims = f"captured{slot}", range(len(shape))
+        members.append((f"const {_memory_type(dtype)}*", f"{name}_data"))
+        members += [("u64", f"{name}_stride{d}") for d in dims] + [("int", f"{name}_size{d}") for d in dims]
+        at = " + ".join(f"u64(min(max(i{d}, 0), {name}_size{d} - 1)) * {name}_stride{d}" for d in dims)
+        functions.append(f"""\
+  __forceinline__ float {name}({", ".join(f"int i{d}" for d in dims)}) const {{
+    return {_load(dtype, f"{name}_data[{at}]")};
+  }}""")
+    sink = "negative_infinity()"
+    if score.sink is not None:
+        members.append((f"const {_memory_type(score.sink)}*", "sinks"))
+        sink = _load(score.sink, "sinks[head]")
+    functions.append(f"  __forceinline__ float sink(int head) const {{ return {sink}; }}")
+    body = "\n".join([*(f"  {kind} {name};" for kind, name in members), *functions])
+    return f"""\
+struct Score {{
+  static constexpr bool plain = {str(score.change is None).lower()};
+  static constexpr bool has_sink = {str(score.sink is not None).lower()};
+{body}
+}};
+#define SCORE_PARAMETERS {"".join(f", {kind} {name}" for kind, name in members)}
+#define SCORE_VALUE {{{", ".join(name for _, name in members)}}}
+"""
+
+
+def _memory_type(dtype: str) -> str:
+    return "float" if dtype == "float32" else "u16"
+
+
+def _load(dtype: str, value: str) -> str:
+    return value if dtype == "float32" else f"widen<{ELEMENTS[dtype]}>({value})"
+
+
 def kernel_source(config: KernelConfig) -> str:
-    """The complete translation unit of a variant: the config as a struct, then the kernel file."""
+    """The complete translation unit of a variant: the config as a struct, its score, then the kernel file."""
     constants = "\n".join(
         f"  static constexpr {'bool' if isinstance(value, bool) else 'int'} {name} = {str(value).lower()};"
         for name, value in config.constants().items()
     )
+    score = f'{_flatten("ptx/math.cuh")}\n{score_source(config.score)}' if hasattr(config, "score") else ""
     return f"""\
 {_flatten("ptx/types.cuh")}
 struct Config {{
   using Element = {config.element};
 {constants}
 }};
-{_flatten(config.source)}
+{score}{_flatten(config.source)}
 """
 
 

@@ -5,18 +5,59 @@ from __future__ import annotations
 import functools
 import math
 import threading
+from collections.abc import Callable
 
+import numpy
 import torch
+
+from flashcore.problem import AttentionProblem
+from flashcore.score import PLAIN
 
 LOG2_E = 1 / math.log(2)
 
 
+def exponent_scale(problem: AttentionProblem) -> numpy.float32:
+    """What a kernel multiplies scores with in the exponent: of changed ones, their scale is applied already."""
+    return numpy.float32(LOG2_E if problem.kernel_score.change is not None else problem.scale * LOG2_E)
+
+
+def diagonals(problem: AttentionProblem) -> tuple[numpy.int32, numpy.int32]:
+    """``left`` and ``right`` of device/attention/mask.cuh. Where there is no bound: beyond all keys."""
+    mask, offset = problem.mask, problem.visible.offset
+    left = -problem.seqlen_q if mask.left is None else max(offset - mask.left, -problem.seqlen_q)
+    right = offset + problem.seqlen_q if mask.right is None else min(offset + mask.right, offset + problem.seqlen_q)
+    return numpy.int32(left), numpy.int32(min(right, 2**31 - 2**20))
+
+
+def extra_arguments(problem: AttentionProblem) -> Callable[[tuple[torch.Tensor, ...]], tuple]:
+    """From the tensors that the problem's score brings to the entry's SCORE_PARAMETERS (``jit.score_source``)."""
+    score = problem.kernel_score
+    if score == PLAIN:
+        return lambda extras: ()
+    scale = () if score.change is None else (numpy.float32(problem.scale),)
+
+    def arguments(extras: tuple[torch.Tensor, ...]) -> tuple:
+        found = list(scale)
+        for name, tensor in zip(score.tensors, extras, strict=True):
+            if name == "sink":
+                found.append((tensor if tensor.stride(0) == 1 else tensor.contiguous()).data_ptr())
+            else:
+                found += [tensor.data_ptr(), *map(numpy.uint64, tensor.stride()), *map(numpy.int32, tensor.shape)]
+        return tuple(found)
+
+    return arguments
+
+
 def allocate(
-    q: torch.Tensor, lse_shape: tuple[int, ...] | None
+    q: torch.Tensor, out_shape: tuple[int, ...], lse_shape: tuple[int, ...] | None
 ) -> tuple[torch.Tensor, torch.Tensor | None, int]:
     """A forward's output, contiguous; its LSE if that has a shape; and the LSE's address, or 0."""
-    # empty_like() is faster without a memory format, and then keeps the strides.
-    out = torch.empty_like(q) if q.is_contiguous() else torch.empty_like(q, memory_format=torch.contiguous_format)
+    if q.shape != out_shape:
+        out = q.new_empty(out_shape)
+    elif q.is_contiguous():  # empty_like() is faster without a memory format, and then keeps the strides
+        out = torch.empty_like(q)
+    else:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if lse_shape is None:
         return out, None, 0
     lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device)

@@ -2,9 +2,9 @@
 //
 // COMPUTES  O = softmax(scale * Q K^T + mask) V and LSE = ln(sum(exp(scale * Q K^T + mask))) per row.
 //   Q, O (batch, seqlen_q, heads_q, d), K, V (batch, seqlen_k, heads_k, d), 16 bit, O contiguous, the others with any
-//   strides that are multiples of 16 bytes; LSE (batch, heads_q, seqlen_q) fp32. Mask: none, or causal aligned to the
-//   bottom right. The rows of a key head are its queries times the heads of its group: seqlen_q * heads_q / heads_k.
-//   Not handled: more than 8 rows, scale <= 0, d % 8 != 0, d > 128, d of V != d of Q.
+//   strides that are multiples of 16 bytes; LSE (batch, heads_q, seqlen_q) fp32. Mask: two diagonals (mask.cuh); keys
+//   that no row sees are not read. Scores may be changed, and sinks join the sums (score.cuh). The rows of a key head are its queries times the heads of its group: seqlen_q * heads_q / heads_k.
+//   V and O may have another d. Not handled: more than 8 rows, d % 8 != 0, d > 128.
 //
 // GRID  One cluster of CTAs for each key head of each batch entry; a launch chooses its size, up to 16. The blocks of 16
 //   keys are dealt out in turn to all warps of the cluster. No tensor maps: a cache that grows by a key with every call
@@ -22,7 +22,7 @@
 //   CTAs of 8 warps. K and V of the next block are asked for as soon as the products have read this one's: 4 to 8 KB are
 //   under way for each warp. Memory needs about 32 KB for each SM (bandwidth x latency).
 //
-// SHARED MEMORY (DecodeSmem), bytes at head_dim 128: q 2,048, as fragments; visible 32; o[warps][rows][head_dim + 4]
+// SHARED MEMORY (DecodeSmem), bytes at head_dim 128: q 2,048, as fragments; begin, end 64; o[warps][rows][head_dim + 4]
 //   33,792 and the maxima and sums, 576, at the end.
 //
 // NUMERICS  S, O and the sums are fp32, P is rounded to 16 bit, O once at the end. Each warp has its own running maximum;
@@ -37,6 +37,8 @@
 #include "../ptx/math.cuh"
 #include "../ptx/mma.cuh"
 #include "../ptx/stream.cuh"
+#include "mask.cuh"
+#include "score.cuh"
 
 struct Operand {  // (seqlen, heads, d) of a batch entry, strides in elements
   const u16* data;
@@ -47,19 +49,19 @@ struct DecodeParams {
   Operand q, k, v;
   u16* out;
   float* lse;        // may be null
-  float scale_log2;  // softmax scale * log2(e), > 0
-  int heads_k, group_size, seqlen_q, seqlen_k;
-  bool causal;
+  float scale_log2;  // softmax scale * log2(e), > 0; of changed scores log2(e)
+  Score score;
+  int heads_k, group_size, seqlen_q;
+  Mask<true, true> mask;
 
   __forceinline__ int rows() const { return seqlen_q * group_size; }  // of a key head
-  __forceinline__ int visible(int query) const { return causal ? seqlen_k - seqlen_q + query + 1 : seqlen_k; }
 };
 
 template <class Config> struct DecodeSmem {
   static constexpr int rows = 8;
   u32 q[(Config::head_dim + 31) / 32][32][4];  // as fragments: [32 elements][lane]
-  int visible[rows];  // keys that a row sees: the first so many
-  alignas(16) float o[Config::warps][rows][Config::head_dim + 4];  // of each warp; then, in the first, of the CTA
+  int begin[rows], end[rows];  // keys that a row sees
+  alignas(16) float o[Config::warps][rows][Config::head_dim_v + 4];  // of each warp; then, in the first, of the CTA
   float m[Config::warps + 1][rows], l[Config::warps + 1][rows];    // the last: of the CTA
 };
 
@@ -68,13 +70,15 @@ template <class Config> struct DecodeKernel {
   using Element = typename Config::Element;
 
   static constexpr int head_dim = Config::head_dim;
+  static constexpr int head_dim_v = Config::head_dim_v;
   static constexpr int warps = Config::warps;
   static constexpr int rows = Smem::rows;
   static constexpr int block_n = 16;
   static constexpr int k_chunks = (head_dim + 31) / 32;  // 32 elements of the head: two steps of a product
-  static constexpr int v_chunks = (head_dim + 63) / 64;  // 64 elements: four products' rows
+  static constexpr int v_chunks = (head_dim_v + 63) / 64;  // 64 elements: four products' rows
   static_assert(sizeof(Smem) == Config::smem_bytes, "the host and the kernel disagree on shared memory");
   static_assert(head_dim % 8 == 0 && head_dim <= 128 && k_chunks <= warps);
+  static_assert(head_dim_v % 8 == 0 && head_dim_v <= 128);
 
   Smem& smem;
   const DecodeParams& params;
@@ -93,7 +97,7 @@ template <class Config> struct DecodeKernel {
   __forceinline__ void load_k(KFragment& f, int block) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int key = min(block * block_n + g + 8 * half, params.seqlen_k - 1);
+      const int key = min(block * block_n + g + 8 * half, params.mask.seqlen_k - 1);
       const u16* row = params.k.data + u64(key) * params.k.row_stride + 8 * t;
 #pragma unroll
       for (int c = 0; c < k_chunks; ++c)
@@ -106,11 +110,11 @@ template <class Config> struct DecodeKernel {
   __forceinline__ void load_v(VFragment& f, int block) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int key = min(v_key(block, i), params.seqlen_k - 1);
+      const int key = min(v_key(block, i), params.mask.seqlen_k - 1);
       const u16* row = params.v.data + u64(key) * params.v.row_stride + 8 * g;
 #pragma unroll
       for (int c = 0; c < v_chunks; ++c)
-        if (64 * c + 64 <= head_dim || 64 * c + 8 * g < head_dim) load_once_v4(f.r[i][c], row + 64 * c);
+        if (64 * c + 64 <= head_dim_v || 64 * c + 8 * g < head_dim_v) load_once_v4(f.r[i][c], row + 64 * c);
     }
   }
 
@@ -118,7 +122,7 @@ template <class Config> struct DecodeKernel {
   __forceinline__ void clear_tail(VFragment& f, int block) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      if (v_key(block, i) >= params.seqlen_k)
+      if (v_key(block, i) >= params.mask.seqlen_k)
 #pragma unroll
         for (int c = 0; c < v_chunks; ++c) f.r[i][c][0] = f.r[i][c][1] = f.r[i][c][2] = f.r[i][c][3] = 0;
   }
@@ -131,16 +135,21 @@ template <class Config> struct DecodeKernel {
       load_once_v4(q, params.q.data + query * params.q.row_stride +
                           (kv_head * params.group_size + row % params.group_size) * params.q.head_stride + 32 * c + 8 * t);
     *reinterpret_cast<uint4*>(smem.q[c][4 * g + t]) = make_uint4(q[0], q[1], q[2], q[3]);
-    if (c == 0 && t == 0) smem.visible[row] = params.visible(query);
+    if (c == 0 && t == 0) {
+      smem.begin[row] = params.mask.begin(query);
+      smem.end[row] = params.mask.end(query);
+    }
   }
 
-  // The warp's blocks are first, first + step, ...
+  // The warp's blocks are the first-th of those that some row sees, and every step-th from there.
   __forceinline__ void run(int first, int step) {
     KFragment k{};
     VFragment v{};
     float o[v_chunks][4][4] = {};  // O^T: elements 64 c + 8 g + 2 j + {0, 1} x rows 2 t + {0, 1}
     float m[2] = {negative_infinity(), negative_infinity()}, l[2] = {};  // of these rows; l: of this lane's keys
-    const int blocks = (params.seqlen_k + block_n - 1) / block_n;
+    const int last_query = params.seqlen_q - 1;
+    const int blocks = (params.mask.end(last_query) + block_n - 1) / block_n;
+    first += params.mask.begin(0) / block_n;
     if (first < blocks) {
       load_k(k, first);
       load_v(v, first);
@@ -160,7 +169,9 @@ template <class Config> struct DecodeKernel {
           mma_16x8x16<Element>(s, k.r[0][c][i], k.r[1][c][i], k.r[0][c][i + 1], k.r[1][c][i + 1], q[i], q[i + 1]);
       }
       if (block + step < blocks) load_k(k, block + step);
-      if ((block + 1) * block_n > params.visible(0)) mask(s, block * block_n);
+      if constexpr (!Score::plain) change(s, block * block_n);
+      if ((block + 1) * block_n > params.mask.end(0) || block * block_n < params.mask.begin(last_query))
+        mask(s, block * block_n);
 
       float rescale[2];
 #pragma unroll
@@ -170,11 +181,10 @@ template <class Config> struct DecodeKernel {
         top = fmaxf(top, __shfl_xor_sync(full_warp, top, 8));
         top = fmaxf(top, __shfl_xor_sync(full_warp, top, 16));
         top = fmaxf(top, m[i]);
-        const float bias = offset(top);
-        rescale[i] = exp2_approx(scaled(m[i]) - bias);
+        rescale[i] = relative(m[i], top);
         m[i] = top;
-        s[i] = exp2_approx(s[i] * params.scale_log2 - bias);
-        s[i + 2] = exp2_approx(s[i + 2] * params.scale_log2 - bias);
+        s[i] = relative(s[i], top);
+        s[i + 2] = relative(s[i + 2], top);
         l[i] = l[i] * rescale[i] + s[i] + s[i + 2];
       }
       if (__any_sync(full_warp, rescale[0] != 1 || rescale[1] != 1))
@@ -185,7 +195,7 @@ template <class Config> struct DecodeKernel {
 #pragma unroll
             for (int i = 0; i < 4; ++i) o[c][j][i] *= rescale[i % 2];
 
-      if ((block + 1) * block_n > params.seqlen_k) clear_tail(v, block);
+      if ((block + 1) * block_n > params.mask.seqlen_k) clear_tail(v, block);
       // P^T as the second operand: row g, keys 2 t + {0, 1} and + 8.
       const u32 p0 = transpose_8x8(pack2<Element>(s[0], s[1])), p1 = transpose_8x8(pack2<Element>(s[2], s[3]));
 #pragma unroll
@@ -200,17 +210,27 @@ template <class Config> struct DecodeKernel {
     leave(o, m, l);
   }
 
-  // A maximum in units of the exponent, rounded: what a partial result refers to. Fused into a subtraction the product
-  // would not be rounded, and an unchanged maximum would give a factor beside 1, once for each block.
-  __forceinline__ float scaled(float top) const { return __fmul_rn(top, params.scale_log2); }
+  // The exponential of a score, relative to a maximum: exactly 1 of the maximum itself, however large. A maximum of -inf:
+  // no key yet, and 0 of everything.
+  __forceinline__ float relative(float score, float top) const {
+    return exp2_approx((score - (top == negative_infinity() ? 0 : top)) * params.scale_log2);
+  }
 
-  // What is subtracted from scaled scores so that the largest becomes 0. A maximum of -inf: no key yet, subtract nothing.
-  __forceinline__ float offset(float top) const { return top == negative_infinity() ? 0 : scaled(top); }
+  __forceinline__ void change(float (&s)[4], int first_key) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = 2 * t + i % 2, query = row / params.group_size, key = first_key + g + i / 2 * 8;
+      s[i] = params.score.apply(s[i], batch, kv_head * params.group_size + row % params.group_size, query, key,
+                                float(query), float(key), params.mask.seqlen_k - params.seqlen_q);
+    }
+  }
 
   __forceinline__ void mask(float (&s)[4], int first_key) const {
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (first_key + g + i / 2 * 8 >= smem.visible[2 * t + i % 2]) s[i] = negative_infinity();
+    for (int i = 0; i < 4; ++i) {
+      const int row = 2 * t + i % 2, key = first_key + g + i / 2 * 8;
+      if (key < smem.begin[row] || key >= smem.end[row]) s[i] = negative_infinity();
+    }
   }
 
   // The warp's partial result to shared memory.
@@ -228,7 +248,7 @@ template <class Config> struct DecodeKernel {
       }
 #pragma unroll
       for (int c = 0; c < v_chunks; ++c)
-        if (64 * c + 8 * g < head_dim)
+        if (64 * c + 8 * g < head_dim_v)
 #pragma unroll
           for (int j = 0; j < 4; j += 2)
             *reinterpret_cast<float4*>(&smem.o[warp][row][64 * c + 8 * g + 2 * j]) =
@@ -252,11 +272,10 @@ template <class Config> struct DecodeKernel {
     Sum sum{negative_infinity()};
 #pragma unroll
     for (int w = 0; w < warps; ++w) sum.m = fmaxf(sum.m, smem.m[w][row]);
-    const float bias = offset(sum.m);
 #pragma unroll
     for (int w = 0; w < warps; ++w) {
       const float4 o = *reinterpret_cast<const float4*>(&smem.o[w][row][column]);
-      sum.add(exp2_approx(scaled(smem.m[w][row]) - bias), smem.l[w][row], {o.x, o.y, o.z, o.w});
+      sum.add(relative(smem.m[w][row], sum.m), smem.l[w][row], {o.x, o.y, o.z, o.w});
     }
     return sum;
   }
@@ -268,7 +287,7 @@ template <class Config> struct DecodeKernel {
     load_cluster_v4(part.o, cluster_address(&smem.o[0][row][column], from));
     Sum sum{part.m};
     for (u32 far = 1; far < ranks; far *= 2) sum.m = fmaxf(sum.m, __shfl_xor_sync(full_warp, sum.m, far));
-    sum.add(exp2_approx(scaled(part.m) - offset(sum.m)), part.l, part.o);
+    sum.add(relative(part.m, sum.m), part.l, part.o);
     for (u32 far = 1; far < ranks; far *= 2) {
       sum.l += __shfl_xor_sync(full_warp, sum.l, far);
 #pragma unroll
@@ -277,23 +296,26 @@ template <class Config> struct DecodeKernel {
     return sum;
   }
 
+  __forceinline__ Denominator denominator_of(const Sum& sum, int head) const {
+    if constexpr (Score::has_sink) return {sum.m, sum.l, params.scale_log2, params.score.sink(head)};
+    return {sum.m, sum.l, params.scale_log2};
+  }
+
   __forceinline__ void store(const Sum& sum, int row, int column) const {
     const int query = row / params.group_size, head = kv_head * params.group_size + row % params.group_size;
     const int heads_q = params.heads_k * params.group_size;
-    const float inverse = sum.l == 0 ? 0 : 1 / sum.l;
-    const u64 index = (u64(batch * params.seqlen_q + query) * heads_q + head) * head_dim + column;
+    const Denominator denominator = denominator_of(sum, head);
+    const float inverse = denominator.inverse;
+    const u64 index = (u64(batch * params.seqlen_q + query) * heads_q + head) * head_dim_v + column;
     *reinterpret_cast<uint2*>(params.out + index) =
         make_uint2(pack2<Element>(sum.o[0] * inverse, sum.o[1] * inverse),
                    pack2<Element>(sum.o[2] * inverse, sum.o[3] * inverse));
-    if (params.lse != nullptr && column == 0) {
-      constexpr float ln2 = 0.693147180559945f;
-      params.lse[(u64(batch) * heads_q + head) * params.seqlen_q + query] =
-          sum.l == 0 ? negative_infinity() : (offset(sum.m) + log2_approx(sum.l)) * ln2;
-    }
+    if (params.lse != nullptr && column == 0)
+      params.lse[(u64(batch) * heads_q + head) * params.seqlen_q + query] = denominator.lse;
   }
 
   __forceinline__ void merge(u32 rank, u32 ranks, int thread) {
-    constexpr int units = head_dim / 4;  // of four elements, per row
+    constexpr int units = head_dim_v / 4;  // of four elements, per row
     static_assert(rows * units <= 32 * warps);
     const int count = params.rows() * units;
     __syncthreads();
@@ -325,7 +347,8 @@ template <class Config> struct DecodeKernel {
 extern "C" __global__ void __launch_bounds__(Config::threads, 2)
 attention_decode_sm90(const u16* q, const u16* k, const u16* v, u16* out, float* lse, u64 q_batch, u64 q_row,
                       u64 q_head, u64 k_batch, u64 k_row, u64 k_head, u64 v_batch, u64 v_row, u64 v_head,
-                      float scale_log2, int heads_k, int group_size, int seqlen_q, int seqlen_k, int causal) {
+                      float scale_log2, int heads_k, int group_size, int seqlen_q, int seqlen_k, int mask_left,
+                      int mask_right SCORE_PARAMETERS) {
   extern __shared__ __align__(16) u8 raw_smem[];
   using Kernel = DecodeKernel<Config>;
   const u32 ranks = cluster_size(), rank = cluster_rank();
@@ -334,7 +357,8 @@ attention_decode_sm90(const u16* q, const u16* k, const u16* v, u16* out, float*
   const DecodeParams params{{q + batch * q_batch, q_row, q_head},
                             {k + batch * k_batch + kv_head * k_head, k_row, k_head},
                             {v + batch * v_batch + kv_head * v_head, v_row, v_head},
-                            out, lse, scale_log2, heads_k, group_size, seqlen_q, seqlen_k, causal != 0};
+                            out, lse, scale_log2, SCORE_VALUE, heads_k, group_size, seqlen_q,
+                            {seqlen_k, mask_left, mask_right}};
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   Kernel kernel{*reinterpret_cast<typename Kernel::Smem*>(raw_smem), params, batch, kv_head, warp, lane / 4, lane % 4};
   kernel.run(rank * Config::warps + warp, ranks * Config::warps);

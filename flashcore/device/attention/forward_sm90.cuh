@@ -3,11 +3,12 @@
 // COMPUTES  O = softmax(scale * Q K^T + mask) V and LSE = ln(sum(exp(scale * Q K^T + mask))) per row.
 //   Q, O (batch, seqlen_q, heads_q, d), K, V (batch, seqlen_k, heads_q / group_size, d), 16 bit, any strides that TMA
 //   takes (host: tma.py); LSE (batch, heads_q, seqlen_q) fp32. d <= head_dim: TMA fills the rest with zeros and drops
-//   it again. Mask: none, or causal aligned to the bottom right. Not handled: scale <= 0, d % 8 != 0, d of V != d of Q.
+//   it again; V and O may have another d. Mask: two diagonals (mask.cuh), either of which may be missing. Scores may be
+//   changed, and sinks join the sums (score.cuh); a scale that is not positive is such a change. Not handled: d % 8 != 0.
 //
 // GRID AND ORDER  One persistent CTA per SM, at most one per tile. A tile is 64 * consumers query rows of one head and
-//   all keys they see, from the last block of tile_n keys to the first, so that masked blocks come first. The order of
-//   tiles is arithmetic (tiles.cuh): every role computes it for itself.
+//   all keys they see, from the last block of tile_n keys to the first, so that masked blocks come first; blocks that no
+//   row sees are not loaded. The order of tiles is arithmetic (schedule.cuh): every role computes it for itself.
 //
 // DATA FLOW
 //   Q, K, V -TMA-> smem (128-byte swizzle) -WGMMA SS-> S (registers) -softmax-> P (registers, 16 bit)
@@ -49,6 +50,8 @@
 //   Few tiles: with a CTA for every tile (one_tile) there is no seam and no code for it. Then two warpgroups may share 64
 //   rows (key_parts), each with a ring and every other block; at the end the second leaves its O, maxima and sums in its
 //   ring, and the first adds them to its own.
+//   In a window (a left bound) tiles are short and have no seam either: the ring has the last V of a tile before the
+//   first K of the next, and warpgroups further down pass over the leftmost blocks, further up over the rightmost.
 //   A warpgroup passes over blocks of its tile that lie right of its own diagonal (open_tile, close_tile), and where the
 //   diagonal leaves it half a block, it computes half of Q K^T and of the softmax.
 //
@@ -63,15 +66,23 @@
 #include "../core/ring.cuh"
 #include "../ptx/wgmma.cuh"
 #include "../ptx/wgmma_sync.cuh"
+#include "schedule.cuh"
+#include "score.cuh"
 #include "softmax.cuh"
-#include "tiles.cuh"
 
 template <class Config> struct ForwardSmem {
-  using QTile = SmemTile<64, Config::head_dim>;  // one warpgroup's rows of Q; later the same rows of O
-  using KvTile = SmemTile<Config::tile_n, Config::head_dim>;
+  using QTile = SmemTile<64, Config::head_dim>;    // one warpgroup's rows of Q
+  using OTile = SmemTile<64, Config::head_dim_v>;  // the same rows of O
+  using KTile = SmemTile<Config::tile_n, Config::head_dim>;
+  using VTile = SmemTile<Config::tile_n, Config::head_dim_v>;
+  // Where a warpgroup's O waits for the copy engine: in the ring, or in the Q buffer of its own tile.
+  static constexpr bool o_in_ring = Config::q_buffers == 1 && !Config::one_tile;
+  static constexpr int q_bytes = o_in_ring || QTile::bytes > OTile::bytes ? QTile::bytes : OTile::bytes;
+  static constexpr int kv_bytes = KTile::bytes > VTile::bytes ? KTile::bytes : VTile::bytes;
+  static_assert(!o_in_ring || kv_bytes >= OTile::bytes);
 
-  alignas(1024) u8 q[Config::q_buffers][Config::row_groups][QTile::bytes];
-  alignas(1024) u8 kv[Config::key_parts][Config::stages][KvTile::bytes];
+  alignas(1024) u8 q[Config::q_buffers][Config::row_groups][q_bytes];
+  alignas(1024) u8 kv[Config::key_parts][Config::stages][kv_bytes];
   RingBarriers<Config::stages> ring[Config::key_parts];
   u64 q_full[Config::q_buffers][Config::row_groups];
   u64 q_empty[Config::q_buffers][Config::row_groups];
@@ -80,7 +91,10 @@ template <class Config> struct ForwardSmem {
 template <class Config> struct ForwardKernel {
   using Smem = ForwardSmem<Config>;
   using QTile = typename Smem::QTile;
-  using KvTile = typename Smem::KvTile;
+  using OTile = typename Smem::OTile;
+  using KTile = typename Smem::KTile;
+  using VTile = typename Smem::VTile;
+  using Params = AttentionParams<Config>;
   using Element = typename Config::Element;
   using Scheduler = TileScheduler<Config>;
   using KvCursor = RingCursor<Config::stages>;
@@ -88,21 +102,22 @@ template <class Config> struct ForwardKernel {
 
   static constexpr int tile_n = Config::tile_n;
   static constexpr int head_dim = Config::head_dim;
+  static constexpr int head_dim_v = Config::head_dim_v;
   static constexpr int consumers = Config::consumers;
   static constexpr int row_groups = Config::row_groups;
   static constexpr int key_parts = Config::key_parts;
-  // Where a warpgroup's O waits for the copy engine: in the ring, or in the Q buffer of its own tile.
-  static constexpr bool o_in_ring = Config::q_buffers == 1 && !Config::one_tile;
+  static constexpr bool o_in_ring = Smem::o_in_ring;
+  // Whether the products of two tiles overlap. In a window each tile is for itself.
+  static constexpr bool seams = !Config::one_tile && !Config::bounded_left;
   static_assert(sizeof(Smem) == Config::smem_bytes, "the host and the kernel disagree on shared memory");
   static_assert(Config::tile_m == 64 * row_groups && consumers == row_groups * key_parts);
   static_assert(key_parts == 1 || (Config::one_tile && row_groups == 1));
-  static_assert(key_parts == 1 || Config::stages * KvTile::bytes >= (head_dim / 8 + 1) * 128 * 16);
-  static_assert(!o_in_ring || KvTile::bytes >= QTile::bytes);
+  static_assert(key_parts == 1 || Config::stages * Smem::kv_bytes >= (head_dim_v / 8 + 1) * 128 * 16);
   // The diagonal leaves a warpgroup only the left half of every second block. With one tile a CTA, code costs more.
-  static constexpr int narrow_n = Config::causal && tile_n == 128 && !Config::one_tile ? tile_n / 2 : tile_n;
+  static constexpr int narrow_n = Config::bounded_right && tile_n == 128 && !Config::one_tile ? tile_n / 2 : tile_n;
 
   Smem& smem;
-  const AttentionParams& params;
+  const Params& params;
 
   static __forceinline__ void wait(u64& barrier, u32 parity) { mbarrier_wait<Config::wait_limit>(barrier, parity); }
 
@@ -128,6 +143,7 @@ template <class Config> struct ForwardKernel {
     }
   }
 
+  template <class KvTile>
   __forceinline__ void load_block(const TensorMap& map, int part, KvCursor& cursor, const Tile& tile, int n_block) {
     wait(smem.ring[part].empty[cursor.stage], cursor.phase ^ 1);
     u64& full = smem.ring[part].full[cursor.stage];
@@ -140,7 +156,7 @@ template <class Config> struct ForwardKernel {
   }
 
   __forceinline__ void load_last_v(const TensorMap& v, int part, KvCursor& cursor, const Tile& tile) {
-    load_block(v, part, cursor, tile, (tile.n_blocks - 1 - part) % key_parts);
+    load_block<VTile>(v, part, cursor, tile, tile.n_begin + (tile.n_end - 1 - part - tile.n_begin) % key_parts);
     if constexpr (o_in_ring)  // lend a slot to every warpgroup for its O
       for (int wg = 0; wg < consumers; ++wg) {
         wait(smem.ring[0].empty[cursor.stage], cursor.phase ^ 1);
@@ -156,25 +172,26 @@ template <class Config> struct ForwardKernel {
     Tile tile, previous;
     bool first = true;
     while (scheduler.next(tile)) {
-      const int rightmost = tile.n_blocks - 1 - part;
-      if (rightmost < 0) return;  // no block for this part
-      load_block(k, part, cursor, tile, rightmost);
-      if (!first) load_last_v(v, part, cursor, previous);
-      for (int n_block = rightmost - key_parts; n_block >= 0; n_block -= key_parts) {
-        load_block(k, part, cursor, tile, n_block);
-        load_block(v, part, cursor, tile, n_block + key_parts);
+      const int rightmost = tile.n_end - 1 - part;
+      if (rightmost < tile.n_begin) return;  // no block for this part
+      load_block<KTile>(k, part, cursor, tile, rightmost);
+      if (seams && !first) load_last_v(v, part, cursor, previous);
+      for (int n_block = rightmost - key_parts; n_block >= tile.n_begin; n_block -= key_parts) {
+        load_block<KTile>(k, part, cursor, tile, n_block);
+        load_block<VTile>(v, part, cursor, tile, n_block + key_parts);
       }
+      if (!seams) load_last_v(v, part, cursor, tile);
       previous = tile;
       first = false;
     }
-    if (!first) load_last_v(v, part, cursor, previous);
+    if (seams && !first) load_last_v(v, part, cursor, previous);
   }
 
   // ---- consumer: one warpgroup -------------------------------------------------------------------------------------
 
   struct Consumer {
     Smem& smem;
-    const AttentionParams& params;
+    const Params& params;
     const TensorMap& o_map;
     const int wg, part;  // its 64 rows of the tile, its share of the keys
     const int thread;
@@ -184,7 +201,7 @@ template <class Config> struct ForwardKernel {
     Softmax softmax;
     u64* stored = nullptr;  // barrier to arrive at when the copy engine has read the staged O; null: none staged
 
-    float o[head_dim / 2];
+    float o[head_dim_v / 2];
     u32 p[tile_n / 4];
 
     // n: scores per thread, for the first 2 n keys of the block at the cursor.
@@ -194,7 +211,7 @@ template <class Config> struct ForwardKernel {
       wgmma_fence();
 #pragma unroll
       for (int step = 0; step < head_dim / 16; ++step)
-        Wgmma<Element, 2 * n>::template ss<0, 0>(s, QTile::k_major(q, step), KvTile::k_major(k, step), step > 0);
+        Wgmma<Element, 2 * n>::template ss<0, 0>(s, QTile::k_major(q, step), KTile::k_major(k, step), step > 0);
       wgmma_commit();
     }
 
@@ -205,8 +222,8 @@ template <class Config> struct ForwardKernel {
       wgmma_fence();
 #pragma unroll
       for (int step = 0; step < tile_n / 16; ++step)
-        Wgmma<Element, head_dim>::template rs<1>(o, p[4 * step], p[4 * step + 1], p[4 * step + 2], p[4 * step + 3],
-                                                 KvTile::mn_major(v, step), step > 0 || accumulate);
+        Wgmma<Element, head_dim_v>::template rs<1>(o, p[4 * step], p[4 * step + 1], p[4 * step + 2], p[4 * step + 3],
+                                                   VTile::mn_major(v, step), step > 0 || accumulate);
       wgmma_commit();
     }
 
@@ -232,10 +249,10 @@ template <class Config> struct ForwardKernel {
       release(stage);
     }
 
-    // Q K^T of n_block is done: its K is not needed any more, and after the last block neither is Q.
-    __forceinline__ void release_k(int stage, int n_block) {
+    // Q K^T of a block is done: its K is not needed any more, and after the warpgroup's last block neither is Q.
+    __forceinline__ void release_k(int stage, bool last) {
       release(stage);
-      if (o_in_ring && n_block == 0 && thread == 0) mbarrier_arrive(smem.q_empty[q_cursor.stage][wg]);
+      if (o_in_ring && last && thread == 0) mbarrier_arrive(smem.q_empty[q_cursor.stage][wg]);
     }
 
     // Warpgroups take turns at issuing, once per block, so that one computes its softmax while the tensor cores work
@@ -249,32 +266,75 @@ template <class Config> struct ForwardKernel {
 
     __forceinline__ int first_row(const Tile& tile) const { return tile.row + wg * 64; }
 
-    // Keys that this warpgroup needs of a tile, at least 1.
+    // Where the keys end that this warpgroup needs of a tile; at least 1.
     __forceinline__ int keys(const Tile& tile) const {
       if (u32(first_row(tile)) >= u32(params.seqlen_q)) return 1;  // no row of its own
-      return max(1, key_limit<Config>(params, first_row(tile) + 63));
+      return max(1, params.mask.end(first_row(tile) + 63));
     }
 
     // Its rightmost block; those of the tile beyond it are for warpgroups further down.
-    __forceinline__ int first_block(const Tile& tile) const { return (keys(tile) - 1) / tile_n; }
+    __forceinline__ int first_block(const Tile& tile) const { return max(tile.n_begin, (keys(tile) - 1) / tile_n); }
+
+    // Its leftmost block; those of the tile beyond it are for warpgroups further up.
+    __forceinline__ int last_block(const Tile& tile) const {
+      if constexpr (!Config::bounded_left) return 0;
+      return min(max(tile.n_begin, params.mask.begin(first_row(tile)) / tile_n), first_block(tile));
+    }
     __forceinline__ bool narrow(const Tile& tile) const {
       return narrow_n < tile_n && keys(tile) <= first_block(tile) * tile_n + narrow_n;
     }
 
-    // Hides the scores of keys past each row's limit, 16 columns at a time where the warp has any to hide.
-    template <int n> __forceinline__ void mask(float (&s)[n], const Tile& tile, int n_block) {
+    // Scores become what the problem makes of them, and those of keys that a row does not see -inf.
+    template <int n> __forceinline__ void finish_scores(float (&s)[n], const Tile& tile, int n_block) {
       const int first = tile.row + warp_row;
-      const int clear = key_limit<Config>(params, first) - n_block * tile_n;  // columns that no row hides
-      if (clear >= 2 * n) return;
       const int row = first + thread % 32 / 4;
       const int col = n_block * tile_n + 2 * (thread % 4);
-      const int limit[2] = {key_limit<Config>(params, row) - col, key_limit<Config>(params, row + 8) - col};
+      if constexpr (!Score::plain) {
+        const float row_f[2] = {float(row), float(row + 8)}, col_f = float(col);
+#pragma unroll
+        for (int group = 0; group < n / 8; ++group) {
+          float x[8];
+#pragma unroll
+          for (int j = 0; j < 8; ++j) {
+            const int i = 8 * group + j, slot = fragment_slot(i);
+            x[j] = params.score.apply(s[i], tile.batch, tile.head, row + 8 * slot, col + fragment_col(i), row_f[slot],
+                                      col_f + fragment_col(i), params.mask.seqlen_k - params.seqlen_q);
+          }
+          pin(x);  // or addresses and half-done scores of all groups are live at once
+#pragma unroll
+          for (int j = 0; j < 8; ++j) s[8 * group + j] = x[j];
+        }
+      }
+      hide_right(s, params.mask.end(first) - n_block * tile_n, params.mask.end(row) - col,
+                 params.mask.end(row + 8) - col);
+      if constexpr (Config::bounded_left)
+        hide_left(s, params.mask.begin(first + 15) - n_block * tile_n, params.mask.begin(row) - col,
+                  params.mask.begin(row + 8) - col);
+    }
+
+    // From column clear on some row of the warp hides keys: 16 columns at a time.
+    template <int n> __forceinline__ void hide_right(float (&s)[n], int clear, int end_0, int end_1) {
+      if (clear >= 2 * n) return;
+      const int end[2] = {end_0, end_1};
 #pragma unroll
       for (int group = 0; group < n / 8; ++group)
         if (clear < 16 * (group + 1)) {
 #pragma unroll
           for (int i = 8 * group; i < 8 * group + 8; ++i)
-            if (fragment_col(i) >= limit[fragment_slot(i)]) s[i] = negative_infinity();
+            if (fragment_col(i) >= end[fragment_slot(i)]) s[i] = negative_infinity();
+        }
+    }
+
+    // The same before column clear.
+    template <int n> __forceinline__ void hide_left(float (&s)[n], int clear, int begin_0, int begin_1) {
+      if (clear <= 0) return;
+      const int begin[2] = {begin_0, begin_1};
+#pragma unroll
+      for (int group = 0; group < n / 8; ++group)
+        if (clear > 16 * group) {
+#pragma unroll
+          for (int i = 8 * group; i < 8 * group + 8; ++i)
+            if (fragment_col(i) < begin[fragment_slot(i)]) s[i] = negative_infinity();
         }
     }
 
@@ -293,20 +353,22 @@ template <class Config> struct ForwardKernel {
       stored = nullptr;
     }
 
+    __forceinline__ Denominator denominator_of(const Tile& tile, float row_max, float sum) const {
+      if constexpr (Score::has_sink) return {row_max, sum, softmax.scale_log2, params.score.sink(tile.head)};
+      return {row_max, sum, softmax.scale_log2};
+    }
+
     __forceinline__ void epilogue(const Tile& tile, int q_buffer, const float (&row_max)[2],
                                   const float (&row_sum)[2]) {
-      float sum[2], inverse[2];
+      const float sum[2] = {quad_sum(row_sum[0]), quad_sum(row_sum[1])};
+      const Denominator denominator[2] = {denominator_of(tile, row_max[0], sum[0]),
+                                          denominator_of(tile, row_max[1], sum[1])};
 #pragma unroll
-      for (int slot = 0; slot < 2; ++slot) {
-        sum[slot] = quad_sum(row_sum[slot]);
-        inverse[slot] = sum[slot] == 0 ? 0 : reciprocal_approx(sum[slot]);
-      }
-#pragma unroll
-      for (int i = 0; i < head_dim / 2; ++i) o[i] *= inverse[fragment_slot(i)];
+      for (int i = 0; i < head_dim_v / 2; ++i) o[i] *= denominator[fragment_slot(i)].inverse;
       // A row without keys is 0 whatever V holds (0 times NaN or infinity would not be).
       if (__any_sync(full_warp, sum[0] == 0 || sum[1] == 0)) {
 #pragma unroll
-        for (int i = 0; i < head_dim / 2; ++i)
+        for (int i = 0; i < head_dim_v / 2; ++i)
           if (sum[fragment_slot(i)] == 0) o[i] = 0;
       }
       u8* staged = smem.q[q_buffer][wg];
@@ -322,13 +384,13 @@ template <class Config> struct ForwardKernel {
           staged = smem.kv[0][stage];
           stored = &smem.ring[0].empty[stage];
         }
-      store_fragment<Element, head_dim>(o, smem_address(staged), thread);
+      store_fragment<Element, head_dim_v>(o, smem_address(staged), thread);
       fence_async_proxy();
       sync_warpgroup();
       if (thread == 0) {
 #pragma unroll
-        for (int c = 0; c < QTile::chunks && first_row(tile) >= 0; ++c)
-          tma_store_4d(o_map, staged + c * QTile::chunk_bytes, c * 64, first_row(tile), tile.head, tile.batch);
+        for (int c = 0; c < OTile::chunks && first_row(tile) >= 0; ++c)
+          tma_store_4d(o_map, staged + c * OTile::chunk_bytes, c * 64, first_row(tile), tile.head, tile.batch);
         tma_store_commit();
       }
       if (params.lse != nullptr && thread % 4 == 0) {
@@ -336,21 +398,17 @@ template <class Config> struct ForwardKernel {
 #pragma unroll
         for (int slot = 0; slot < 2; ++slot) {
           const int row = first_row(tile) + fragment_row(thread) + 8 * slot;
-          constexpr float ln2 = 0.6931471805599453f;
-          if (u32(row) < u32(params.seqlen_q))
-            params.lse[row_base + row] = sum[slot] == 0
-                ? negative_infinity()
-                : (row_max[slot] * softmax.scale_log2 + log2_approx(sum[slot])) * ln2;
+          if (u32(row) < u32(params.seqlen_q)) params.lse[row_base + row] = denominator[slot].lse;
         }
       }
     }
 
     // First block of a tile (its first `width` keys) with no product of an earlier tile in flight: for the CTA's first
-    // tile, and for tiles whose rightmost blocks this warpgroup passes over.
-    template <int width> __forceinline__ void open_tile(const Tile& tile, int n_block, bool first_of_cta) {
+    // tile, for tiles whose rightmost blocks this warpgroup passes over, and where tiles have no seams.
+    template <int width> __forceinline__ void open_tile(const Tile& tile, int n_block, bool first_in_ring) {
       wait(smem.q_full[q_cursor.stage][wg], q_cursor.phase);
-      const int skipped = key_parts > 1 ? 0 : tile.n_blocks - 1 - n_block;
-      if (first_of_cta && skipped > 0) pass_over();  // else close_tile() did
+      const int skipped = key_parts > 1 ? 0 : tile.n_end - 1 - n_block;
+      if (first_in_ring && skipped > 0) pass_over();  // else close_tile() did
       for (int i = 1; i < skipped; ++i) {
         finish_store();
         await_turn();
@@ -359,7 +417,7 @@ template <class Config> struct ForwardKernel {
         pass_over();
       }
       const int k_stage = acquire();
-      const bool turn = !first_of_cta || skipped > 0;
+      const bool turn = !first_in_ring || skipped > 0;
       if (turn) await_turn();
       float s[width / 2];
       issue_qk(s);
@@ -368,9 +426,9 @@ template <class Config> struct ForwardKernel {
       finish_store();
       wgmma_wait<0>();
       pin(s);
-      release_k(k_stage, n_block);
+      release_k(k_stage, n_block == last_block(tile));
       if (skipped > 0) pass_over();
-      mask(s, tile, n_block);
+      finish_scores(s, tile, n_block);
       softmax.start(s);
       pack(s);
     }
@@ -389,8 +447,8 @@ template <class Config> struct ForwardKernel {
       pass_turn();
       wgmma_wait<1>();
       pin(s);
-      release_k(k_stage, n_block);
-      mask(s, tile, n_block);
+      release_k(k_stage, n_block == last_block(tile));
+      finish_scores(s, tile, n_block);
       const bool grew = softmax.update(s);
       wgmma_wait<0>();
       pin(o);
@@ -400,13 +458,15 @@ template <class Config> struct ForwardKernel {
       if (grew) softmax.rescale_output(o);
     }
 
-    // Last product of the only tile.
+    // Last product of a tile without a seam.
     __forceinline__ void finish_products(bool accumulate) {
       const int v_stage = acquire();
+      cursor.advance();
       issue_pv(v_stage, accumulate);
       wgmma_wait<0>();
       pin(o);
       pin(p);
+      release(v_stage);
     }
 
     // Last product of a tile, and its output.
@@ -428,17 +488,17 @@ template <class Config> struct ForwardKernel {
 
     // The only tile: this warpgroup's share of its blocks, and the output of all shares.
     __forceinline__ void only_tile(const Tile& tile) {
-      const int first = key_parts > 1 ? tile.n_blocks - 1 - part : first_block(tile);
-      if (first >= 0) {
+      const int first = key_parts > 1 ? tile.n_end - 1 - part : first_block(tile);
+      if (first >= tile.n_begin) {
         open_tile<tile_n>(tile, first, true);
-        for (int n_block = first - key_parts; n_block >= 0; n_block -= key_parts)
+        for (int n_block = first - key_parts; n_block >= tile.n_begin; n_block -= key_parts)
           next_block(tile, n_block, n_block < first - key_parts);
-        finish_products(first >= key_parts);
+        finish_products(first - tile.n_begin >= key_parts);
       } else {
         softmax.row_max[0] = softmax.row_max[1] = negative_infinity();
         softmax.row_sum[0] = softmax.row_sum[1] = 0;
 #pragma unroll
-        for (int i = 0; i < head_dim / 2; ++i) o[i] = 0;
+        for (int i = 0; i < head_dim_v / 2; ++i) o[i] = 0;
       }
       if constexpr (key_parts > 1) {
         if (part > 0) return leave_share();
@@ -453,7 +513,7 @@ template <class Config> struct ForwardKernel {
     __forceinline__ void leave_share() {
       share()[0] = make_float4(softmax.row_max[0], softmax.row_max[1], softmax.row_sum[0], softmax.row_sum[1]);
 #pragma unroll
-      for (int i = 0; i < head_dim / 8; ++i)
+      for (int i = 0; i < head_dim_v / 8; ++i)
         share()[128 * (i + 1)] = make_float4(o[4 * i], o[4 * i + 1], o[4 * i + 2], o[4 * i + 3]);
       named_barrier_arrive(1 + 2 * consumers, 256);
     }
@@ -473,7 +533,7 @@ template <class Config> struct ForwardKernel {
         softmax.row_max[slot] = m;
       }
 #pragma unroll
-      for (int i = 0; i < head_dim / 8; ++i) {
+      for (int i = 0; i < head_dim_v / 8; ++i) {
         const float4 x = share()[128 * (i + 1)];
         const float y[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
@@ -482,6 +542,31 @@ template <class Config> struct ForwardKernel {
           o[4 * i + j] = o[4 * i + j] * mine[slot] + y[j] * theirs[slot];
         }
       }
+    }
+
+    // A tile in a window: its own blocks, passing over those further left, which the warpgroups further up need.
+    __forceinline__ void windowed_tile(const Tile& tile) {
+      const int first = first_block(tile), last = last_block(tile);
+      if (narrow(tile))
+        open_tile<narrow_n>(tile, first, true);
+      else
+        open_tile<tile_n>(tile, first, true);
+      for (int n_block = first - 1; n_block >= last; --n_block) next_block(tile, n_block, n_block < first - 1);
+      if (last > tile.n_begin) {
+        pass_over();
+        await_turn();
+        pass_turn();
+      }
+      finish_products(first > last);
+      for (int n_block = last - 2; n_block >= tile.n_begin; --n_block) {
+        await_turn();
+        pass_turn();
+        pass_over();
+        pass_over();
+      }
+      if (last > tile.n_begin) pass_over();
+      epilogue(tile, q_cursor.stage, softmax.row_max, softmax.row_sum);
+      q_cursor.advance();
     }
 
     // First block of the next tile, with the last product of this one under its softmax; then this one's output.
@@ -501,10 +586,10 @@ template <class Config> struct ForwardKernel {
       pass_turn();
       wgmma_wait<1>();
       pin(s);
-      release_k(k_stage, next.n_blocks - 1);
+      release_k(k_stage, next.n_end == 1);
       const float row_max[2] = {softmax.row_max[0], softmax.row_max[1]};
       const float row_sum[2] = {softmax.row_sum[0], softmax.row_sum[1]};
-      mask(s, next, next.n_blocks - 1);
+      finish_scores(s, next, next.n_end - 1);
       softmax.start(s);
       wgmma_wait<0>();
       pin(o);
@@ -515,23 +600,26 @@ template <class Config> struct ForwardKernel {
     }
 
     void run() {
-      if constexpr (Config::one_tile) {
+      if (Config::turns && wg == consumers - 1) pass_turn();
+      if constexpr (seams) {
+        run_with_seams();
+      } else {
         Scheduler scheduler{params};
         Tile tile;
-        scheduler.next(tile);
-        if (Config::turns && wg == consumers - 1) pass_turn();
-        only_tile(tile);
-        finish_store();
-      } else {
-        run_many();
+        if constexpr (Config::bounded_left && key_parts == 1) {
+          while (scheduler.next(tile)) windowed_tile(tile);
+        } else {
+          scheduler.next(tile);
+          only_tile(tile);
+        }
       }
+      finish_store();
     }
 
-    __forceinline__ void run_many() {
+    __forceinline__ void run_with_seams() {
       Scheduler scheduler{params};
       Tile tile, next;
       bool more = scheduler.next(tile), opened = false, first_of_cta = true;
-      if (wg == consumers - 1) pass_turn();
       while (more) {
         const int first = first_block(tile);
         if (!opened && narrow(tile))
@@ -541,7 +629,7 @@ template <class Config> struct ForwardKernel {
         first_of_cta = false;
         for (int n_block = first - 1; n_block >= 0; --n_block) next_block(tile, n_block, n_block < first - 1);
         more = scheduler.next(next);
-        opened = more && first_block(next) == next.n_blocks - 1;
+        opened = more && first_block(next) == next.n_end - 1;
         if (opened && narrow(next))
           cross_seam<narrow_n>(tile, next, first > 0);
         else if (opened)
@@ -550,7 +638,6 @@ template <class Config> struct ForwardKernel {
           close_tile(tile, first > 0, more);
         tile = next;
       }
-      finish_store();
     }
   };
 
@@ -565,10 +652,11 @@ extern "C" __global__ void __launch_bounds__(Config::threads, 1)
 attention_forward_sm90(const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k,
                        const __grid_constant__ TensorMap v, const __grid_constant__ TensorMap o, float* lse,
                        float scale_log2, int batch, int heads_q, u64 by_heads_q, u64 by_group_size, int seqlen_q,
-                       int seqlen_k, int m_blocks, u64 by_m_blocks, int paired_heads, int paired_rounds,
-                       u64 by_single_heads) {
-  const AttentionParams params{lse, scale_log2, batch, heads_q, {by_heads_q}, {by_group_size}, seqlen_q, seqlen_k,
-                               m_blocks, {by_m_blocks}, paired_heads, paired_rounds, {by_single_heads}};
+                       int seqlen_k, int mask_left, int mask_right, int m_blocks, u64 by_m_blocks, int paired_heads, int paired_rounds,
+                       u64 by_single_heads SCORE_PARAMETERS) {
+  const AttentionParams<Config> params{lse, scale_log2, SCORE_VALUE, batch, heads_q, {by_heads_q}, {by_group_size},
+                                       seqlen_q, {seqlen_k, mask_left, mask_right}, m_blocks, {by_m_blocks},
+                                       paired_heads, paired_rounds, {by_single_heads}};
   extern __shared__ __align__(1024) u8 raw_smem[];
   using Kernel = ForwardKernel<Config>;
   auto& smem = *reinterpret_cast<typename Kernel::Smem*>(raw_smem);

@@ -10,11 +10,16 @@
 // Floats of equal sign order like their bit patterns: as integers, positive floats compare right with each other,
 // and above all negative ones, and negative ones the wrong way round. So maxima are taken of integers, which Hopper
 // does three operands at a time: the greatest integer, and only where that is negative the least.
+//
+// The exponent is one fused multiply-add, s * scale_log2 - round(row_max * scale_log2). The rounding of the second term
+// is a factor that all exponentials of a row share, but it grows with the maximum: where that is huge, row_max is
+// subtracted from the scores first, which leaves exactly 0 at the maximum.
 #pragma once
 #include "../core/fragment.cuh"
 
 struct Softmax {
   static constexpr float headroom = 8.0f;
+  static constexpr float huge_exponent = 16384.0f;  // from here on the rounding is 2^-11 or more
 
   const float scale_log2;
   const float unit;    // a factor of two in units of the raw scores
@@ -23,6 +28,7 @@ struct Softmax {
   float threshold[2];  // in units of the raw scores
   float rescale[2];    // factors for the output when update() returned true
   bool fast;           // no threshold in this warp is negative
+  bool huge;           // some maximum in this warp is
 
   Softmax(float scale_log2) : scale_log2(scale_log2), unit(1 / scale_log2) {}
 
@@ -47,11 +53,21 @@ struct Softmax {
     fast = __all_sync(full_warp, threshold[0] >= 0 && threshold[1] >= 0);
   }
 
-  // s becomes exp2(s * scale_log2 - row_max * scale_log2), and is added to the row sums.
+  // A row without keys keeps row_max = -inf: it refers to 0, so that its exponentials are 0, not NaN.
+  __forceinline__ float origin(int slot) const { return row_max[slot] == negative_infinity() ? 0 : row_max[slot]; }
+
+  __forceinline__ void set_huge() {
+    huge = __any_sync(full_warp, fmaxf(fabsf(origin(0)), fabsf(origin(1))) * scale_log2 >= huge_exponent);
+  }
+
+  // s becomes exp2((s - row_max) * scale_log2), and is added to the row sums.
   template <int n> __forceinline__ void exponentiate(float (&s)[n]) {
-    // A row without keys keeps row_max = -inf: refer to 0, so that its exponentials are 0, not NaN.
-    const float offset[2] = {row_max[0] == negative_infinity() ? 0 : row_max[0] * scale_log2,
-                             row_max[1] == negative_infinity() ? 0 : row_max[1] * scale_log2};
+    float offset[2] = {origin(0) * scale_log2, origin(1) * scale_log2};
+    if (huge) {
+#pragma unroll
+      for (int i = 0; i < n; ++i) s[i] -= origin(fragment_slot(i));
+      offset[0] = offset[1] = 0;
+    }
 #pragma unroll
     for (int i = 0; i < n; ++i) {
       s[i] = exp2_approx(s[i] * scale_log2 - offset[fragment_slot(i)]);
@@ -73,6 +89,7 @@ struct Softmax {
       for (int slot = 0; slot < 2; ++slot)
         row_max[slot] = quad_max(__int_as_float(top[slot] >= 0 ? top[slot] : least(s, slot, top[slot])));
     }
+    set_huge();
     exponentiate(s);
     set_thresholds();
   }
@@ -101,6 +118,7 @@ struct Softmax {
         row_sum[slot] *= rescale[slot];
         if (row_grew) row_max[slot] = m;
       }
+      set_huge();
       set_thresholds();
     }
     exponentiate(s);

@@ -14,6 +14,12 @@ float log2_approx(float x) {
   return y;
 }
 
+float tanh_approx(float x) {
+  float y;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 float reciprocal_approx(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -44,6 +50,13 @@ template <> void unpack2<Bf16>(u32 pair, float& low, float& high) {
 template <> void unpack2<Fp16>(u32 pair, float& low, float& high) {
   asm("{\n.reg .b16 a, b;\nmov.b32 {a, b}, %2;\ncvt.f32.f16 %0, a;\ncvt.f32.f16 %1, b;\n}"
       : "=f"(low), "=f"(high) : "r"(pair));
+}
+
+// One 16-bit element.
+template <class T> float widen(u16 element) {
+  float low, high;
+  unpack2<T>(element, low, high);
+  return low;
 }
 
 // Four 8x8 matrices of 16-bit elements to shared memory; lane l gives the address of row l % 8 of matrix l / 8.

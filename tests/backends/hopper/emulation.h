@@ -137,6 +137,10 @@ inline u32 high_halves(u32 a, u32 b) { return a >> 16 | (b & 0xffff0000); }
 
 inline float exp2_approx(float x) { return exp2f(x); }
 inline float log2_approx(float x) { return log2f(x); }
+inline float reciprocal_approx(float x) { return 1 / x; }
+inline float tanh_approx(float x) { return tanhf(x); }
+template <class T> float widen(u16 x);
+template <> inline float widen<Bf16>(u16 x) { return std::bit_cast<float>(u32(x) << 16); }
 inline float negative_infinity() { return -INFINITY; }
 inline float __fmul_rn(float a, float b) { volatile float product = a * b; return product; }
 

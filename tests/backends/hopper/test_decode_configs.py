@@ -87,8 +87,8 @@ def test_most_ctas_have_keys(batch, heads_k, seqlen_k, sms):
 
 
 def test_clusters_share_a_kernel():
-    assert {DecodeConfig("bfloat16", 128, size).variant for size in CLUSTERS} == {
-        DecodeConfig("bfloat16", 128)
+    assert {DecodeConfig("bfloat16", 128, 128, size).variant for size in CLUSTERS} == {
+        DecodeConfig("bfloat16", 128, 128)
     }
 
 

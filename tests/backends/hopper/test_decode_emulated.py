@@ -17,7 +17,10 @@ import torch
 
 from flashcore.backends.hopper import tma
 from flashcore.backends.hopper.decode_configs import MAX_HEAD_DIM, MAX_ROWS, DecodeConfig
+from flashcore.backends.hopper.jit import score_source
+from flashcore.backends.hopper.launch import diagonals
 from flashcore.problem import AttentionProblem
+from flashcore.score import PLAIN
 from tests.cases import CASES
 from tests.tolerance import assert_forward
 
@@ -26,12 +29,12 @@ DEVICE = HERE.parents[2] / "flashcore" / "device"
 DRIVER = """
 extern "C" int decode(int clusters, int ctas, const u8* const (*memory)[2], const u16* q, const u16* k, const u16* v,
                       u16* out, float* lse, const u64* s, float scale_log2, int heads_k, int group_size, int seqlen_q,
-                      int seqlen_k, int causal) {
+                      int seqlen_k, int left, int right) {
   stray_reads = 0;
   std::copy(&memory[0][0], &memory[0][0] + 6, &readable[0][0]);
   launch(clusters, ctas, Config::threads, Config::smem_bytes, [&] {
     attention_decode_sm90(q, k, v, out, lse, s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], scale_log2, heads_k,
-                          group_size, seqlen_q, seqlen_k, causal);
+                          group_size, seqlen_q, seqlen_k, left, right);
   });
   return stray_reads;
 }
@@ -63,14 +66,16 @@ def built(head_dim: int) -> ctypes.CDLL:
         kernel = (DEVICE / "attention" / "decode_sm90.cuh").read_text()
         declaration = "extern __shared__ __align__(16) u8 raw_smem[];"
         assert kernel.count(declaration) == 1
+        for name in ("mask.cuh", "score.cuh"):
+            shutil.copy(DEVICE / "attention" / name, folder / "attention")
         (folder / "attention" / "decode_sm90.cuh").write_text(
             kernel.replace(declaration, "u8* const raw_smem = shared_memory();")
         )
-        constants = DecodeConfig("bfloat16", head_dim).constants().items()
+        constants = DecodeConfig("bfloat16", head_dim, head_dim).constants().items()
         members = "".join(f"static constexpr int {name} = {value};" for name, value in constants)
         (folder / "all.cpp").write_text(
             '#include "emulation.h"\n'
-            f"struct Config {{ using Element = Bf16; {members} }};\n"
+            f"struct Config {{ using Element = Bf16; {members} }};\n{score_source(PLAIN)}"
             f'#include "attention/decode_sm90.cuh"\n{DRIVER}'
         )
         # With optimisation and contraction GCC fuses products into sums as NVRTC does, where the CPU can.
@@ -85,10 +90,13 @@ def address(tensor: torch.Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
 
 
-def decode(q, k, v, causal=False, cluster=1, scale=None):
+def decode(q, k, v, causal=False, cluster=1, scale=None, window=None):
     """(out, lse) of the emulated kernel, which may read nothing but what the tensors hold."""
     batch, seqlen_q, heads_q, head_dim = q.shape
-    problem = AttentionProblem.from_tensors(q, k, v, causal=causal, scale=scale, return_lse=True)
+    problem = AttentionProblem.from_tensors(
+        q, k, v, causal=causal, window=window, scale=scale, return_lse=True
+    )
+    left, right = map(int, diagonals(problem))
     out = torch.full(q.shape, torch.nan, dtype=q.dtype)
     lse = torch.full((batch, heads_q, seqlen_q), torch.nan)
     bounds = []
@@ -99,7 +107,7 @@ def decode(q, k, v, causal=False, cluster=1, scale=None):
     stray = built(head_dim).decode(
         batch * problem.heads_k, cluster, (ctypes.c_void_p * 6)(*bounds), *map(address, (q, k, v, out, lse)),
         (ctypes.c_uint64 * 9)(*strides), ctypes.c_float(problem.scale / math.log(2)), problem.heads_k,
-        problem.group_size, seqlen_q, problem.seqlen_k, int(causal),
+        problem.group_size, seqlen_q, problem.seqlen_k, left, right,
     )  # fmt: skip
     assert stray == 0
     return out, lse
@@ -116,6 +124,9 @@ def suits(case) -> bool:
     rows = case.seqlen_q * case.heads_q // case.heads_k
     return (
         0 < rows <= MAX_ROWS
+        and case.score is None
+        and not case.sink
+        and case.head_dim_v in (None, case.head_dim)
         and min(case.batch, case.seqlen_k) > 0
         and case.head_dim % 8 == 0
         and case.head_dim <= MAX_HEAD_DIM
@@ -129,8 +140,8 @@ def suits(case) -> bool:
 def test_named_cases(case):
     q, k, v = case.inputs()
     for cluster in (1, 4):
-        out, lse = decode(q, k, v, case.causal, cluster, case.scale)
-        assert_forward(out, lse, q, k, v, causal=case.causal, scale=case.scale)
+        out, lse = decode(q, k, v, case.causal, cluster, case.scale, case.window)
+        assert_forward(out, lse, q, k, v, **case.options())
 
 
 @pytest.mark.parametrize("head_dim", [40, 64, 72, 128])
@@ -180,3 +191,25 @@ def test_expanded_and_packed_tensors():
     q, k, v = packed[:, 5:6, 0], packed[:, 10:150, 1, :1].expand(-1, -1, 2, -1), packed[:1, 20:160, 2, :2]
     v = v.expand(2, -1, -1, -1)
     assert_forward(*decode(q, k, v, cluster=2), q, k, v)
+
+
+@pytest.mark.parametrize("window", [(0, 0), (15, None), (16, 0), (17, 3), (None, 2), (500, 0)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 4, 100, 2, 1), (2, 1, 333, 8, 2), (1, 7, 5, 1, 1)], ids=str)
+def test_windows(shape, window):
+    """mask.cuh against the definition; keys outside of all windows may hold anything and are not read."""
+    q, k, v = random_inputs(*shape, 64)
+    left = shape[2] - shape[1] - (window[0] if window[0] is not None else shape[2])
+    for tensor in (k, v):
+        tensor[:, : max(0, left // 16 * 16)] = torch.nan
+    for cluster in (1, 2):
+        out, lse = decode(q, k, v, cluster=cluster, window=window)
+        assert_forward(out, lse, q, k.nan_to_num(), v.nan_to_num(), window=window)
+
+
+def test_scores_beyond_what_the_exponent_can_round():
+    """One key has all the weight, and a maximum gives exactly 1."""
+    q, k, v = random_inputs(2, 1, 256, 4, 2, 64)
+    q, k = q * 3e4, k * 3e4
+    out, lse = decode(q, k, v)
+    assert lse.isfinite().all()
+    assert_forward(out, lse, q, k, v)

@@ -48,7 +48,9 @@ def test_every_config_on_every_kind_of_shape(name, shape):
     config = CONFIGS[name]
     dtype = getattr(torch, config.dtype)
     q, k, v = random_inputs(*shape, config.head_dim, dtype)
-    problem = AttentionProblem.from_tensors(q, k, v, causal=config.causal, return_lse=True)
+    window = (max(1, shape[2] // 3), None) if config.bounded_left else None
+    options = {"causal": config.bounded_right, "window": window}
+    problem = AttentionProblem.from_tensors(q, k, v, **options, return_lse=True)
     config = dataclasses.replace(config, wait_limit=WAIT_LIMIT)
     if config.one_tile and shape[0] * shape[3] * -(-shape[1] // config.tile_m) > problem.sm_count:
         with pytest.raises(ValueError, match="more tiles"):
@@ -60,7 +62,7 @@ def test_every_config_on_every_kind_of_shape(name, shape):
     assert not out.isnan().any()
     assert not lse.isnan().any()
     some = slice(0, 2)  # the reference in float64 is large
-    assert_forward(out[some], lse[some].contiguous(), q[some], k[some], v[some], causal=config.causal)
+    assert_forward(out[some], lse[some].contiguous(), q[some], k[some], v[some], **options)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])

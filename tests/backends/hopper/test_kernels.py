@@ -46,8 +46,12 @@ def test_kernel(name, tmp_path):
     assert count["LDL"] == count["STL"] == 0
     # Q K^T opens a tile, crosses a seam, continues one; P V continues, crosses and closes. One instruction a k-step.
     # Where the diagonal may halve the first block, opening and crossing exist twice. One tile has no seam.
-    narrow = config.causal and config.tile_n == 128
-    qk_sites, pv_sites = (2, 2) if config.one_tile else (5, 4) if narrow else (3, 3)
+    # In a window neither has a tile.
+    narrow = config.bounded_right and config.tile_n == 128 and not config.one_tile
+    if config.one_tile or config.bounded_left:
+        qk_sites, pv_sites = 2 + narrow, 2
+    else:
+        qk_sites, pv_sites = (5, 4) if narrow else (3, 3)
     assert count["HGMMA"] == qk_sites * config.head_dim // 16 + pv_sites * config.tile_n // 16
     chunks = -(-config.head_dim // 64)
     assert count["UTMALDG"] % chunks == 0
@@ -61,7 +65,7 @@ def test_kernel(name, tmp_path):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("head_dim", [8, 40, 64, 72, 96, 120, 128])
 def test_decoding_kernel(head_dim, dtype, tmp_path):
-    kernel = jit.compile_kernel(DecodeConfig(dtype, head_dim))
+    kernel = jit.compile_kernel(DecodeConfig(dtype, head_dim, head_dim))
     assert 2 * kernel.registers * kernel.config.threads <= 65536  # two CTAs on an SM
     assert 2 * kernel.smem_bytes <= SMEM_LIMIT
     assert kernel.spill_bytes == 0

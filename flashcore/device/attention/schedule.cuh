@@ -1,6 +1,7 @@
-// Which query tiles a CTA processes, in which order, and which keys each needs (the device side of mask.py).
+// Which query tiles a CTA processes, in which order, and which blocks of keys each needs.
 #pragma once
 #include "../ptx/types.cuh"
+#include "mask.cuh"
 
 // Division of 0 <= n < 2^31 by a divisor fixed at launch, as a multiplication: the host packs the multiplier into
 // bits 0-31 and the shift into bits 32-63 (Granlund and Montgomery, "Division by Invariant Integers", 1994).
@@ -10,35 +11,37 @@ struct Divisor {
   __forceinline__ int divide(int n) const { return (__umulhi(u32(n), u32(packed)) + u32(n)) >> u32(packed >> 32); }
 };
 
-struct AttentionParams {
+template <class Config> struct AttentionParams {
   float* lse;        // (batch, heads_q, seqlen_q), natural logarithm; may be null
-  float scale_log2;  // softmax scale * log2(e), > 0
+  float scale_log2;  // softmax scale * log2(e), > 0; of changed scores log2(e)
+  Score score;
   int batch, heads_q;
   Divisor by_heads_q, by_group_size;
-  int seqlen_q, seqlen_k;
+  int seqlen_q;
+  Mask<Config::bounded_left, Config::bounded_right> mask;
   int m_blocks;  // query tiles per head
   Divisor by_m_blocks;
-  int paired_heads;   // (batch, head) pairs whose tiles are processed two at a time; even, 0 without a mask
+  int paired_heads;   // (batch, head) pairs whose tiles are processed two at a time; even, 0 unless Config::longest_first
   int paired_rounds;  // rounds over the CTAs that they take, rounded up
   Divisor by_single_heads;  // the other (batch, head) pairs, if any
 };
 
 struct Tile {
-  int row;  // its first query row; under a causal mask maybe negative
+  int row;  // its first query row; with a right bound maybe negative
   int head, kv_head, batch;
-  int n_blocks;  // at least 1: a tile that sees no key processes one fully masked block
+  int n_begin, n_end;  // its blocks of keys; at least one: a tile that sees no key processes one fully masked block
 };
 
 // The tiles of one CTA, in order. The order is arithmetic: no counter in memory, no hand-over between warps.
 //
-// Without a mask all tiles cost the same: they are dealt out head by head, so that the CTAs read the same keys.
-// Under a causal mask the cost grows with m_block. Most heads are dealt out in units of two tiles, one long and one
+// Without a mask all tiles cost the same, and in a window nearly all: they are dealt out head by head, so that the CTAs
+// read the same keys. Under a causal mask (longest_first) the cost grows with m_block. Most heads are dealt out in units of two tiles, one long and one
 // short, from two neighbouring heads, which all cost the same; the tiles of the remaining heads follow one by one,
 // longest first and every second round in reverse, so that the CTAs end together. On the host: deal_tiles().
-// There the tiles end with the last query row, so that where tile_m does not divide seqlen_q it is the shortest tile
+// With a right bound the tiles end with the last query row, so that where tile_m does not divide seqlen_q it is the shortest tile
 // whose upper warpgroups have no rows, not the longest one's lower ones. Rows stay multiples of 64.
 template <class Config> struct TileScheduler {
-  const AttentionParams& params;
+  const AttentionParams<Config>& params;
   int round = 0;
   int short_head = -1, short_m_block = 0;  // the second tile of a unit, still to be processed
 
@@ -47,18 +50,16 @@ template <class Config> struct TileScheduler {
     tile.batch = params.by_heads_q.divide(batch_head);
     tile.head = batch_head - tile.batch * params.heads_q;
     tile.kv_head = params.by_group_size.divide(tile.head);
-    int keys = params.seqlen_k;
-    if constexpr (Config::causal) {
-      tile.row -= params.m_blocks * Config::tile_m - (params.seqlen_q + 63) / 64 * 64;
-      keys = min(keys, tile.row + Config::tile_m + params.seqlen_k - params.seqlen_q);
-    }
-    tile.n_blocks = max(1, (keys + Config::tile_n - 1) / Config::tile_n);
+    if constexpr (Config::bounded_right) tile.row -= params.m_blocks * Config::tile_m - (params.seqlen_q + 63) / 64 * 64;
+    const int keys = params.mask.end(tile.row + Config::tile_m - 1);
+    tile.n_end = max(1, (keys + Config::tile_n - 1) / Config::tile_n);
+    tile.n_begin = min(params.mask.begin(tile.row) / Config::tile_n, tile.n_end - 1);
   }
 
   __forceinline__ bool next(Tile& tile) {
     const int ctas = gridDim.x, cta = blockIdx.x, m_blocks = params.m_blocks;
     const int heads = params.batch * params.heads_q;
-    if constexpr (!Config::causal || Config::one_tile) {
+    if constexpr (!Config::longest_first || Config::one_tile) {
       const int i = round++ * ctas + cta;
       if (i >= heads * m_blocks) return false;
       const int head = params.by_m_blocks.divide(i);
@@ -90,9 +91,3 @@ template <class Config> struct TileScheduler {
     }
   }
 };
-
-// Keys that a query row sees: those with an index below the limit.
-template <class Config> int key_limit(const AttentionParams& params, int row) {
-  if constexpr (Config::causal) return min(params.seqlen_k, row + 1 + params.seqlen_k - params.seqlen_q);
-  return params.seqlen_k;
-}
