@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: test bench lint clean
+.PHONY: test bench lint api clean
 
 test: $(INSTALLED)
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto $(ARGS)
@@ -20,6 +20,10 @@ bench: $(INSTALLED)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
+
+# The pages of docs/api, from the docstrings.
+api: $(INSTALLED)
+	$(BIN)/python tools/api_pages.py
 
 clean:
 	rm -rf $(VENV)

@@ -13,7 +13,9 @@ def main() -> None:
     torch.manual_seed(0)
     total = PROMPT + STEPS
     q = torch.randn(BATCH, total, HEADS, HEAD_DIM, device=DEVICE, dtype=DTYPE)
-    k, v = torch.randn(2, BATCH, total, KV_HEADS, HEAD_DIM, device=DEVICE, dtype=DTYPE)  # as a model makes them
+    k, v = torch.randn(
+        2, BATCH, total, KV_HEADS, HEAD_DIM, device=DEVICE, dtype=DTYPE
+    )  # as a model makes them
     k_cache, v_cache = torch.zeros_like(k), torch.zeros_like(v)
     parts, filled = [], 0
     while filled < total:
@@ -23,9 +25,7 @@ def main() -> None:
         filled += new
         # The filled part of the cache is a view: nothing is copied. The mask is aligned to the bottom right, so that
         # the last query sees every key and causal=True is right for the prompt and for the steps.
-        parts.append(
-            flashcore.attention(q[:, rows], k_cache[:, :filled], v_cache[:, :filled], causal=True)
-        )
+        parts.append(flashcore.attention(q[:, rows], k_cache[:, :filled], v_cache[:, :filled], causal=True))
     out = torch.cat(parts, dim=1)
 
     whole = flashcore.attention(q, k, v, causal=True)

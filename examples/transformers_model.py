@@ -1,7 +1,7 @@
 """A model of Hugging Face Transformers on FlashCore's attention, by name.
 
-    python examples/transformers_model.py                      a tiny model with random weights: nothing is downloaded
-    python examples/transformers_model.py --model NAME_OR_PATH --prompt "Once upon a time"
+python examples/transformers_model.py                      a tiny model with random weights: nothing is downloaded
+python examples/transformers_model.py --model NAME_OR_PATH --prompt "Once upon a time"
 """
 
 import argparse
@@ -9,7 +9,7 @@ import argparse
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-import flashcore.integrations.transformers  # registers "fcore"
+import flashcore.integrations.transformers  # noqa: F401: it registers "fcore"
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -23,7 +23,9 @@ def main() -> None:
     torch.manual_seed(0)
     if arguments.model:
         tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-        model = AutoModelForCausalLM.from_pretrained(arguments.model, attn_implementation="fcore", dtype="auto")
+        model = AutoModelForCausalLM.from_pretrained(
+            arguments.model, attn_implementation="fcore", dtype="auto"
+        )
         prompt = tokenizer(arguments.prompt, return_tensors="pt").input_ids
     else:
         config = LlamaConfig(

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from flashcore.integrations.sdpa import scaled_dot_product_attention
     from flashcore.plan import Plan
     from flashcore.problem import AttentionProblem
+    from flashcore.score import alibi, bias, softcap
 
 
 def __getattr__(name: str):

@@ -84,6 +84,8 @@ def attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Scaled dot-product attention, ``softmax(scale * q k^T) v`` per head.
 
+    Under ``torch.autocast`` q, k and v are first cast to its dtype, as PyTorch's SDPA does it.
+
     :param q: queries, (batch, seqlen_q, heads_q, head_dim); bfloat16, float16, float32 or float64, on CUDA or CPU. Any
         strides: views of packed or transposed tensors are read where they are.
     :param k: keys, (batch, seqlen_k, heads_k, head_dim). heads_q must be a multiple of heads_k; query head ``h`` reads
@@ -107,8 +109,6 @@ def attention(
     :param backend: ``"auto"``, or the name of one in ``flashcore.backends.BACKENDS``. See :func:`explain`.
     :returns: out, contiguous (batch, seqlen_q, heads_q, head_dim_v) in q's dtype, and with `return_lse` also lse,
         float32 (batch, heads_q, seqlen_q). A query that sees no key gives zeros and -inf.
-
-    Under ``torch.autocast`` q, k and v are first cast to its dtype, as PyTorch's SDPA does it.
 
     :raises InvalidInputError: arguments that no backend could accept.
     :raises UnsupportedError: no backend, or not the requested one, can do it.

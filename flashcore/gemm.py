@@ -37,6 +37,11 @@ def matmul(
 ) -> torch.Tensor:
     """``activation(a @ b + bias)``, accumulated in float32.
 
+    Under ``torch.autocast`` a, b and bias are first cast to its dtype, as PyTorch's own matmul casts them.
+
+    Differentiable once in a, b and bias; an activation's backward pass computes the sums again. ``torch.compile`` and
+    ``torch.export`` carry it in their graph as the operator ``flashcore::matmul`` (``flashcore/ops.py``).
+
     :param a: (m, k) or (batch, m, k); bfloat16 or float16 for the Hopper kernel, float32 or float64 elsewhere. Any
         strides: a transposed or sliced matrix is read where it is, if its rows or columns are dense and aligned to
         16 bytes.
@@ -48,11 +53,6 @@ def matmul(
         rounded before it is activated, as separate operations would.
     :returns: (m, n), or (batch, m, n) if an operand has a batch; contiguous.
     :raises InvalidInputError: arguments that contradict each other or have no meaning.
-
-    Under ``torch.autocast`` a, b and bias are first cast to its dtype, as PyTorch's own matmul casts them.
-
-    Differentiable once in a, b and bias; an activation's backward pass computes the sums again. ``torch.compile`` and
-    ``torch.export`` carry it in their graph as the operator ``flashcore::matmul`` (``flashcore/ops.py``).
     """
     if _is_any_autocast_enabled():
         a, b, bias = autocast(a, b, bias)

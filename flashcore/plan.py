@@ -15,6 +15,8 @@ from flashcore.backends import Backend
 from flashcore.errors import FlashCoreWarning, InvalidInputError, UnsupportedError
 from flashcore.problem import AttentionProblem
 
+__all__ = ["Plan", "override", "plan"]
+
 # The values of Plan.backward that name no backend.
 NO_GRAD = "none"
 AUTOGRAD = "autograd"

@@ -52,10 +52,13 @@ def page(module: griffe.Module) -> str:
 
 
 def public(module: griffe.Module) -> list[griffe.Object]:
-    """What the module's `__all__` names, but for modules and the version."""
-    names = flashcore.__all__ if module.path == "flashcore" else module.exports
-    objects = [module[name] for name in names or () if name in module.members]
-    objects = [one.final_target if isinstance(one, griffe.Alias) else one for one in objects]
+    """The functions and classes that the module's `__all__` names."""
+    if module.path == "flashcore":
+        objects = [
+            module[home if home == name else f"{home}.{name}"] for name, home in flashcore._PUBLIC.items()
+        ]
+    else:
+        objects = [module[name] for name in module.exports or ()]
     return [one for one in objects if isinstance(one, griffe.Class | griffe.Function)]
 
 
@@ -70,7 +73,7 @@ def anchor(one: griffe.Object) -> str:
 def summary(one: griffe.Object) -> str:
     """The docstring's first sentence, or its first paragraph where that is shorter."""
     first = plain(one.docstring.value if one.docstring else "").partition("\n\n")[0].replace("\n", " ")
-    return re.split(r"(?<=[.:]) (?=[A-Z])", first)[0].removesuffix(":")
+    return re.split(r"(?<=\.) (?=[A-Z])", first)[0]
 
 
 def describe(one: griffe.Object) -> list[str]:
@@ -91,7 +94,9 @@ def signature(function: griffe.Function) -> str:
         if parameter.kind is griffe.ParameterKind.keyword_only and kind is not parameter.kind:
             shown.append("*")
         kind = parameter.kind
-        stars = {griffe.ParameterKind.var_positional: "*", griffe.ParameterKind.var_keyword: "**"}.get(kind, "")
+        stars = {griffe.ParameterKind.var_positional: "*", griffe.ParameterKind.var_keyword: "**"}.get(
+            kind, ""
+        )
         text = f"{stars}{parameter.name}" + (f": {parameter.annotation}" if parameter.annotation else "")
         if parameter.default is not None and not stars:
             text += (" = " if parameter.annotation else "=") + str(parameter.default)
@@ -108,14 +113,19 @@ def fields(one: griffe.Class) -> str:
     bases = f"({', '.join(map(str, one.bases))})" if one.bases else ""
     if not any("dataclass" in str(decorator.value) for decorator in one.decorators):
         init = one.members.get("__init__")
-        return f"class {signature(init).replace('__init__', one.name, 1)}" if init else f"class {one.name}{bases}"
+        called = init and signature(init).replace("__init__", one.name, 1).removesuffix(" -> None")
+        return f"class {called or one.name + bases}"
     lines = one.filepath.read_text().splitlines()
     members = [m for m in one.members.values() if isinstance(m, griffe.Attribute) and not m.has_docstring]
-    members = [m for m in members if m.annotation and not m.name.startswith("_")]
+    members = [m for m in members if "property" not in m.labels and not m.name.startswith("_")]
     return f"class {one.name}{bases}:\n" + "\n".join(lines[m.lineno - 1] for m in members)
 
 
 def docstring(one: griffe.Object) -> list[str]:
+    if one.docstring and re.search(r"^:\w+.*\n\n[^:\s]", one.docstring.value, re.M | re.S):
+        raise ValueError(
+            f"{one.path}: text after the fields of its docstring would be taken for part of the last one"
+        )
     parts = []
     for section in one.docstring.parsed if one.docstring else ():
         if section.kind is griffe.DocstringSectionKind.text:
@@ -137,13 +147,13 @@ def entry(item: griffe.DocstringElement) -> str:
 
 def plain(text: str) -> str:
     """Markdown of a docstring's reStructuredText: roles, double backticks, examples and tables."""
-    text = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", text)
-    text = re.sub(r"``([^`]+)``", r"`\1`", text)
-    blocks = text.split("\n\n")
-    for i, block in enumerate(blocks):
+    blocks = []
+    for block in text.strip().split("\n\n"):
         if block.startswith((">>> ", "===")):
-            blocks[i] = f"```text\n{block}\n```"
-    return "\n\n".join(blocks).strip()
+            blocks.append(f"```text\n{block}\n```")
+        else:
+            blocks.append(re.sub(r"``([^`]+)``", r"`\1`", re.sub(r":\w+:`~?([^`]+)`", r"`\1`", block)))
+    return "\n\n".join(blocks)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ from flashcore.plan import Plan
 from flashcore.problem import check_tensors
 from flashcore.watching import is_recorded, is_transformed, is_watched, keeps_lengths
 
+__all__ = ["Choice", "explain", "replace_torch", "scaled_dot_product_attention"]
+
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 

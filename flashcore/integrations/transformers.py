@@ -36,6 +36,8 @@ try:
 except ImportError:
     _collector = None
 
+__all__ = ["NAME", "attention_forward", "mask"]
+
 # Transformers takes every name with "flash" in it for one of the flash-attn packages, and tries to import that.
 NAME = "fcore"
 
