@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from flashcore import cli, disk
-from flashcore.bench import record, report
+from flashcore.bench import documents, record
 from flashcore.bench.cases import SUITES
 from flashcore.bench.peers import PEERS, Peer
 
@@ -244,7 +244,7 @@ def test_doctor_answers_where_nothing_works(monkeypatch):
         "import sys; sys.modules.update(dict.fromkeys(('torch', 'cuda', 'cuda.core', 'triton', 'pynvml')));"
     )
     code = f"{hide} from flashcore.cli import app; app(['doctor', '--json'])"
-    environment = {**os.environ, "PATH": "", "PYTHONPATH": str(report.ROOT)}
+    environment = {**os.environ, "PATH": "", "PYTHONPATH": str(documents.ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
@@ -353,7 +353,7 @@ def test_report_says_which_records_are_older_than_the_kernels(monkeypatch, tmp_p
     (tmp_path / "docs").mkdir()
     for name, block in (("README.md", "forward"), ("docs/benchmarks.md", "tables")):
         (tmp_path / name).write_text(f"<!-- flashcore report: {block} -->\n<!-- flashcore report end -->\n")
-    monkeypatch.setattr(report.Documents, "__init__", lambda self: object.__setattr__(self, "root", tmp_path))
+    monkeypatch.setattr(documents.Documents, "__init__", lambda self: object.__setattr__(self, "root", tmp_path))
     assert "no records yet" in flashcore("report", code=1)
     assert "no records yet" in flashcore("report", "--update")
 
@@ -365,7 +365,7 @@ def test_report_says_which_records_are_older_than_the_kernels(monkeypatch, tmp_p
     }
     data = {"suite": "small", "meta": meta, "rows": [], "skipped": []}
     path = tmp_path / "benchmarks" / "results" / "h200" / "small.json"
-    monkeypatch.setattr(report.Documents, "stale", lambda self: [])
+    monkeypatch.setattr(documents.Documents, "stale", lambda self: [])
     record.write(data, path)
     assert "h200/small: 2030-01-02, commit unknown, 0 rows: current" in flashcore("report")
     meta["kernel_digest"] = "0" * 64

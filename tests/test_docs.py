@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 import flashcore
 from flashcore import cli
-from flashcore.bench import profile, record, report, suites
+from flashcore.bench import documents, profile, record, suites
 from tests.cases import BY_NAME
 
 ROOT = Path(flashcore.__file__).parents[1]
@@ -92,7 +92,7 @@ def replaced(tmp_path, monkeypatch):
     monkeypatch.setattr(suites, "run", lambda suite, *rest: measured(suite.name))
     monkeypatch.setattr(profile, "missing", lambda ncu: None)
     monkeypatch.setattr(profile, "run", lambda *rest: measured("profile"))
-    monkeypatch.setattr(report.Documents, "update", lambda self: [])
+    monkeypatch.setattr(documents.Documents, "update", lambda self: [])
     monkeypatch.setattr(record, "RESULTS", tmp_path)
     for command in (cli.bench, cli.report):
         monkeypatch.setattr(command, "need_matplotlib", lambda: None)

@@ -20,7 +20,7 @@ import torch
 from flashcore.bench import check, timing
 from flashcore.bench.cases import OURS
 from flashcore.bench.machine import Sensors
-from flashcore.bench.models import Model, ModelCase
+from flashcore.bench.models import LAUNCH_BOUND, Model, ModelCase
 from flashcore.bench.peers import PEERS
 from flashcore.errors import FlashCoreWarning
 
@@ -31,7 +31,6 @@ REFERENCES = ("fa2", "cudnn", "sdpa", "eager")
 WATCHED = "watched"  # the name, for Transformers, of an attention with a stopwatch around it
 # How warnings begin that say that a call came to FlashCore and was computed by something else, or by less than it has.
 NOT_OURS = "attn_implementation=|attention: backend"
-LAUNCH_BOUND = 0.8  # of a token's time: a device that works for less of it waits for the host
 LEAD_CYCLES = 200_000_000  # about 0.1 s in which the host runs ahead: no gaps on the device while it is watched
 CPU_PARAMETERS = 10**8  # larger models take too long there
 
@@ -463,93 +462,3 @@ def _free_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-# --- tables
-
-
-def tables(title: str, data: dict) -> list:
-    """Tokens/s, attention's share, peak memory and distances, a row per case."""
-    from flashcore.bench.report import Table
-
-    grouped: dict[tuple, dict[str, dict]] = {}
-    for row in data["rows"]:
-        key = (row["model"], row["phase"], row["tokens"], row["new_tokens"])
-        grouped.setdefault(key, {})[row["impl"]] = row
-    if not grouped:
-        return []
-    impls = list(dict.fromkeys(row["impl"] for row in data["rows"]))
-
-    def table(name: str, show: Callable[[dict], str], more: dict[str, Callable[[dict], str]], notes=()) -> Table:
-        rows = []
-        for (model, phase, tokens, new_tokens), by_impl in grouped.items():
-            what = f"{tokens} + {new_tokens}" if new_tokens else str(tokens)
-            cells = [show(by_impl[impl]) if impl in by_impl else "" for impl in impls]
-            rows.append((model, phase, what, *cells, *(extra(by_impl) for extra in more.values())))
-        return Table(name, ("model", "phase", "tokens", *impls, *more), tuple(rows), tuple(notes))
-
-    def number(key: str, digits: int) -> Callable[[dict], str]:
-        return lambda row: f"{row[key]:.{digits}f}" if key in row else "failed" if "failed" in row else ""
-
-    def distance(row: dict) -> str:
-        if "rel_err" not in row:
-            return "reference" if row.get("reference") else "failed" if "failed" in row else ""
-        equal = f", {row['tokens_equal']} of {row['new_tokens']} tokens" if "tokens_equal" in row else ""
-        return f"{row['rel_err']:.2e}{equal}" + (" failed" if "failed" in row else "")
-
-    failures = [
-        f"FAILED: {row['impl']} on {row['model']}-{row['phase']}-{row['tokens']}: {row['failed']}"
-        for row in data["rows"]
-        if "failed" in row
-    ]
-    absent = [
-        f"Not measured: {entry['impl']} on {entry['case']}: {entry['reason']}."
-        for entry in data["skipped"]
-        if "impl" in entry and "case" in entry
-    ]
-    return [
-        table(
-            f"{title}: tokens/s",
-            number("tokens_per_s", 0),
-            {"over the faster SDPA": _over_sdpa, "std %": _spread},
-            (*absent, *failures),
-        ),
-        table("Attention's share of the device's time, %", number("attention_pct", 1), {"backend": _backend}),
-        *_pace_tables(data["rows"]),
-        table("Peak memory, GiB", number("peak_gib", 1), {}),
-        table("Relative error of logits, or of gradients; generated tokens before the first other one", distance, {}),
-    ]
-
-
-def _pace_tables(rows: Sequence[dict]) -> list:
-    """One row per generation and implementation, and who waited for the host; none without generations."""
-    from flashcore.bench.report import Table
-
-    paced = [row for row in rows if "token_ms" in row]
-    if not paced:
-        return []
-    keys = "first_token_ms", "token_ms", "step_device_ms"
-    cells = tuple((row["model"], row["impl"], *(f"{row[key]:.2f}" for key in keys)) for row in paced)
-    bound = [f"{row['impl']} on {row['model']}" for row in paced if row["launch_bound"]]
-    note = (
-        f"Launch-bound, the device works for less than {100 * LAUNCH_BOUND:.0f} % of a token's time and then waits for "
-        f"the host: {', '.join(bound)}."
-    )
-    headers = ("model", "implementation", "first token, ms", "each further token, ms", "of which the device works, ms")
-    return [Table("Generation: the pace of tokens", headers, cells, (note,) if bound else ())]
-
-
-def _over_sdpa(by_impl: dict[str, dict]) -> str:
-    speeds = {impl: row["tokens_per_s"] for impl, row in by_impl.items() if "tokens_per_s" in row}
-    peers = [speeds[impl] for impl in ("cudnn", "fa2", "sdpa") if impl in speeds]
-    return f"{speeds['flashcore'] / max(peers):.3f}" if peers and "flashcore" in speeds else ""
-
-
-def _spread(by_impl: dict[str, dict]) -> str:
-    row = by_impl.get("flashcore", {})
-    return f"{row['std_pct']:.1f}" if row.get("samples", 1) > 1 else ""
-
-
-def _backend(by_impl: dict[str, dict]) -> str:
-    row = by_impl.get("flashcore", {})
-    return ", ".join(filter(None, (row.get("backend"), row.get("backward") and f"backward {row['backward']}")))

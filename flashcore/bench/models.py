@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+LAUNCH_BOUND = 0.8  # of a token's time: a device that works for less of it waits for the host
+
 
 @dataclass(frozen=True)
 class Model:

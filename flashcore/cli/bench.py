@@ -39,10 +39,13 @@ def bench(
     --merge, which adds it to the record that is there if that was made on the same machine with the same software and
     sources. Exits with 1 if an implementation of FlashCore's failed.
     """
-    from flashcore.bench import record, report, suites
+    from flashcore.bench import record, suites
     from flashcore.bench.cases import OURS, SUITES
     from flashcore.bench.machine import slug
     from flashcore.bench.peers import LIBRARIES, PEERS
+    from flashcore.bench.plot import plot as draw
+    from flashcore.bench.shapes import load_anchors
+    from flashcore.bench.tables import tables
     from flashcore.bench.timing import Effort
 
     if list_all:
@@ -73,8 +76,8 @@ def bench(
             effort = Effort(rounds=rounds, round_ms=round_ms, rest_ms=rest_ms)
             data = suites.run(chosen, cases, impl, effort, commit, on_case)
         gpu = slug(data["meta"]["gpu"])
-        anchors = report.load_anchors(gpu)
-        for table in report.tables(data, anchors):
+        anchors = load_anchors(gpu)
+        for table in tables(data, anchors):
             show(table)
         _show_skipped(data["skipped"])
         failed |= any("failed" in row and row["impl"] in OURS for row in data["rows"])
@@ -90,7 +93,7 @@ def bench(
             record.write(data, path)
             console().print(f"recorded in {path}")
             if plot and any("tflops" in row and "head_dim" in row for row in data["rows"]):
-                report.plot(data, anchors, path.with_suffix(".png"))
+                draw(data, anchors, path.with_suffix(".png"))
                 console().print(f"plotted in {path.with_suffix('.png')}")
     raise typer.Exit(1 if failed else 0)
 

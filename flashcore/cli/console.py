@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from flashcore.bench.report import Table as BenchTable
+    from flashcore.bench.tables import Table as BenchTable
 
 
 def console(stderr: bool = False) -> Console:

@@ -17,7 +17,7 @@ def report(
     Exits with 1 if a document does not show what the records say.
     """
     from flashcore.bench import record
-    from flashcore.bench.report import Documents, not_recorded
+    from flashcore.bench.documents import Documents, not_recorded
 
     documents = Documents()
     if not (documents.root / "README.md").exists():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from flashcore.bench.cases import SUITES
-from flashcore.bench.report import load_anchors
+from flashcore.bench.shapes import load_anchors
 
 
 @pytest.fixture

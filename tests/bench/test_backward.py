@@ -9,10 +9,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from flashcore.bench import backward, check, report, suites
+from flashcore.bench import backward, check, suites, tables
 from flashcore.bench.cases import SUITES, Case
 from flashcore.bench.peers import PEERS, Peer
-from flashcore.bench.report import load_anchors, shapes
+from flashcore.bench.shapes import load_anchors, shapes
 from flashcore.bench.timing import Effort
 from flashcore.cli import app
 
@@ -180,6 +180,6 @@ def test_the_table_says_whose_backward_it_was():
     assert shape.case == case
     assert shape.anchor["suite"] == "backward"
     assert shape.best_ms == pytest.approx(0.8 / 1.086)
-    (table,) = report.tables(data, load_anchors("h200"))
+    (table,) = tables.tables(data, load_anchors("h200"))
     assert table.rows[0][5:8] == (f"{case.tflops(1):.0f}", f"{case.tflops(0.8):.0f}", "0.74")
     assert "torch-flash (1 shapes)" in table.notes[-1]

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flashcore.bench import report, suites, timing
+from flashcore.bench import shapes, suites, tables, timing
 from flashcore.bench.cases import SUITES, Case
 from flashcore.bench.peers import PEERS, Peer
-from flashcore.bench.report import load_anchors
+from flashcore.bench.shapes import load_anchors
 from flashcore.bench.timing import Effort
 
 FAST = Effort(rounds=2, round_ms=1, warmup_ms=0, lead_in_ms=0)
@@ -66,7 +66,7 @@ def test_decoding_takes_turns_on_copies_of_the_cache(add_peer, monkeypatch):
 
 def test_bytes_follow_the_convention_of_the_anchors():
     """Three of the cases have anchors, of FlashAttention-3 beside cuDNN; their milliseconds have 5 decimals."""
-    anchored = [(case, load_anchors("h200").get(report._key(row(case)))) for case in SUITES["decode"].cases]
+    anchored = [(case, load_anchors("h200").get(shapes.key(row(case)))) for case in SUITES["decode"].cases]
     found = [(case, anchor) for case, anchor in anchored if anchor]
     assert len(found) == 3
     for case, anchor in found:
@@ -112,7 +112,7 @@ def test_the_matrix_is_one_table_per_shape_with_who_is_missing(add_peer):
     data = run("matrix", MATRIX, ["wrong", "sdpa", "flashcore", "absent", "fa2"])
     times = {row["impl"]: row for row in data["rows"]}
     times["sdpa"]["ms_p50"], times["flashcore"]["ms_p50"] = 0.03, 0.02
-    (table,) = report.tables(data, {})
+    (table,) = tables.tables(data, {})
     assert table.title == "matrix: a small one (batch 1, S = 48, heads 2, head_dim 32, causal, fp32)"
     assert [row[:3] for row in table.rows] == [
         ("flashcore", "20.0", "1.50"), ("sdpa", "30.0", "1.00"), ("wrong", "failed", ""),
@@ -134,7 +134,7 @@ def test_decoding_is_shown_in_bytes_per_second():
         for impl, ms in (("flashcore", 0.08), ("cudnn", 0.1))
     ]
     data = {"suite": "decode", "rows": rows, "skipped": [], "meta": {"method": {"mode": "graph"}}}
-    (table,) = report.tables(data, {})
+    (table,) = tables.tables(data, {})
     assert table.headers[5:7] == ("flashcore, TB/s", "cudnn, TB/s")
     assert table.rows[0][2:8] == ("1 x 8192", "8", "32:8", "3.36", "2.68", "1.25")
     assert table.notes[-1] == "The backend that FlashCore's plan picked: triton (1 shapes), hopper (1 shapes)."
@@ -158,4 +158,4 @@ def test_graphs_of_everybody_on_a_gpu(name, case):
     assert {impl: row["failed"] for impl, row in rows.items() if "failed" in row} == {}
     assert {"flashcore", "flashcore-triton", "cudnn", "fa2"} <= rows.keys()
     assert all(0 < row["ms_p50"] < 1 for row in rows.values())
-    assert report.tables(data, {})
+    assert tables.tables(data, {})

@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 
-from flashcore.bench import models, report, suites
+from flashcore.bench import models, suites, tables
 from flashcore.bench.cases import SUITES
 from flashcore.bench.models import Model, ModelCase
 from flashcore.errors import FlashCoreWarning
@@ -291,7 +291,7 @@ def test_the_record_becomes_tables(monkeypatch):
     data = run(CASES)
     data["rows"][0]["failed"] = "as the test likes it"
     del data["rows"][0]["tokens_per_s"]
-    speed, share, pace, memory, distance = report.tables(data, {})
+    speed, share, pace, memory, distance = tables.tables(data, {})
     assert speed.headers[:6] == ("model", "phase", "tokens", *IMPLS)
     assert {row[0] for row in speed.rows} == {"tiny"}
     assert [row[1:3] for row in speed.rows] == [("prefill", "48"), ("generate", "40 + 6"), ("train", "40")]

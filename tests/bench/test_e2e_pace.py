@@ -9,7 +9,7 @@ from flashcore.bench.cases import SUITES
 from flashcore.bench.models import Model, ModelCase
 
 pytest.importorskip("transformers", minversion="5")
-from flashcore.bench import e2e, suites
+from flashcore.bench import e2e, models, suites, tables
 
 GENERATE = ModelCase(Model("tiny", 97, 64, 96, 2, 4, 2), "generate", 40, 6, "float32")
 
@@ -21,7 +21,7 @@ def test_a_generation_has_its_pace():
         assert "failed" not in row, row
         assert row["first_token_ms"] > 0
         assert row["token_ms"] == pytest.approx((row["ms_p50"] - row["first_token_ms"]) / 5)
-        assert row["launch_bound"] == (row["step_device_ms"] < e2e.LAUNCH_BOUND * row["token_ms"])
+        assert row["launch_bound"] == (row["step_device_ms"] < models.LAUNCH_BOUND * row["token_ms"])
 
 
 @pytest.mark.parametrize(("device_ms", "bound"), [(7.9, True), (8.1, False)])
@@ -36,10 +36,10 @@ def test_a_device_that_works_for_less_than_a_token_waits_for_the_host(monkeypatc
     assert tokens == [1]
     assert row["token_ms"] == pytest.approx(10)
     assert row["launch_bound"] is bound
-    (table,) = e2e._pace_tables([row, {"impl": "sdpa", "model": "tiny"}])
+    (table,) = tables.pace_tables([row, {"impl": "sdpa", "model": "tiny"}])
     assert table.rows == (("tiny", "sdpa", "100.00", "10.00", f"{device_ms:.2f}"),)
     assert [note.endswith("waits for the host: sdpa on tiny.") for note in table.notes] == [True] * bound
 
 
 def test_without_generations_there_is_no_such_table():
-    assert e2e._pace_tables([{"impl": "sdpa", "model": "tiny", "tokens_per_s": 3.0}]) == []
+    assert tables.pace_tables([{"impl": "sdpa", "model": "tiny", "tokens_per_s": 3.0}]) == []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flashcore.bench import gemm, report, suites
+from flashcore.bench import gemm, suites, tables
 from flashcore.bench.cases import SUITES, GemmCase
 from flashcore.bench.peers import PEERS, Peer
 from flashcore.bench.timing import Effort
@@ -52,7 +52,7 @@ def test_rows_are_right_and_become_a_table():
         assert row["op"] == "gemm"
         assert row["tflops"] > 0
     assert data["rows"][0]["backend"] == "torch" or torch.cuda.is_available()
-    (table,) = report.tables(data, {})
+    (table,) = tables.tables(data, {})
     assert len(table.rows) == 3
     assert any("SwiGLU" in note for note in table.notes)
 
@@ -66,7 +66,7 @@ def test_a_wrong_column_is_found_and_shown(monkeypatch):
     monkeypatch.setitem(PEERS, "flashcore-matmul", Peer("flashcore-matmul", "wrong", prepare, operation="gemm"))
     data = run(cases=CASES[:1])
     assert "rel_err" in data["rows"][0]["failed"]
-    (table,) = report.tables(data, {})
+    (table,) = tables.tables(data, {})
     assert "failed" in table.rows[0]
     assert table.notes[0].startswith("FAILED: flashcore-matmul on large-64x48x32-bf16-fp32")
 

@@ -11,9 +11,10 @@ import torch
 from typer.testing import CliRunner
 
 from flashcore import cli
-from flashcore.bench import profile, record, report
+from flashcore.bench import profile, record, roofline
 from flashcore.bench.cases import SUITES, Case, GemmCase
 from flashcore.bench.peers import PEERS
+from flashcore.bench.shapes import shapes
 from flashcore.errors import EnvironmentProblem
 
 CASE = Case(1, 256, 256, 2, 2, 64, True)
@@ -141,7 +142,7 @@ def fake_ncu(tmp_path, monkeypatch):
 
 
 def operations() -> dict:
-    from flashcore.bench.suites import OPERATIONS
+    from flashcore.bench.operations import OPERATIONS
 
     return OPERATIONS
 
@@ -265,7 +266,7 @@ def test_on_a_gpu(tmp_path):
 
 def test_cycles_of_a_block():
     """By hand, for one warpgroup's 64 queries, 128 keys and head_dim 64."""
-    cycles = profile.block_cycles(64, 128, 64)
+    cycles = roofline.block_cycles(64, 128, 64)
     assert cycles["tensor pipe"] == 4 * 64 + 8 * 32  # 4 x m64n128k16 of 64 cycles, 8 x m64n64k16 of 32
     assert cycles["exp pipe"] == 64 * 128 / 16
     assert cycles["FMA pipe"] == 64 * 128 * 2 / 128
@@ -276,7 +277,7 @@ def test_cycles_of_a_block():
 
 
 def test_a_peak_is_what_the_white_paper_says():
-    peak = profile.MMA_FLOPS * 132 * 1830e6
+    peak = roofline.MMA_FLOPS * 132 * 1830e6
     assert peak / 1e12 == pytest.approx(989.4, rel=1e-3)
 
 
@@ -292,7 +293,7 @@ def test_work_by_enumeration(causal, tile_m, tile_n):
             count = len({j // tile_n for j in seen})
             blocks, most = blocks + count, max(most, count)
         loaded += most
-    done = profile.work(case, tile_m, tile_n)
+    done = roofline.work(case, tile_m, tile_n)
     assert done.blocks == 8 * blocks
     row = 64 * 2
     assert done.l2_bytes == 8 * (loaded * tile_n * 2 + 300) * row
@@ -303,8 +304,8 @@ def test_the_roofline_of_a_record(forward_record):
     """600 TFLOP/s at head_dim 128, full, is 4 x 64 x 128 x 128 FLOP per block: the tensor pipe's clock follows."""
     for row in forward_record["rows"]:
         row |= {"backend": "hopper", "sm_mhz": 1500, "config": "bfloat16 head_dim x: tile 128 x 128, 2 consumers"}
-    found = report.shapes(forward_record, {})
-    table = profile.roofline_table(found, 132, 4.8e12)
+    found = shapes(forward_record, {})
+    table = roofline.roofline_table(found, 132, 4.8e12)
     rows = {row[0]: dict(zip(table.headers, row, strict=True)) for row in table.rows}
     row = rows["128 full 4096"]
     assert row["tensor pipe, MHz"] == f"{600e12 / 132 / 4096 / 1e6:.0f}"
@@ -313,10 +314,10 @@ def test_the_roofline_of_a_record(forward_record):
     assert 50 < float(rows["128 causal 512"]["useful products, %"]) < 100
     seconds = 4 * 4 * 16 * 4096**2 * 128 / 600e12
     assert row["HBM, %"] == f"{100 * 4 * 4 * 4096 * 2048 * 2 / 4.8e12 / seconds:.0f}"
-    assert [row[:2] for row in profile.block_table(found).rows][1] == ("128", "128 x 128")
+    assert [row[:2] for row in roofline.block_table(found).rows][1] == ("128", "128 x 128")
 
 
 def test_only_what_the_kernel_computed_has_a_roofline(forward_record):
     for row in forward_record["rows"]:
         row |= {"backend": "sdpa", "sm_mhz": 1500}
-    assert profile.roofline_table(report.shapes(forward_record, {}), 132, None).rows == ()
+    assert roofline.roofline_table(shapes(forward_record, {}), 132, None).rows == ()

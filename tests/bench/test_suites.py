@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import flashcore
-from flashcore.bench import peers, suites
+from flashcore.bench import peers, startup, suites
 from flashcore.bench.cases import ADVERSARIAL, SUITES, Case
 from flashcore.bench.peers import PEERS, Peer
 from flashcore.bench.timing import Effort
@@ -162,7 +162,7 @@ def test_startup_reports_a_process_that_dies(monkeypatch):
     def die(arguments, cache):
         raise subprocess.CalledProcessError(1, arguments, stderr="no NVRTC here")
 
-    monkeypatch.setattr(suites, "_python", die)
+    monkeypatch.setattr(startup, "_python", die)
     data = suites.run(SUITES["startup"])
     assert data["rows"] == []
     assert {s["case"]: s["reason"] for s in data["skipped"]} == dict.fromkeys(("compile", "start"), "no NVRTC here")
@@ -170,7 +170,7 @@ def test_startup_reports_a_process_that_dies(monkeypatch):
 
 def test_startup_takes_the_median_beyond_the_first_round(monkeypatch):
     """The parent's clock stands still, so what a process prints is how long it took."""
-    monkeypatch.setattr(suites.time, "time", lambda: 0.0)
+    monkeypatch.setattr(startup.time, "time", lambda: 0.0)
     durations = {"torch": iter([99, 4, 4, 4]), "sdpa": iter([99, 5, 7, 6]), "flashcore": iter([99, 6, 5, 9])}
 
     def python(arguments, cache):
@@ -179,7 +179,7 @@ def test_startup_takes_the_median_beyond_the_first_round(monkeypatch):
         impl = next(name for name in ("flashcore", "scaled_dot", "torch") if name in arguments[1])
         return str(next(durations[{"scaled_dot": "sdpa"}.get(impl, impl)]))
 
-    monkeypatch.setattr(suites, "_python", python)
+    monkeypatch.setattr(startup, "_python", python)
     rows = {row["impl"]: row for row in suites.run(SUITES["startup"])["rows"]}
     assert rows["torch"] == {"op": "start", "impl": "torch", "s_p50": 4, "s_min": 4, "s_max": 4}
     assert rows["sdpa"]["s_p50"] == 6

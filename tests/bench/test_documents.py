@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from flashcore.bench import record, report
-from flashcore.bench.report import Documents, replace_block, shapes
+from flashcore.bench import documents, record, tables
+from flashcore.bench.documents import Documents, replace_block
+from flashcore.bench.shapes import load_anchors, shapes, summary
 
 
 def test_the_documents_show_what_the_records_say():
-    stale = [str(path.relative_to(report.ROOT)) for path in Documents().stale()]
+    stale = [str(path.relative_to(documents.ROOT)) for path in Documents().stale()]
     assert stale == [], "run: flashcore report --update"
 
 
@@ -46,13 +47,13 @@ def test_our_own_other_backends_are_no_peers(forward_record):
 
 
 def test_anchors_of_another_gpu_are_not_used():
-    assert report.load_anchors("h100") == {}
+    assert load_anchors("h100") == {}
 
 
 def test_the_summary_is_geometric_means_and_the_minimum(forward_record):
     rows = {(r["impl"], r["head_dim"], r["seqlen_q"], r["causal"]): r for r in forward_record["rows"]}
     rows["flashcore", 64, 512, False]["ms_p50"] *= 4
-    first, spread = report.summary(shapes(forward_record, {}))
+    first, spread = summary(shapes(forward_record, {}))
     assert f"all {1.2 * 4 ** (-1 / 36):.2f}," in first
     assert f"head_dim 64 {1.2 * 4 ** (-1 / 12):.2f}, head_dim 128 1.20, head_dim 256 1.20" in first
     assert f"S <= 1024 {1.2 * 4 ** (-1 / 12):.2f}, S >= 2048 1.20;" in first
@@ -65,20 +66,20 @@ def test_a_failure_has_no_number_and_is_shouted(forward_record, anchors):
     for key in ("ms_p50", "ms_p10", "ms_p90", "std_pct", "tflops"):
         del row[key]
     row["failed"] = "12 elements are NaN or Inf"
-    (table,) = report.tables(forward_record, anchors)
+    (table,) = tables.tables(forward_record, anchors)
     assert table.rows[0][5] == "failed"
     assert table.rows[0][8] == ""  # no ratio
     assert table.notes[-1] == "FAILED: flashcore on d64-s512-b32-h32-full-bf16: 12 elements are NaN or Inf"
-    assert report.compact_table(shapes(forward_record, anchors)).rows[0][1] == "failed"
+    assert tables.compact_table(shapes(forward_record, anchors)).rows[0][1] == "failed"
 
 
 def test_tables_hold_every_implementation(forward_record, anchors):
-    (table,) = report.tables(forward_record, anchors)
+    (table,) = tables.tables(forward_record, anchors)
     assert table.headers[5:8] == ("flashcore, TFLOP/s", "cudnn, TFLOP/s", "fa2, TFLOP/s")
     assert len(table.rows) == 36
     assert table.rows[0][:8] == ("64", "full", "512", "32", "32", "600", "500", "400")
     assert table.markdown().count("\n| 128 | ") == 12
-    compact = report.compact_table(shapes(forward_record, anchors))
+    compact = tables.compact_table(shapes(forward_record, anchors))
     assert compact.headers == ("head_dim, mask", *(f"S = {512 * 2**i}" for i in range(6)))
     assert [row[0] for row in compact.rows] == [f"{d} {m}" for d in (64, 128, 256) for m in ("full", "causal")]
     assert compact.rows[0][1] == "600 (1.20)"
@@ -90,7 +91,7 @@ def test_accuracy_is_compared_with_fa2():
         {"op": "accuracy", "impl": impl, **base, "inputs": "outliers", "rel_err": error, "max_abs_err": 1.0}
         for impl, error in (("flashcore", 2.1e-3), ("fa2", 2e-3))
     ]
-    (table,) = report.tables({"suite": "accuracy", "rows": rows, "meta": {}}, {})
+    (table,) = tables.tables({"suite": "accuracy", "rows": rows, "meta": {}}, {})
     assert table.rows == (("64", "causal", "64", "bfloat16", "outliers", "2.100e-03", "2.000e-03", "1.050"),)
 
 
@@ -101,7 +102,7 @@ def test_startup_says_what_comes_on_top_of_torch():
         {"op": "start", "impl": "torch", "s_p50": 4.0, "s_min": 3.9, "s_max": 4.2},
         {"op": "start", "impl": "flashcore", "s_p50": 4.25, "s_min": 4.1, "s_max": 4.3},
     ]
-    compiled, started = report.tables({"suite": "startup", "rows": rows, "meta": {}}, {})
+    compiled, started = tables.tables({"suite": "startup", "rows": rows, "meta": {}}, {})
     assert compiled.rows == (("a", "1.50", "168", "0", "1024"),)
     assert started.notes == ("FlashCore beyond torch without attention: 0.25 s.",)
 
@@ -124,7 +125,7 @@ def test_without_records_the_documents_say_so(clone):
     assert clone.stale() == [clone.root / "README.md", clone.root / "docs" / "benchmarks.md"]
     clone.update()
     assert clone.stale() == []
-    assert report.NOTHING in (clone.root / "README.md").read_text()
+    assert documents.NOTHING in (clone.root / "README.md").read_text()
 
 
 def test_documents_follow_the_records(clone, forward_record):

@@ -1,0 +1,164 @@
+"""Records in the documentation.
+
+A document holds blocks between ``<!-- flashcore report: NAME -->`` and ``<!-- flashcore report end -->``;
+:func:`update` fills them, :func:`stale` says which no longer show what the records say.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from flashcore.bench import profile, record, roofline
+from flashcore.bench.cases import ADVERSARIAL, SUITES
+from flashcore.bench.machine import slug
+from flashcore.bench.plot import plot, plot_key
+from flashcore.bench.shapes import load_anchors, shapes
+from flashcore.bench.tables import accuracy_table, compact_table, tables
+
+ROOT = record.PACKAGE.parent
+NOTHING = "No measurement has been recorded yet.\n"
+
+
+def not_recorded(recorded: Iterable[str]) -> list[str]:
+    """The suites that have no record on a GPU which has some. `quick` is for any machine and publishes nothing."""
+    return [name for name in SUITES if name not in recorded and name != "quick"]
+
+
+def provenance(data: dict) -> str:
+    """One sentence on what was measured, where and when."""
+    meta = data["meta"]
+    where = f"{meta['gpu']}, {meta['power_limit_w']} W cap, driver {meta['driver']}"
+    software = f"torch {meta['torch']}, cuDNN {meta['cudnn']}, NVRTC {meta['nvrtc']}, cuda.core {meta['cuda_core']}"
+    commit = (meta["commit"] or "unknown")[:12] + (" with local changes" if meta["dirty"] else "")
+    return (
+        f"Measured {meta['date'][:10]} on {where}; {software}; FlashCore {meta['flashcore']}, commit {commit}, "
+        f"kernel sources {meta['kernel_digest'][:12]}."
+    )
+
+
+@dataclass(frozen=True)
+class Documents:
+    """A clone's records and the documents that show them."""
+
+    root: Path = ROOT
+
+    @property
+    def results(self) -> dict[str, dict[str, dict]]:
+        return record.read_all(self.root / "benchmarks" / "results")
+
+    def anchors(self, gpu: str) -> dict[tuple, dict]:
+        return load_anchors(gpu, self.root / "benchmarks")
+
+    def plot_path(self, gpu: str) -> Path:
+        return self.root / "docs" / "img" / f"forward-{gpu}.png"
+
+    def blocks(self) -> dict[Path, dict[str, str]]:
+        """What each block of each document should say."""
+        performance, numerics = (self.root / "docs" / name for name in ("performance.md", "numerics.md"))
+        return {
+            self.root / "README.md": {"forward": self._forward_block()},
+            self.root / "docs" / "benchmarks.md": {"tables": self._tables_block()},
+            **({performance: self._performance_blocks()} if performance.exists() else {}),
+            **({numerics: {"adversarial": self._adversarial_block()}} if numerics.exists() else {}),
+        }
+
+    def _forward_block(self) -> str:
+        parts = []
+        for gpu, suites in self.results.items():
+            if data := suites.get("forward"):
+                image = self.plot_path(gpu).relative_to(self.root).as_posix()
+                parts.append(f"![TFLOP/s over sequence length on {data['meta']['gpu']}]({image})\n")
+                parts.append(compact_table(shapes(data, self.anchors(gpu))).markdown())
+                parts.append(provenance(data) + "\n")
+        return "\n".join(parts) or NOTHING
+
+    def _adversarial_block(self) -> str:
+        parts = []
+        for gpu, suites in self.results.items():
+            if data := suites.get("accuracy"):
+                found = [shape for shape in shapes(data, self.anchors(gpu)) if shape.case in ADVERSARIAL]
+                if found:
+                    title = f"{data['meta']['gpu']}: adversarial cases"
+                    parts += [accuracy_table(title, found).markdown(), provenance(data) + "\n"]
+        return "\n".join(parts) or NOTHING
+
+    def _performance_blocks(self) -> dict[str, str]:
+        """The generated blocks of docs/performance.md."""
+        rates, profiled = [], []
+        for gpu, suites in self.results.items():
+            if data := suites.get("forward"):
+                found = shapes(data, self.anchors(gpu))
+                meta = data["meta"]
+                hbm = roofline.HBM_BYTES.get(slug(meta["gpu"]))
+                parts = (roofline.block_table(found), roofline.roofline_table(found, meta["sm_count"], hbm))
+                rates += [part.markdown() for part in parts] + [provenance(data) + "\n"]
+            if data := suites.get(profile.SUITE):
+                profiled.append(
+                    profile.table(data["rows"], f"{data['meta']['gpu']}: what Nsight Compute counts").markdown()
+                )
+                profiled += [provenance(data) + "\n", f"Method: {data['meta']['method']['about']}.\n"]
+        return {"roofline": "\n".join(rates) or NOTHING, "profile": "\n".join(profiled) or NOTHING}
+
+    def _tables_block(self) -> str:
+        parts = []
+        for gpu, suites in self.results.items():
+            if absent := not_recorded(suites):
+                name = next(iter(suites.values()))["meta"]["gpu"]
+                parts.append(f"Not recorded on {name}: {', '.join(absent)}.\n")
+            for name in SUITES:
+                if data := suites.get(name):
+                    parts.append(f"### {data['meta']['gpu']}: {name}\n")
+                    parts += [table.markdown() for table in tables(data, self.anchors(gpu))]
+                    parts += [provenance(data) + "\n", f"Method: {data['meta']['method']['about']}.\n"]
+        return "\n".join(parts) or NOTHING
+
+    def update(self) -> list[Path]:
+        """Rewrite every block and plot that is out of date. Returns the files written."""
+        written = []
+        for path, blocks in self.blocks().items():
+            text = path.read_text()
+            new = text
+            for name, body in blocks.items():
+                new = replace_block(new, name, body, path)
+            if new != text:
+                path.write_text(new)
+                written.append(path)
+        for gpu, suites in self.results.items():
+            if "forward" in suites and not self._plot_is_current(gpu, suites["forward"]):
+                plot(suites["forward"], self.anchors(gpu), self.plot_path(gpu))
+                written.append(self.plot_path(gpu))
+        return written
+
+    def stale(self) -> list[Path]:
+        """The documents and plots that do not show what the records say."""
+        found = [
+            path
+            for path, blocks in self.blocks().items()
+            if any(replace_block(text := path.read_text(), name, body, path) != text for name, body in blocks.items())
+        ]
+        found += [
+            self.plot_path(gpu)
+            for gpu, suites in self.results.items()
+            if "forward" in suites and not self._plot_is_current(gpu, suites["forward"])
+        ]
+        return found
+
+    def _plot_is_current(self, gpu: str, data: dict) -> bool:
+        path = self.plot_path(gpu)
+        return path.exists() and plot_key(data, self.anchors(gpu)).encode() in path.read_bytes()
+
+
+def replace_block(text: str, name: str, body: str, path: Path | None = None) -> str:
+    """``text`` with the block called ``name`` filled with ``body``.
+
+    :raises ValueError: unless there is exactly one such block.
+    """
+    pattern = rf"(<!-- flashcore report: {re.escape(name)} -->\n).*?(<!-- flashcore report end -->)"
+    new, count = re.subn(pattern, lambda match: f"{match[1]}\n{body}\n{match[2]}", text, flags=re.DOTALL)
+    if count != 1:
+        raise ValueError(f"{path}: {count} blocks named {name!r}, expected one")
+    return new
+

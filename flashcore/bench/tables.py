@@ -1,0 +1,330 @@
+"""Tables out of records: one kind for each kind of suite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+from flashcore.bench.cases import SHORT, SUITES, Case, GemmCase
+from flashcore.bench.models import LAUNCH_BOUND
+from flashcore.bench.shapes import Shape, geomean, shapes, summary
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    headers: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+
+    def markdown(self) -> str:
+        lines = ["| " + " | ".join(self.headers) + " |", "|" + " --- |" * len(self.headers)]
+        lines += ["| " + " | ".join(row) + " |" for row in self.rows]
+        parts = [f"**{self.title}**", "\n".join(lines), *self.notes]
+        return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def tables(data: dict, anchors: dict[tuple, dict]) -> list[Table]:
+    """Everything that a record of a suite says, as tables."""
+    title = f"{data['suite']}: {SUITES[data['suite']].about}"
+    if data["suite"] == "startup":
+        return startup_tables(data)
+    if data["suite"] == "gemm":
+        return [gemm_table(title, data)] if data["rows"] else []
+    if data["suite"] == "e2e":
+        return model_tables(title, data)
+    found = shapes(data, anchors)
+    if not found:
+        return []
+    if data["suite"] == "accuracy":
+        return [accuracy_table(title, found)]
+    if data["suite"] == "matrix":
+        return matrix_tables(found, data["skipped"])
+    return [timing_table(title, found, data["meta"]["method"]["mode"])]
+
+
+def impls_of(found: list[Shape]) -> list[str]:
+    return list(dict.fromkeys(impl for shape in found for impl in shape.rows))
+
+
+def short_name(head_dim: int, causal: bool, seqlen: int) -> str:
+    return f"{head_dim} {'causal' if causal else 'full'} {seqlen}"
+
+
+def _mask(case: Case) -> str:
+    return "causal" if case.causal else "full"
+
+
+def _length(case: Case) -> str:
+    return str(case.seqlen_q) if case.seqlen_q == case.seqlen_k else f"{case.seqlen_q} x {case.seqlen_k}"
+
+
+def _heads(case: Case) -> str:
+    return str(case.heads) if case.heads == case.kv_heads else f"{case.heads}:{case.kv_heads}"
+
+
+def timing_table(title: str, found: list[Shape], mode: str) -> Table:
+    """One row per shape: TFLOP/s of everybody (microseconds where latency is the point), and the ratio."""
+    unit, show = {
+        "events": ("TFLOP/s", lambda row: f"{row['tflops']:.0f}"),
+        "graph": ("us", lambda row: f"{1e3 * row['ms_p50']:.1f}"),
+        "host": ("us", lambda row: f"{1e3 * row['ms_p50']:.1f}"),
+        "wall": ("ms", lambda row: f"{row['ms_p50']:.2f}"),
+    }[mode]
+    decode = mode != "host" and all(shape.case.seqlen_q == 1 for shape in found)
+    if decode:
+        unit, show = "TB/s", lambda row: f"{row['tbps']:.2f}"
+    impls = impls_of(found)
+    timed = mode != "host"
+    headers = ["head_dim", "mask", "S", "batch", "heads", *(f"{impl}, {unit}" for impl in impls)]
+    rows = []
+    for shape in found:
+        case = shape.case
+        cells = [str(case.head_dim), _mask(case), _length(case), str(case.batch), _heads(case)]
+        for impl in impls:
+            row = shape.rows.get(impl)
+            cells.append("" if row is None else show(row) if "ms_p50" in row else "failed")
+        if timed:
+            ours = shape.ours or {}
+            cells.append("" if shape.ratio is None else f"{shape.ratio:.2f}")
+            cells.append(f"{ours['std_pct']:.1f}" if ours else "")
+            cells.append(f"{ours['rel_err']:.2e}" if ours else "")
+        rows.append(tuple(cells))
+    headers += ["over best peer", "std %", "rel. error"] if timed else []
+    notes = summary(found) if timed else []
+    if decode:
+        notes += _picked(found, "backend")
+    return Table(title, tuple(headers), tuple(rows), (*notes, *_picked(found, "backward")))
+
+
+def _picked(found: list[Shape], field: str) -> list[str]:
+    """Which "backend" or "backward" pass `flashcore` stands for: a plan's backward need not be FlashCore's own."""
+    picked = [shape.ours[field] for shape in found if shape.ours and field in shape.ours]
+    counts = (f"{name} ({picked.count(name)} shapes)" for name in dict.fromkeys(picked))
+    what = "backend" if field == "backend" else "backward pass"
+    return [f"The {what} that FlashCore's plan picked: {', '.join(counts)}."] if picked else []
+
+
+def compact_table(found: list[Shape]) -> Table:
+    """TFLOP/s and, in parentheses, the ratio to the best peer: a row per head_dim and mask, a column per length."""
+    lengths = sorted({shape.case.seqlen_q for shape in found})
+    cells: dict[tuple, dict[int, str]] = {}
+    for shape in found:
+        text = "failed"
+        if shape.ours:
+            text = f"{shape.ours['tflops']:.0f}" + (f" ({shape.ratio:.2f})" if shape.ratio is not None else "")
+        cells.setdefault((shape.case.head_dim, _mask(shape.case)), {})[shape.case.seqlen_q] = text
+    rows = [
+        (f"{head_dim} {mask}", *(by_length.get(length, "") for length in lengths))
+        for (head_dim, mask), by_length in cells.items()
+    ]
+    headers = ("head_dim, mask", *(f"S = {length}" for length in lengths))
+    return Table(
+        "FlashCore forward, TFLOP/s (in parentheses: over the best peer)", headers, tuple(rows), tuple(summary(found))
+    )
+
+
+def accuracy_table(title: str, found: list[Shape]) -> Table:
+    impls = impls_of(found)
+    rows = []
+    for shape in found:
+        case = shape.case
+        cells = [str(case.head_dim), _mask(case), _length(case), case.dtype, case.inputs]
+        for impl in impls:
+            row = shape.rows.get(impl, {})
+            text = f"{row['rel_err']:.3e}" if "rel_err" in row else ""
+            cells.append(f"{text} failed".strip() if "failed" in row else text)
+        ours, fa2 = (shape.rows.get(impl, {}).get("rel_err") for impl in ("flashcore", "fa2"))
+        cells.append(f"{ours / fa2:.3f}" if ours and fa2 else "")
+        rows.append(tuple(cells))
+    headers = ("head_dim", "mask", "S", "dtype", "inputs", *impls, "flashcore / fa2")
+    failures = [line for line in summary(found) if line.startswith("FAILED")]
+    return Table(f"{title}: relative error", headers, tuple(rows), tuple(failures))
+
+
+def matrix_tables(found: list[Shape], skipped: list[dict]) -> list[Table]:
+    """One table per shape, the fastest first: what PyTorch does by default, and what one gains by another choice."""
+    tables = []
+    for shape in found:
+        case = shape.case
+        default = shape.rows.get("sdpa", {}).get("ms_p50")
+        label = next(iter(shape.rows.values())).get("label", case.name)
+        rows = []
+        for impl, row in sorted(shape.rows.items(), key=lambda item: item[1].get("ms_p50", math.inf)):
+            ms = row.get("ms_p50")
+            cells = ["failed", ""] if ms is None else [f"{1e3 * ms:.1f}", f"{default / ms:.2f}" if default else ""]
+            errors = (f"{row[key]:.2e}" if key in row else "" for key in ("rel_err", "max_abs_err"))
+            rows.append((impl, *cells, *errors, str(row.get("backend", ""))))
+        headers = ("implementation", "us", "speed over sdpa", "rel. error", "max. abs. error", "FlashCore's backend")
+        notes = [f"FAILED: {impl}: {row['failed']}" for impl, row in shape.rows.items() if "failed" in row]
+        notes += _left_out("Not measured", [s for s in skipped if s.get("case") == case.name])
+        size = f"batch {case.batch}, S = {_length(case)}, heads {_heads(case)}, head_dim {case.head_dim}"
+        title = f"matrix: {label} ({size}, {_mask(case)}, {SHORT[case.dtype]})"
+        if shape is found[-1]:
+            notes += _left_out("Not measured at any shape", [s for s in skipped if "case" not in s])
+        tables.append(Table(title, headers, tuple(rows), tuple(notes)))
+    return tables
+
+
+def _left_out(what: str, skipped: list[dict]) -> list[str]:
+    reasons = [f"{entry['impl']} ({entry['reason']})" for entry in skipped]
+    return [f"{what}: {', '.join(reasons)}."] if reasons else []
+
+
+def gemm_table(title: str, data: dict) -> Table:
+    """One row per product: everybody's TFLOP/s, and FlashCore's speed over cuBLAS's."""
+    unit, field, digits = ("ms", "ms_p50", 2) if data["meta"]["method"]["mode"] == "wall" else ("TFLOP/s", "tflops", 0)
+    grouped: dict[GemmCase, dict[str, dict]] = {}
+    for row in data["rows"]:
+        case = GemmCase(**{f.name: row[f.name] for f in fields(GemmCase)})
+        grouped.setdefault(case, {})[row["impl"]] = row
+    impls = list(dict.fromkeys(row["impl"] for row in data["rows"]))
+    rows, ratios, failures = [], {}, []
+    for case, by_impl in grouped.items():
+        cells = [case.group, str(case.m), str(case.n), str(case.k), f"{SHORT[case.dtype]} -> {SHORT[case.out_dtype]}"]
+        cells.append(case.activation or "")
+        for impl in impls:
+            row = by_impl.get(impl, {})
+            cells.append(f"{row[field]:.{digits}f}" if field in row else "failed" if "failed" in row else "")
+            if "failed" in row:
+                failures.append(f"FAILED: {impl} on {case.name}: {row['failed']}")
+        ours, theirs = (by_impl.get(impl, {}) for impl in ("flashcore-matmul", "cublas"))
+        ratio = theirs["ms_p50"] / ours["ms_p50"] if "ms_p50" in ours and "ms_p50" in theirs else None
+        cells.append("" if ratio is None else f"{ratio:.3f}")
+        cells += [f"{ours['std_pct']:.1f}", f"{ours['rel_err']:.2e}"] if "ms_p50" in ours else ["", ""]
+        rows.append(tuple(cells))
+        if ratio is not None:
+            kind = "SwiGLU" if case.activation else "MLP" if case.weight else case.group
+            ratios.setdefault(kind, []).append((ratio, case.name))
+    notes = [
+        f"Speed over cuBLAS, {kind}: geometric mean {geomean(r for r, _ in known):.3f}, "
+        f"lowest {min(known)[0]:.3f} ({min(known)[1]})."
+        for kind, known in ratios.items()
+    ]
+    headers = ["case", "m", "n", "k", "dtypes", "activation", *(f"{impl}, {unit}" for impl in impls)]
+    headers += ["over cuBLAS", "std %", "rel. error"]
+    return Table(title, tuple(headers), tuple(rows), (*notes, *failures))
+
+
+def startup_tables(data: dict) -> list[Table]:
+    compiled = [row for row in data["rows"] if row["op"] == "compile"]
+    started = {row["impl"]: row for row in data["rows"] if row["op"] == "start"}
+    found = []
+    if compiled:
+        rows = tuple(
+            (row["kernel"], f"{row['seconds']:.2f}", *(str(row[k]) for k in ("registers", "spill_bytes", "smem_bytes")))
+            for row in compiled
+        )
+        slowest = max(row["seconds"] for row in compiled)
+        found.append(
+            Table(
+                "startup: cold compile of each kernel",
+                ("kernel", "seconds", "registers", "spilled bytes", "shared memory, bytes"),
+                rows,
+                (f"Slowest: {slowest:.2f} s.",),
+            )
+        )
+    if started:
+        rows = tuple(
+            (impl, *(f"{row[key]:.2f}" for key in ("s_p50", "s_min", "s_max"))) for impl, row in started.items()
+        )
+        beyond = ()
+        if {"torch", "flashcore"} <= started.keys():
+            seconds = started["flashcore"]["s_p50"] - started["torch"]["s_p50"]
+            beyond = (f"FlashCore beyond torch without attention: {seconds:.2f} s.",)
+        found.append(
+            Table(
+                "startup: seconds from the start of a process to its first result, kernels on disk",
+                ("implementation", "median", "fastest", "slowest"),
+                rows,
+                beyond,
+            )
+        )
+    return found
+
+
+# --- whole models
+
+
+def model_tables(title: str, data: dict) -> list[Table]:
+    """Tokens/s, attention's share, peak memory and distances, a row per case."""
+    grouped: dict[tuple, dict[str, dict]] = {}
+    for row in data["rows"]:
+        key = (row["model"], row["phase"], row["tokens"], row["new_tokens"])
+        grouped.setdefault(key, {})[row["impl"]] = row
+    if not grouped:
+        return []
+    impls = list(dict.fromkeys(row["impl"] for row in data["rows"]))
+
+    def table(name: str, show: Callable[[dict], str], more: dict[str, Callable[[dict], str]], notes=()) -> Table:
+        rows = []
+        for (model, phase, tokens, new_tokens), by_impl in grouped.items():
+            what = f"{tokens} + {new_tokens}" if new_tokens else str(tokens)
+            cells = [show(by_impl[impl]) if impl in by_impl else "" for impl in impls]
+            rows.append((model, phase, what, *cells, *(extra(by_impl) for extra in more.values())))
+        return Table(name, ("model", "phase", "tokens", *impls, *more), tuple(rows), tuple(notes))
+
+    def number(key: str, digits: int) -> Callable[[dict], str]:
+        return lambda row: f"{row[key]:.{digits}f}" if key in row else "failed" if "failed" in row else ""
+
+    def distance(row: dict) -> str:
+        if "rel_err" not in row:
+            return "reference" if row.get("reference") else "failed" if "failed" in row else ""
+        equal = f", {row['tokens_equal']} of {row['new_tokens']} tokens" if "tokens_equal" in row else ""
+        return f"{row['rel_err']:.2e}{equal}" + (" failed" if "failed" in row else "")
+
+    failures = [
+        f"FAILED: {row['impl']} on {row['model']}-{row['phase']}-{row['tokens']}: {row['failed']}"
+        for row in data["rows"]
+        if "failed" in row
+    ]
+    absent = [
+        f"Not measured: {entry['impl']} on {entry['case']}: {entry['reason']}."
+        for entry in data["skipped"]
+        if "impl" in entry and "case" in entry
+    ]
+    return [
+        table(
+            f"{title}: tokens/s",
+            number("tokens_per_s", 0),
+            {"over the faster SDPA": _over_sdpa, "std %": _spread},
+            (*absent, *failures),
+        ),
+        table("Attention's share of the device's time, %", number("attention_pct", 1), {"backend": _backend}),
+        *pace_tables(data["rows"]),
+        table("Peak memory, GiB", number("peak_gib", 1), {}),
+        table("Relative error of logits, or of gradients; generated tokens before the first other one", distance, {}),
+    ]
+
+
+def pace_tables(rows: Sequence[dict]) -> list[Table]:
+    """One row per generation and implementation, and who waited for the host; none without generations."""
+    paced = [row for row in rows if "token_ms" in row]
+    if not paced:
+        return []
+    keys = "first_token_ms", "token_ms", "step_device_ms"
+    cells = tuple((row["model"], row["impl"], *(f"{row[key]:.2f}" for key in keys)) for row in paced)
+    bound = [f"{row['impl']} on {row['model']}" for row in paced if row["launch_bound"]]
+    note = (
+        f"Launch-bound, the device works for less than {100 * LAUNCH_BOUND:.0f} % of a token's time and then waits for "
+        f"the host: {', '.join(bound)}."
+    )
+    headers = ("model", "implementation", "first token, ms", "each further token, ms", "of which the device works, ms")
+    return [Table("Generation: the pace of tokens", headers, cells, (note,) if bound else ())]
+
+
+def _over_sdpa(by_impl: dict[str, dict]) -> str:
+    speeds = {impl: row["tokens_per_s"] for impl, row in by_impl.items() if "tokens_per_s" in row}
+    peers = [speeds[impl] for impl in ("cudnn", "fa2", "sdpa") if impl in speeds]
+    return f"{speeds['flashcore'] / max(peers):.3f}" if peers and "flashcore" in speeds else ""
+
+
+def _spread(by_impl: dict[str, dict]) -> str:
+    row = by_impl.get("flashcore", {})
+    return f"{row['std_pct']:.1f}" if row.get("samples", 1) > 1 else ""
+
+
+def _backend(by_impl: dict[str, dict]) -> str:
+    row = by_impl.get("flashcore", {})
+    return ", ".join(filter(None, (row.get("backend"), row.get("backward") and f"backward {row['backward']}")))
