@@ -9,7 +9,7 @@ import argparse
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-import flashcore.integrations.transformers  # noqa: F401: it registers "fcore"
+import flashcore.integrations.transformers  # noqa: F401 (it registers "fcore")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

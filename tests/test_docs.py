@@ -1,6 +1,6 @@
 """The documents' commands and examples run, and what they name exists.
 
-A fenced block is run by its language: ``python`` as a program (on the CPU where there is no GPU), ``sh`` line by line.
+A fenced block is run by its language: ``python`` as a program, as it stands, ``sh`` line by line.
 flashcore's commands run, with measurements and Nsight Compute replaced: tests/bench and test_cli.py are about those.
 Commands that would install something, and ``make``, are checked for what they name. Of ``text`` and ``dockerfile`` only
 flashcore's commands are checked.
@@ -26,7 +26,9 @@ from tests.cases import BY_NAME
 ROOT = Path(flashcore.__file__).parents[1]
 DOCS = (
     "README.md",
+    "CHANGELOG.md",
     "CONTRIBUTING.md",
+    "SECURITY.md",
     *(f"docs/{name}.md" for name in ("architecture", "benchmarks", "deployment", "numerics", "performance")),
 )
 RUN = {"python", "sh"}
@@ -63,8 +65,6 @@ def test_every_block_says_what_it_is():
 def test_example(text):
     if "transformers" in text:
         pytest.importorskip("transformers")
-    if not torch.cuda.is_available():
-        text = text.replace('device="cuda"', 'device="cpu"')
     before = F.scaled_dot_product_attention
     torch.manual_seed(0)
     printed = io.StringIO()
@@ -189,6 +189,28 @@ def test_files_exist():
         names = re.findall(r"`([\w/]+\.(?:py|cuh|md))`", text) + re.findall(r"\]\(([\w/.]+)\)", text)
         missing = [file for file in names if not any((ROOT / folder / file).exists() for folder in folders)]
         assert missing == [], name
+
+
+def anchors(path: Path) -> set[str]:
+    """Of a document's headings, as hosts of repositories make them."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", DOCS)
+def test_links_lead_somewhere(name):
+    page = ROOT / name
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if not link.startswith("https://"):
+            file, _, anchor = link.partition("#")
+            target = page.parent / file if file else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
+
+
+def test_examples_need_no_gpu():
+    """Nor a change to run without one."""
+    assert [name for name, kind, text in blocks() if kind == "python" and 'device="cuda"' in text] == []
 
 
 def test_variables_exist():

@@ -136,6 +136,34 @@ def test_messages_and_documents_install_what_exists(metadata):
     )
 
 
+# --- beside the package
+
+
+def test_changes_and_citation_are_of_this_version():
+    headings = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert headings[0] == "Unreleased" or headings[0].startswith(flashcore.__version__)
+    yaml = pytest.importorskip("yaml")
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == flashcore.__version__
+    assert {"cff-version", "message", "title", "authors", "license"} <= set(citation)
+
+
+def test_issue_templates_ask_for_what_exists():
+    yaml = pytest.importorskip("yaml")
+    paths = [path for path in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml") if path.stem != "config"]
+    assert len(paths) == 2
+    for path in paths:
+        template = yaml.safe_load(path.read_text())
+        assert {"name", "description", "body"} <= set(template)
+        for field in template["body"]:
+            assert field["type"] in {"textarea", "checkboxes"}
+            assert {"label"} <= set(field["attributes"])
+    text = (ROOT / ".github/ISSUE_TEMPLATE/bug.yml").read_text()
+    assert "`flashcore doctor --json`" in text
+    for name in re.findall(r"flashcore\.(?!__)(\w+)", text):
+        assert hasattr(flashcore, name), name
+
+
 # --- the command
 
 
