@@ -178,6 +178,10 @@ class Expression:
         if self.op == "lookup":
             slot, *indices = self.arguments
             return f"captured{slot}({', '.join(i.print_index(language) for i in indices)})"
+        if language == "cuda" and self.op == "*" and SCORE in self.arguments:
+            constant = next((a for a in self.arguments if a.op == "constant"), None)
+            if constant is not None:  # the product of two constants of the launch is computed once
+                return f"(s * (scale * {constant.print(language)}))"
         return getattr(_FORMS[self.op], language).format(*(a.print(language) for a in self.arguments))
 
     def print_index(self, language: str) -> str:
@@ -294,6 +298,23 @@ class Score:
     change: Expression | None = None  # of the scaled score; None: it stays as it is
     captured: tuple[tuple[str, tuple[int, ...]], ...] = ()  # dtype and shape of each tensor that `change` looks up
     sink: str | None = None  # dtype of the sinks, one for each query head; None: there are none
+
+    @property
+    def factor(self) -> float:
+        """A positive constant that the changed scores are a multiple of: kernels leave it to the exponent."""
+        if self.change is not None and self.change.op == "*":
+            for one in self.change.arguments:
+                if one.op == "constant" and 0 < one.arguments[0] < math.inf:
+                    return float(one.arguments[0])
+        return 1.0
+
+    @property
+    def base(self) -> Expression:
+        """`change` without its factor."""
+        if self.factor == 1.0:
+            return self.change
+        a, b = self.change.arguments
+        return b if a.op == "constant" else a
 
     @property
     def tensors(self) -> tuple[str, ...]:

@@ -58,7 +58,8 @@ def printed(expression, language: str, captured, score, b, h, i, j, offset) -> f
         while "?" in source:  # the innermost conditional first
             source = re.sub(r"\(([^?:]*?) \? ([^?:]*?) : ([^?:]*?)\)$", r"((\2) if (\1) else (\3))", source)
     scope = {
-        "score": score, "batch": b, "head": h, "query": i, "key": j, "offset": offset, "tl": tl, "tanh": math.tanh,
+        "s": score / 0.5, "scale": 0.5, "score": score,
+        "batch": b, "head": h, "query": i, "key": j, "offset": offset, "tl": tl, "tanh": math.tanh,
         "tanh_approx": math.tanh, "fabsf": abs, "fminf": min, "fmaxf": max, "__expf": math.exp, "__logf": math.log,
         "sqrtf": math.sqrt, "negative_infinity": lambda: -math.inf, "min": min, "max": max,
         **{f"{n}_f": float(x) for n, x in {"batch": b, "head": h, "query": i, "key": j, "offset": offset}.items()},

@@ -6,7 +6,7 @@ import numpy
 import torch
 
 from flashcore.backends.hopper import tma
-from flashcore.backends.hopper.configs import ForwardConfig, paired_heads
+from flashcore.backends.hopper.configs import ForwardConfig, paired_heads, window_ramp
 from flashcore.backends.hopper.jit import compile_kernel
 from flashcore.backends.hopper.launch import (
     allocate,
@@ -33,13 +33,18 @@ class ForwardLauncher:
         if config.one_tile and m_blocks * problem.heads_q * problem.batch > self._grid:
             raise ValueError(f"{config}: more tiles than the {self._grid} CTAs of the launch")
         heads = problem.batch * problem.heads_q
-        paired = paired_heads(config, problem, self._grid)
-        paired_rounds = -(-(paired // 2 * m_blocks) // self._grid)
+        units = m_blocks  # of a head
+        if config.bounded_left:
+            paired, paired_rounds = window_ramp(config, problem), 0
+            units -= paired // 2
+        else:
+            paired = paired_heads(config, problem, self._grid)
+            paired_rounds = -(-(paired // 2 * m_blocks) // self._grid)
         # The entry's parameters after the LSE pointer, in order.
         self._scalars = (
             exponent_scale(problem), numpy.int32(problem.batch), numpy.int32(problem.heads_q),
             divisor(problem.heads_q), divisor(problem.group_size), numpy.int32(problem.seqlen_q),
-            numpy.int32(problem.seqlen_k), *diagonals(problem), numpy.int32(m_blocks), divisor(m_blocks),
+            numpy.int32(problem.seqlen_k), *diagonals(problem), numpy.int32(m_blocks), divisor(units),
             numpy.int32(paired), numpy.int32(paired_rounds), divisor(max(1, heads - paired)),
         )  # fmt: skip
         self._out_shape = problem.out_shape

@@ -249,8 +249,10 @@ def blocks_per_cta(config: ForwardConfig, problem: AttentionProblem) -> list[flo
     blocks, heads = tile_blocks(config, problem), problem.batch * problem.heads_q
     m_blocks, tiles = len(blocks), len(blocks) * problem.batch * problem.heads_q
     ctas = min(tiles, problem.sm_count)
-    if config.bounded_left:  # each tile for itself: its first product of scores and its last one of values hide nothing
-        return [-(-(tiles - cta) // ctas) * (max(blocks) + _EXPOSED_BLOCKS) for cta in range(ctas)]
+    if config.bounded_left:  # its first product of scores and its last one of values hide nothing
+        units = m_blocks - window_ramp(config, problem) // 2
+        rounds = -(-units * heads // ctas)
+        return [rounds * (max(blocks) + _EXPOSED_BLOCKS)] * ctas
     if not config.longest_first:
         return [-(-(tiles - cta) // ctas) * blocks[0] for cta in range(ctas)]
     if tiles > 32 * ctas:
@@ -259,8 +261,29 @@ def blocks_per_cta(config: ForwardConfig, problem: AttentionProblem) -> list[flo
     return [sum(blocks[m] for _, m in deal_tiles(m_blocks, heads, paired, ctas, cta)) for cta in range(ctas)]
 
 
+def window_ramp(config: ForwardConfig, problem: AttentionProblem) -> int:
+    """How many tiles of a head, from its first on, go out two at a time (``AttentionParams.paired``)."""
+    if config.one_tile:
+        return 0
+    blocks = tile_blocks(config, problem)
+    return next((m for m, n in enumerate(blocks) if n == max(blocks)), 0)
+
+
+def deal_window_tiles(m_blocks: int, heads: int, ramp: int, ctas: int, cta: int) -> list[tuple[int, int]]:
+    """The (batch-head, m_block) tiles of one CTA in a window, in order: ``TileScheduler`` in Python."""
+    whole = m_blocks - ramp
+    units = whole + (ramp + 1) // 2
+    tiles: list[tuple[int, int]] = []
+    for i in range(cta, heads * units, ctas):
+        head, j = divmod(i, units)
+        tiles.append((head, m_blocks - 1 - j))
+        if j >= whole and 2 * (j - whole) + 1 < ramp:
+            tiles.append((head, j - whole))
+    return tiles
+
+
 def paired_heads(config: ForwardConfig, problem: AttentionProblem, ctas: int) -> int:
-    """How many (batch, head) pairs go out in units of two tiles (``AttentionParams.paired_heads``).
+    """How many (batch, head) pairs go out in units of two tiles (``AttentionParams.paired``).
 
     As many as fill whole rounds of units over the CTAs but one; the tiles of the rest even out the ends.
     """

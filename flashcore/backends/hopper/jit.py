@@ -118,8 +118,8 @@ def score_source(score: Score) -> str:
         members.append(("float", "scale"))
         used = [name for name in ("batch", "head", "offset") if name in score.change.names]
         floats = " ".join(f"[[maybe_unused]] const float {name}_f = float({name});" for name in used)
-        floats += " const float score = s * scale;"
-        change = score.change.print("cuda")
+        floats += " [[maybe_unused]] const float score = s * scale;"
+        change = score.base.print("cuda")
     functions.append(f"""\
   __forceinline__ float apply(float s, int batch, int head, int query, int key, float query_f, float key_f,
                               int offset) const {{

@@ -18,7 +18,8 @@ LOG2_E = 1 / math.log(2)
 
 def exponent_scale(problem: AttentionProblem) -> numpy.float32:
     """What a kernel multiplies scores with in the exponent: of changed ones, their scale is applied already."""
-    return numpy.float32(LOG2_E if problem.kernel_score.change is not None else problem.scale * LOG2_E)
+    score = problem.kernel_score
+    return numpy.float32((score.factor if score.change is not None else problem.scale) * LOG2_E)
 
 
 def diagonals(problem: AttentionProblem) -> tuple[numpy.int32, numpy.int32]:

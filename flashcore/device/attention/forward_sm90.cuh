@@ -50,8 +50,8 @@
 //   Few tiles: with a CTA for every tile (one_tile) there is no seam and no code for it. Then two warpgroups may share 64
 //   rows (key_parts), each with a ring and every other block; at the end the second leaves its O, maxima and sums in its
 //   ring, and the first adds them to its own.
-//   In a window (a left bound) tiles are short and have no seam either: the ring has the last V of a tile before the
-//   first K of the next, and warpgroups further down pass over the leftmost blocks, further up over the rightmost.
+//   In a window (a left bound) the ring has the last V of a tile before the first K of the next: warpgroups further down
+//   pass over the leftmost blocks, further up over the rightmost. A tile's output leaves under the next Q K^T.
 //   A warpgroup passes over blocks of its tile that lie right of its own diagonal (open_tile, close_tile), and where the
 //   diagonal leaves it half a block, it computes half of Q K^T and of the softmax.
 //
@@ -107,7 +107,7 @@ template <class Config> struct ForwardKernel {
   static constexpr int row_groups = Config::row_groups;
   static constexpr int key_parts = Config::key_parts;
   static constexpr bool o_in_ring = Smem::o_in_ring;
-  // Whether the products of two tiles overlap. In a window each tile is for itself.
+  // Whether the last P V of a tile is under way with the first Q K^T of the next.
   static constexpr bool seams = !Config::one_tile && !Config::bounded_left;
   static_assert(sizeof(Smem) == Config::smem_bytes, "the host and the kernel disagree on shared memory");
   static_assert(Config::tile_m == 64 * row_groups && consumers == row_groups * key_parts);
@@ -544,13 +544,10 @@ template <class Config> struct ForwardKernel {
       }
     }
 
-    // A tile in a window: its own blocks, passing over those further left, which the warpgroups further up need.
-    __forceinline__ void windowed_tile(const Tile& tile) {
+    // The blocks of a tile in a window after its first, passing over those further left, which the warpgroups further up
+    // need.
+    __forceinline__ void rest_of_window(const Tile& tile) {
       const int first = first_block(tile), last = last_block(tile);
-      if (narrow(tile))
-        open_tile<narrow_n>(tile, first, true);
-      else
-        open_tile<tile_n>(tile, first, true);
       for (int n_block = first - 1; n_block >= last; --n_block) next_block(tile, n_block, n_block < first - 1);
       if (last > tile.n_begin) {
         pass_over();
@@ -565,8 +562,50 @@ template <class Config> struct ForwardKernel {
         pass_over();
       }
       if (last > tile.n_begin) pass_over();
-      epilogue(tile, q_cursor.stage, softmax.row_max, softmax.row_sum);
+    }
+
+    // The output of a tile in a window, with the first scores of the next one's first block under way.
+    template <int width> __forceinline__ void cross_window_seam(const Tile& tile, const Tile& next) {
+      const int q_buffer = q_cursor.stage;
+      finish_store();
       q_cursor.advance();
+      wait(smem.q_full[q_cursor.stage][wg], q_cursor.phase);
+      float s[width / 2];
+      const int k_stage = acquire();
+      issue_qk(s);
+      cursor.advance();
+      epilogue(tile, q_buffer, softmax.row_max, softmax.row_sum);
+      wgmma_wait<0>();
+      pin(s);
+      release_k(k_stage, false);
+      finish_scores(s, next, next.n_end - 1);
+      softmax.start(s);
+      pack(s);
+    }
+
+    __forceinline__ void run_windows() {
+      Scheduler scheduler{params};
+      Tile tile, next;
+      bool more = scheduler.next(tile), opened = false;
+      while (more) {
+        if (!opened && narrow(tile))
+          open_tile<narrow_n>(tile, first_block(tile), true);
+        else if (!opened)
+          open_tile<tile_n>(tile, first_block(tile), true);
+        rest_of_window(tile);
+        more = scheduler.next(next);
+        // With O in the ring its slots come before the next K.
+        opened = !o_in_ring && more && first_block(next) == next.n_end - 1;
+        if (opened && narrow(next)) {
+          cross_window_seam<narrow_n>(tile, next);
+        } else if (opened) {
+          cross_window_seam<tile_n>(tile, next);
+        } else {
+          epilogue(tile, q_cursor.stage, softmax.row_max, softmax.row_sum);
+          q_cursor.advance();
+        }
+        tile = next;
+      }
     }
 
     // First block of the next tile, with the last product of this one under its softmax; then this one's output.
@@ -604,11 +643,11 @@ template <class Config> struct ForwardKernel {
       if constexpr (seams) {
         run_with_seams();
       } else {
-        Scheduler scheduler{params};
-        Tile tile;
         if constexpr (Config::bounded_left && key_parts == 1) {
-          while (scheduler.next(tile)) windowed_tile(tile);
+          run_windows();
         } else {
+          Scheduler scheduler{params};
+          Tile tile;
           scheduler.next(tile);
           only_tile(tile);
         }
@@ -652,11 +691,11 @@ extern "C" __global__ void __launch_bounds__(Config::threads, 1)
 attention_forward_sm90(const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k,
                        const __grid_constant__ TensorMap v, const __grid_constant__ TensorMap o, float* lse,
                        float scale_log2, int batch, int heads_q, u64 by_heads_q, u64 by_group_size, int seqlen_q,
-                       int seqlen_k, int mask_left, int mask_right, int m_blocks, u64 by_m_blocks, int paired_heads, int paired_rounds,
+                       int seqlen_k, int mask_left, int mask_right, int m_blocks, u64 by_m_blocks, int paired, int paired_rounds,
                        u64 by_single_heads SCORE_PARAMETERS) {
   const AttentionParams<Config> params{lse, scale_log2, SCORE_VALUE, batch, heads_q, {by_heads_q}, {by_group_size},
                                        seqlen_q, {seqlen_k, mask_left, mask_right}, m_blocks, {by_m_blocks},
-                                       paired_heads, paired_rounds, {by_single_heads}};
+                                       paired, paired_rounds, {by_single_heads}};
   extern __shared__ __align__(1024) u8 raw_smem[];
   using Kernel = ForwardKernel<Config>;
   auto& smem = *reinterpret_cast<typename Kernel::Smem*>(raw_smem);

@@ -20,8 +20,9 @@ template <class Config> struct AttentionParams {
   int seqlen_q;
   Mask<Config::bounded_left, Config::bounded_right> mask;
   int m_blocks;  // query tiles per head
-  Divisor by_m_blocks;
-  int paired_heads;   // (batch, head) pairs whose tiles are processed two at a time; even, 0 unless Config::longest_first
+  Divisor by_m_blocks;  // in a window of many tiles a CTA by the units of a head
+  int paired;         // what is processed two tiles at a time: (batch, head) pairs, an even number, where
+                      // Config::longest_first; in a window tiles of each head, from the first on
   int paired_rounds;  // rounds over the CTAs that they take, rounded up
   Divisor by_single_heads;  // the other (batch, head) pairs, if any
 };
@@ -34,8 +35,9 @@ struct Tile {
 
 // The tiles of one CTA, in order. The order is arithmetic: no counter in memory, no hand-over between warps.
 //
-// Without a mask all tiles cost the same, and in a window nearly all: they are dealt out head by head, so that the CTAs
-// read the same keys. Under a causal mask (longest_first) the cost grows with m_block. Most heads are dealt out in units of two tiles, one long and one
+// Without a mask all tiles cost the same: they are dealt out head by head, so that the CTAs read the same keys. In a
+// window the first tiles of a head do not: there the shortest and the longest go out together, and so on, as one unit
+// that costs about as much as each of the other tiles. On the host: deal_window_tiles(). Under a causal mask (longest_first) the cost grows with m_block. Most heads are dealt out in units of two tiles, one long and one
 // short, from two neighbouring heads, which all cost the same; the tiles of the remaining heads follow one by one,
 // longest first and every second round in reverse, so that the CTAs end together. On the host: deal_tiles().
 // With a right bound the tiles end with the last query row, so that where tile_m does not divide seqlen_q it is the shortest tile
@@ -59,7 +61,7 @@ template <class Config> struct TileScheduler {
   __forceinline__ bool next(Tile& tile) {
     const int ctas = gridDim.x, cta = blockIdx.x, m_blocks = params.m_blocks;
     const int heads = params.batch * params.heads_q;
-    if constexpr (!Config::longest_first || Config::one_tile) {
+    if constexpr (Config::one_tile || !(Config::longest_first || Config::bounded_left)) {
       const int i = round++ * ctas + cta;
       if (i >= heads * m_blocks) return false;
       const int head = params.by_m_blocks.divide(i);
@@ -71,7 +73,19 @@ template <class Config> struct TileScheduler {
         short_head = -1;
         return true;
       }
-      const int units = params.paired_heads / 2 * m_blocks;
+      if constexpr (Config::bounded_left) {
+        const int whole = m_blocks - params.paired, units = whole + (params.paired + 1) / 2;  // of a head
+        const int i = round++ * ctas + cta;
+        if (i >= heads * units) return false;
+        const int head = params.by_m_blocks.divide(i), j = i - head * units;
+        if (j >= whole && 2 * (j - whole) + 1 < params.paired) {
+          short_head = head;
+          short_m_block = j - whole;
+        }
+        set(tile, head, m_blocks - 1 - j);
+        return true;
+      }
+      const int units = params.paired / 2 * m_blocks;
       const int turn = round++;
       const int i = turn * ctas + cta;
       if (i < units) {
@@ -83,10 +97,10 @@ template <class Config> struct TileScheduler {
       }
       const bool reverse = turn >= params.paired_rounds && (turn - params.paired_rounds) % 2 == 0;
       const int j = (reverse ? turn * ctas + ctas - 1 - cta : i) - units;
-      const int single_heads = heads - params.paired_heads;
+      const int single_heads = heads - params.paired;
       if (j >= single_heads * m_blocks) return false;  // and so are those of all later rounds
       const int rank = params.by_single_heads.divide(j);
-      set(tile, params.paired_heads + j - rank * single_heads, m_blocks - 1 - rank);
+      set(tile, params.paired + j - rank * single_heads, m_blocks - 1 - rank);
       return true;
     }
   }

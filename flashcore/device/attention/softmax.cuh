@@ -60,14 +60,14 @@ struct Softmax {
     huge = __any_sync(full_warp, fmaxf(fabsf(origin(0)), fabsf(origin(1))) * scale_log2 >= huge_exponent);
   }
 
+  template <int n> __forceinline__ void subtract_origin(float (&s)[n]) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) s[i] -= origin(fragment_slot(i));
+  }
+
   // s becomes exp2((s - row_max) * scale_log2), and is added to the row sums.
   template <int n> __forceinline__ void exponentiate(float (&s)[n]) {
-    float offset[2] = {origin(0) * scale_log2, origin(1) * scale_log2};
-    if (huge) {
-#pragma unroll
-      for (int i = 0; i < n; ++i) s[i] -= origin(fragment_slot(i));
-      offset[0] = offset[1] = 0;
-    }
+    const float offset[2] = {huge ? 0 : origin(0) * scale_log2, huge ? 0 : origin(1) * scale_log2};
 #pragma unroll
     for (int i = 0; i < n; ++i) {
       s[i] = exp2_approx(s[i] * scale_log2 - offset[fragment_slot(i)]);
@@ -90,6 +90,7 @@ struct Softmax {
         row_max[slot] = quad_max(__int_as_float(top[slot] >= 0 ? top[slot] : least(s, slot, top[slot])));
     }
     set_huge();
+    if (huge) subtract_origin(s);
     exponentiate(s);
     set_thresholds();
   }
@@ -109,7 +110,7 @@ struct Softmax {
       }
     }
     const bool grew = __any_sync(full_warp, top[0] > threshold[0] || top[1] > threshold[1]);
-    if (grew) {
+    if (grew || huge) {  // one branch for what is rare
 #pragma unroll
       for (int slot = 0; slot < 2; ++slot) {
         const float m = quad_max(top[slot]);
@@ -120,6 +121,7 @@ struct Softmax {
       }
       set_huge();
       set_thresholds();
+      if (huge) subtract_origin(s);
     }
     exponentiate(s);
     return grew;

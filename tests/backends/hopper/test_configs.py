@@ -14,11 +14,13 @@ from flashcore.backends.hopper.configs import (
     blocks_per_cta,
     choose_forward,
     deal_tiles,
+    deal_window_tiles,
     declared_configs,
     row_head_dim,
     tile_blocks,
+    window_ramp,
 )
-from flashcore.mask import CAUSAL, FULL
+from flashcore.mask import CAUSAL, FULL, Mask
 from flashcore.problem import AttentionProblem
 
 PROBLEM = AttentionProblem(
@@ -108,6 +110,23 @@ def test_causal_tiles_are_dealt_out_once(m_blocks, heads, sms, data):
     paired = data.draw(st.integers(0, heads // 2)) * 2
     dealt = [tile for cta in range(ctas) for tile in deal_tiles(m_blocks, heads, paired, ctas, cta)]
     assert sorted(dealt) == [(head, block) for head in range(heads) for block in range(m_blocks)]
+
+
+@given(m_blocks=st.integers(1, 40), heads=st.integers(1, 20), sms=st.integers(1, 132), data=st.data())
+def test_tiles_of_a_window_are_dealt_out_once(m_blocks, heads, sms, data):
+    ramp = data.draw(st.integers(0, m_blocks))
+    dealt = [tile for cta in range(sms) for tile in deal_window_tiles(m_blocks, heads, ramp, sms, cta)]
+    assert sorted(dealt) == [(head, block) for head in range(heads) for block in range(m_blocks)]
+
+
+@pytest.mark.parametrize("window", [128, 1024, 4096])
+def test_units_of_a_window_cost_the_same(window):
+    problem = dataclasses.replace(PROBLEM, seqlen_q=8192, seqlen_k=8192, mask=Mask(window - 1, 0))
+    config = choose_forward(problem)
+    blocks, ramp = tile_blocks(config, problem), window_ramp(config, problem)
+    pairs = [blocks[i] + blocks[ramp - 1 - i] for i in range(ramp // 2)]
+    assert set(blocks[ramp:]) <= {max(blocks), max(blocks) - 1}
+    assert all(abs(pair - max(blocks)) <= 2 for pair in pairs)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])

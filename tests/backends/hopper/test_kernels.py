@@ -48,8 +48,11 @@ def test_kernel(name, tmp_path):
     # Where the diagonal may halve the first block, opening and crossing exist twice. One tile has no seam.
     # In a window neither has a tile.
     narrow = config.bounded_right and config.tile_n == 128 and not config.one_tile
-    if config.one_tile or config.bounded_left:
-        qk_sites, pv_sites = 2 + narrow, 2
+    if config.one_tile and not (config.bounded_left and config.key_parts == 1):
+        qk_sites, pv_sites = 2, 2
+    elif config.bounded_left:  # what crosses is a product of scores alone
+        crosses = not config.o_in_ring
+        qk_sites, pv_sites = 1 + (1 + narrow) * (1 + crosses), 2
     else:
         qk_sites, pv_sites = (5, 4) if narrow else (3, 3)
     assert count["HGMMA"] == qk_sites * config.head_dim // 16 + pv_sites * config.tile_n // 16
