@@ -129,6 +129,21 @@ def test_bench_merges_parts_into_one_record(tmp_path, no_kernels):
     assert "made with another commit" in " ".join(out.split())
 
 
+def test_a_run_that_is_stopped_keeps_what_it_has(tmp_path, no_kernels, monkeypatch):
+    def stop(case, q, k, v):
+        if case.kv_heads == 2:
+            raise KeyboardInterrupt
+        return PEERS["sdpa"].prepare(case, q, k, v)
+
+    monkeypatch.setitem(PEERS, "flashcore", Peer("flashcore", "stops", stop, transposed=True))
+    result = CliRunner().invoke(cli.app, [*BENCH, "--out", str(tmp_path)])
+    assert result.exit_code != 0
+    assert "stopped; what was measured is in" in result.output
+    (path,) = tmp_path.rglob("*.json")
+    assert record.read(path)["missing"] == [SUITES["quick"].cases[-1].name]
+    assert len(record.read(path)["rows"]) == 6
+
+
 def test_bench_fails_when_flashcore_is_wrong(tmp_path, monkeypatch, no_kernels):
     wrong = Peer("flashcore", "wrong", lambda case, q, k, v: lambda: torch.zeros_like(q))
     monkeypatch.setitem(PEERS, "flashcore", wrong)
@@ -368,6 +383,9 @@ def test_report_says_which_records_are_older_than_the_kernels(monkeypatch, tmp_p
     monkeypatch.setattr(documents.Documents, "stale", lambda self: [])
     record.write(data, path)
     assert "h200/small: 2030-01-02, commit unknown, 0 rows: current" in flashcore("report")
+    assert "h200/small: without 14 of its cases: d64-s512-b1-h8-full-fp16, " in flashcore("report")
+    record.write(data, path.with_name("forward.partial.json"))
+    assert "forward.partial.json: a run that ended early" in flashcore("report")
     meta["kernel_digest"] = "0" * 64
     record.write(data, path)
     assert "the kernel sources have changed since" in flashcore("report")

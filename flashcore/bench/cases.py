@@ -152,6 +152,17 @@ class GemmCase:
 
 
 @dataclass(frozen=True)
+class Part:
+    """What is measured of start-up, in one go."""
+
+    name: str
+
+    def fields(self) -> dict:
+        """The columns that identify this case in a recorded row."""
+        return {"op": self.name}
+
+
+@dataclass(frozen=True)
 class Suite:
     """Cases that are measured in one way and recorded in one file."""
 
@@ -159,7 +170,7 @@ class Suite:
     about: str
     op: str  # the recorded rows' op
     mode: str  # "events", "graph", "host", "accuracy", "e2e" or "startup"; suites.py runs each, timing.py explains them
-    cases: tuple[Case, ...] | tuple[GemmCase, ...] | tuple[ModelCase, ...]
+    cases: tuple[Case, ...] | tuple[GemmCase, ...] | tuple[ModelCase, ...] | tuple[Part, ...]
     peers: tuple[str, ...]  # what is measured when the caller names nothing
     sustained: bool = False  # every implementation at the power cap for seconds, instead of after a rest
 
@@ -350,6 +361,9 @@ SUITES = {
             ("flashcore-matmul", "cublas"),
         ),
         Suite("e2e", "whole models, random weights", "e2e", "e2e", E2E, ("flashcore", "cudnn", "fa2", "eager")),
-        Suite("startup", "cold compile, and start to first result of a warm process", "startup", "startup", (), ()),
+        Suite(
+            "startup", "cold compile, and start to first result of a warm process", "startup", "startup",
+            (Part("compile"), Part("start")), (),
+        ),
     )
 }

@@ -14,7 +14,7 @@ from pathlib import Path
 from flashcore.bench import profile, record, roofline
 from flashcore.bench.cases import ADVERSARIAL, SUITES
 from flashcore.bench.machine import slug
-from flashcore.bench.plot import plot, plot_key
+from flashcore.bench.plot import drawable, plot, plot_key
 from flashcore.bench.shapes import load_anchors, shapes
 from flashcore.bench.tables import accuracy_table, compact_table, tables
 
@@ -39,6 +39,12 @@ def provenance(data: dict) -> str:
     )
 
 
+def incomplete(data: dict) -> list[str]:
+    """A paragraph on the cases that a record is without, if there are any."""
+    absent = record.missing(data)
+    return [f"Not measured yet: {', '.join(absent)}.\n"] if absent else []
+
+
 @dataclass(frozen=True)
 class Documents:
     """A clone's records and the documents that show them."""
@@ -48,6 +54,11 @@ class Documents:
     @property
     def results(self) -> dict[str, dict[str, dict]]:
         return record.read_all(self.root / "benchmarks" / "results")
+
+    @property
+    def unfinished(self) -> list[Path]:
+        """What runs left that ended before they could replace a record."""
+        return sorted((self.root / "benchmarks" / "results").glob("*/*.partial.json"))
 
     def anchors(self, gpu: str) -> dict[tuple, dict]:
         return load_anchors(gpu, self.root / "benchmarks")
@@ -70,9 +81,10 @@ class Documents:
         for gpu, suites in self.results.items():
             if data := suites.get("forward"):
                 image = self.plot_path(gpu).relative_to(self.root).as_posix()
-                parts.append(f"![TFLOP/s over sequence length on {data['meta']['gpu']}]({image})\n")
+                if drawable(data):
+                    parts.append(f"![TFLOP/s over sequence length on {data['meta']['gpu']}]({image})\n")
                 parts.append(compact_table(shapes(data, self.anchors(gpu))).markdown())
-                parts.append(provenance(data) + "\n")
+                parts += [*incomplete(data), provenance(data) + "\n"]
         return "\n".join(parts) or NOTHING
 
     def _adversarial_block(self) -> str:
@@ -112,7 +124,8 @@ class Documents:
                 if data := suites.get(name):
                     parts.append(f"### {data['meta']['gpu']}: {name}\n")
                     parts += [table.markdown() for table in tables(data, self.anchors(gpu))]
-                    parts += [provenance(data) + "\n", f"Method: {data['meta']['method']['about']}.\n"]
+                    parts += [*incomplete(data), provenance(data) + "\n"]
+                    parts.append(f"Method: {data['meta']['method']['about']}.\n")
         return "\n".join(parts) or NOTHING
 
     def update(self) -> list[Path]:
@@ -126,10 +139,9 @@ class Documents:
             if new != text:
                 path.write_text(new)
                 written.append(path)
-        for gpu, suites in self.results.items():
-            if "forward" in suites and not self._plot_is_current(gpu, suites["forward"]):
-                plot(suites["forward"], self.anchors(gpu), self.plot_path(gpu))
-                written.append(self.plot_path(gpu))
+        for gpu, data in self._stale_plots():
+            plot(data, self.anchors(gpu), self.plot_path(gpu))
+            written.append(self.plot_path(gpu))
         return written
 
     def stale(self) -> list[Path]:
@@ -139,12 +151,11 @@ class Documents:
             for path, blocks in self.blocks().items()
             if any(replace_block(text := path.read_text(), name, body, path) != text for name, body in blocks.items())
         ]
-        found += [
-            self.plot_path(gpu)
-            for gpu, suites in self.results.items()
-            if "forward" in suites and not self._plot_is_current(gpu, suites["forward"])
-        ]
-        return found
+        return found + [self.plot_path(gpu) for gpu, _ in self._stale_plots()]
+
+    def _stale_plots(self) -> list[tuple[str, dict]]:
+        drawn = [(gpu, suites["forward"]) for gpu, suites in self.results.items() if "forward" in suites]
+        return [(gpu, data) for gpu, data in drawn if drawable(data) and not self._plot_is_current(gpu, data)]
 
     def _plot_is_current(self, gpu: str, data: dict) -> bool:
         path = self.plot_path(gpu)

@@ -19,7 +19,6 @@ import torch
 
 from flashcore.bench import check, timing
 from flashcore.bench.cases import OURS
-from flashcore.bench.machine import Sensors
 from flashcore.bench.models import LAUNCH_BOUND, Model, ModelCase
 from flashcore.bench.peers import PEERS
 from flashcore.errors import FlashCoreWarning
@@ -36,39 +35,38 @@ CPU_PARAMETERS = 10**8  # larger models take too long there
 
 ABOUT = (
     "transformers {transformers}, random weights, batch 1; wall time of a whole call, the device idle before it and "
-    "after; implementations in turns, 2 or 3 rounds (generation: after one of the same lengths); prefill "
-    "fills the cache and computes the last logits; generation counts new tokens over all its time, prompt included; "
-    "training is forward and backward without an optimizer; attention's share by CUDA events around each attention "
-    "call, forward and backward, after a call untimed (but for 32,768 tokens), while the host runs ahead (generation: "
-    "in one decoding step); time per token without the first, which is timed alone; what a step takes the device: the "
-    "same step; peak memory as torch.cuda.max_memory_allocated, weights included; rel_err of last logits, of the "
-    "logits of all steps up to the first other token, or of the gradients of the first layer's query, key and value "
-    "weights"
+    "after; implementations in turns, shuffled (seed {seed}), 2 or 3 rounds (generation: after one of the same "
+    "lengths); prefill fills the cache and computes the last logits; generation counts new tokens over all its time, "
+    "prompt included; training is forward and backward without an optimizer; attention's share by CUDA events around "
+    "each attention call, forward and backward, after a call untimed (but for 32,768 tokens), while the host runs "
+    "ahead (generation: in one decoding step); time per token without the first, which is timed alone; what a step "
+    "takes the device: the same step; peak memory as torch.cuda.max_memory_allocated, weights included; rel_err of "
+    "last logits, of the logits of all steps up to the first other token, or of the gradients of the first layer's "
+    "query, key and value weights"
 )
 
 
-def run(
-    cases: Sequence[ModelCase], names: Sequence[str], on_case: Callable[[str], None] = lambda name: None
-) -> tuple[dict, list[dict], list[dict]]:
-    """Measure ``cases`` for the implementations ``names``. Returns the record's method, rows and skipped."""
+def missing() -> str | None:
+    """What this installation lacks for the suite."""
     if importlib.util.find_spec("transformers") is None:
-        return {"mode": "e2e", "about": ""}, [], [{"reason": "transformers is not installed"}]
+        return "transformers is not installed"
     import transformers
 
     if int(transformers.__version__.split(".")[0]) < 5:
-        reason = f"transformers {transformers.__version__} makes masks where 5 makes none: needs 5"
-        return {"mode": "e2e", "about": ""}, [], [{"reason": reason}]
+        return f"transformers {transformers.__version__} makes masks where 5 makes none: needs 5"
+    return None
 
-    import flashcore.integrations.transformers  # noqa: F401  registers its attention
 
-    method = {
-        "mode": "e2e",
-        "about": ABOUT.format(transformers=transformers.__version__),
-        "transformers": transformers.__version__,
-    }
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows, skipped = [], []
-    usable = []
+def method(seed: int) -> dict:
+    import transformers
+
+    about = ABOUT.format(transformers=transformers.__version__, seed=seed)
+    return {"mode": "e2e", "about": about, "seed": seed, "transformers": transformers.__version__}
+
+
+def usable_peers(names: Sequence[str]) -> tuple[list[str], list[dict]]:
+    """The named implementations that can run on this machine, and why the others cannot."""
+    usable, skipped = [], []
     for name in names:
         known = name in ATTENTION
         reason = PEERS[name].unavailable() if known else "it is no attention of a Transformers model"
@@ -76,25 +74,32 @@ def run(
             usable.append(name)
         else:
             skipped.append({"impl": name, "reason": reason})
+    return usable, skipped
+
+
+def measure(
+    cases: Sequence[ModelCase], names: Sequence[str], seed: int, on_case: Callable[[str], None]
+) -> Iterator[tuple[str, list[dict], list[dict]]]:
+    """Measure ``cases`` for the implementations ``names``: each one's name, rows, and who was left out."""
+    import flashcore.integrations.transformers  # noqa: F401  registers its attention
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for (model, dtype), group in groupby(cases, key=lambda case: (case.model, case.dtype)):
         group = list(group)
         if device.type == "cpu" and model.parameters > CPU_PARAMETERS:
             reason = f"{model.parameters / 1e9:.1f} G parameters need a CUDA GPU"
-            skipped += [{"case": case.name, "reason": reason} for case in group]
+            for case in group:
+                yield case.name, [], [{"case": case.name, "reason": reason}]
             continue
         network = build(model, dtype, device)
         for case in group:
             on_case(case.name)
-            measured, left_out = run_case(network, case, usable)
-            rows += measured
-            skipped += left_out
+            rows, skipped = run_case(network, case, names, seed)
+            yield case.name, rows, skipped
             network.zero_grad(set_to_none=True)
             _free_memory(device)
         del network
         _free_memory(device)
-    if after := Sensors().read():
-        method |= {"sm_mhz_after": after.sm_mhz, "power_w_after": after.power_w}
-    return method, rows, skipped
 
 
 def build(model: Model, dtype: str, device: torch.device) -> torch.nn.Module:
@@ -120,7 +125,7 @@ def build(model: Model, dtype: str, device: torch.device) -> torch.nn.Module:
 
 
 def run_case(
-    network: torch.nn.Module, case: ModelCase, names: Sequence[str]
+    network: torch.nn.Module, case: ModelCase, names: Sequence[str], seed: int
 ) -> tuple[list[dict], list[dict]]:
     """Compare everybody's answers, then time in turns those that were right. Returns rows and who was left out."""
     device = network.device
@@ -134,7 +139,7 @@ def run_case(
         skipped.append({"impl": "eager", "case": case.name, "reason": reason})
     rows = {name: {"op": "e2e", "impl": name, **case.fields()} for name in names}
     _compare(network, case, ids, rows)
-    _time(network, case, ids, rows)
+    _time(network, case, ids, rows, seed)
     for name, row in rows.items():
         if "failed" not in row:
             try:
@@ -254,14 +259,13 @@ def _compare(network: torch.nn.Module, case: ModelCase, ids: torch.Tensor, rows:
 # --- how fast is it?
 
 
-def _time(network: torch.nn.Module, case: ModelCase, ids: torch.Tensor, rows: dict[str, dict]) -> None:
+def _time(network: torch.nn.Module, case: ModelCase, ids: torch.Tensor, rows: dict[str, dict], seed: int) -> None:
     """Fill in the times of those that were right, in turns."""
     call = _call(network, case, ids)
     names = [name for name, row in rows.items() if "failed" not in row]
     rounds: dict[str, list[list[float]]] = {name: [] for name in names}
-    for turn in range(case.turns):
-        shift = turn % max(1, len(names))
-        for name in names[shift:] + names[:shift]:
+    for order in timing.orders(names, case.turns, seed, case.name):
+        for name in order:
             if "failed" in rows[name]:
                 continue
             try:

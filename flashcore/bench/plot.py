@@ -11,6 +11,11 @@ from flashcore.bench.shapes import Shape, shapes
 from flashcore.bench.tables import impls_of
 
 
+def drawable(data: dict) -> bool:
+    """Whether a record has anything to draw: the speed of attention over its length."""
+    return any("tflops" in row and "head_dim" in row for row in data["rows"])
+
+
 def plot(data: dict, anchors: dict[tuple, dict], path: Path) -> None:
     """TFLOP/s over sequence length: a column per head_dim, a row per mask. The file carries the digest of its data."""
     import matplotlib

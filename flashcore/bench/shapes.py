@@ -55,10 +55,17 @@ class Shape:
         calls) and is left out.
         """
         times = [row["ms_p50"] for impl, row in self.rows.items() if impl not in OURS and "ms_p50" in row]
-        cudnn = self.rows.get("cudnn", {}).get("ms_p50")
-        if cudnn and self.anchor and 1 / SAME_ORDER < self.anchor["ms"]["cudnn"] / cudnn < SAME_ORDER:
-            times.append(cudnn / self.anchor["cudnn_over_best"])
+        if self.anchored:
+            times.append(self.rows["cudnn"]["ms_p50"] / self.anchor["cudnn_over_best"])
         return min(times, default=None)
+
+    @property
+    def anchored(self) -> bool:
+        """Whether the anchors speak for peers that this run may be without."""
+        cudnn = self.rows.get("cudnn", {}).get("ms_p50")
+        if not cudnn or not self.anchor:
+            return False
+        return 1 / SAME_ORDER < self.anchor["ms"]["cudnn"] / cudnn < SAME_ORDER
 
     @property
     def ratio(self) -> float | None:
@@ -77,6 +84,19 @@ def shapes(data: dict, anchors: dict[tuple, dict]) -> list[Shape]:
     return [
         Shape(Case(**dict(zip((*CASE_FIELDS, "backward"), key, strict=True))), rows, anchors.get(key))
         for key, rows in grouped.items()
+    ]
+
+
+def unanchored(found: list[Shape]) -> list[str]:
+    """A sentence on the shapes whose ratio says nothing about FlashAttention-3: no run and no anchor has it there."""
+    compared = [shape for shape in found if shape.ratio is not None]
+    without = [shape for shape in compared if "ms_p50" not in shape.rows.get("fa3", {}) and not shape.anchored]
+    if not without:
+        return []
+    which = "any shape" if len(without) == len(compared) else ", ".join(shape.case.name for shape in without)
+    return [
+        f"FlashAttention-3 was not measured, and there is no anchor of it, for {which}: the best peer there is the "
+        "best one in the table."
     ]
 
 

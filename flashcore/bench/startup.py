@@ -9,11 +9,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from flashcore.bench import record
+from flashcore.bench.cases import Part
+from flashcore.bench.timing import orders
 
 OnCase = Callable[[str], None]  # told the name of each case before it is measured
+Measured = tuple[str, list[dict], list[dict]]  # a case's name, its rows, who was left out of it and why
 REPEATS = 3
 
 _START = """
@@ -30,16 +34,18 @@ _ATTEND = {
 }
 
 
-def startup(on_case: OnCase) -> tuple[list[dict], list[dict]]:
-    """Rows of compile seconds per declared kernel, and of seconds from the start of a process to its first result."""
-    rows, skipped = [], []
+def measure(cases: Sequence[Part], seed: int, on_case: OnCase) -> Iterator[Measured]:
+    """Compile seconds per declared kernel, and seconds from the start of a process to its first result."""
+    parts = {"compile": _cold_compile, "start": partial(_warm_start, seed=seed)}
     with tempfile.TemporaryDirectory() as cache:
-        for part, measure in (("compile", _cold_compile), ("start", _warm_start)):
+        for case in cases:
+            rows, skipped = [], []
             try:
-                rows += measure(cache, on_case)
+                rows += parts[case.name](cache, on_case)
             except subprocess.CalledProcessError as error:
-                skipped.append({"impl": "flashcore", "case": part, "reason": error.stderr.strip().splitlines()[-1]})
-    return rows, skipped
+                reason = error.stderr.strip().splitlines()[-1]
+                skipped.append({"impl": "flashcore", "case": case.name, "reason": reason})
+            yield case.name, rows, skipped
 
 
 def _cold_compile(cache: str, on_case: OnCase) -> Iterator[dict]:
@@ -49,14 +55,14 @@ def _cold_compile(cache: str, on_case: OnCase) -> Iterator[dict]:
         yield {"op": "compile", "impl": "flashcore", **kernel}
 
 
-def _warm_start(cache: str, on_case: OnCase) -> Iterator[dict]:
+def _warm_start(cache: str, on_case: OnCase, seed: int) -> Iterator[dict]:
     """Processes that import torch, make tensors and attend once; in turns."""
     seconds: dict[str, list[float]] = {impl: [] for impl in _ATTEND}
-    for repeat in range(REPEATS + 1):
-        for impl, attend in _ATTEND.items():
+    for repeat, order in enumerate(orders(_ATTEND, REPEATS + 1, seed)):
+        for impl in order:
             on_case(f"start {impl} {repeat}/{REPEATS}")
             started = time.time()
-            seconds[impl].append(float(_python(["-c", _START.format(attend=attend)], cache)) - started)
+            seconds[impl].append(float(_python(["-c", _START.format(attend=_ATTEND[impl])], cache)) - started)
     for impl, values in seconds.items():
         kept = values[1:]  # the first round warmed the file system
         yield {"op": "start", "impl": impl, "s_p50": statistics.median(kept), "s_min": min(kept), "s_max": max(kept)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 
@@ -16,13 +16,15 @@ from flashcore.bench.cases import Case, GemmCase, Suite
 from flashcore.bench.machine import Sensors
 from flashcore.bench.operations import OPERATIONS, Operation
 from flashcore.bench.peers import PEERS, Peer
+from flashcore.bench.startup import Measured, OnCase
 from flashcore.bench.timing import Effort
 
-OnCase = Callable[[str], None]  # told the name of each case before it is measured
+OnRecord = Callable[[dict, list[str]], None]  # told the record so far, and the names of the cases measured for it
 
 _TURNS = (
-    "implementations in turns, {rounds} rounds of {round_ms:g} ms each after {lead_in_ms:g} ms untimed, a GPU resting "
-    "{rest_ms:g} ms before each case; ms_* over all samples, std_pct over the rounds' medians"
+    "implementations in turns, shuffled each round (seed {seed}), {rounds} rounds of {round_ms:g} ms each after "
+    "{lead_in_ms:g} ms untimed, a GPU resting {rest_ms:g} ms before each case; ms_* over all samples, std_pct over the "
+    "rounds' medians"
 )
 METHODS = {
     "events": f"CUDA events around each call, L2 flushed before it; {_TURNS}",
@@ -31,7 +33,8 @@ METHODS = {
     "wall": f"wall time of each call on the CPU; {_TURNS}",
     "accuracy": "error against float64, not timed",
     "startup": "compile: NVRTC's seconds per kernel with an empty cache, one at a time; start: wall seconds of a fresh "
-    "process from its start to its first result, kernels on disk, median of {repeats}, processes in turns",
+    "process from its start to its first result, kernels on disk, median of {repeats}, processes in turns, shuffled "
+    "(seed {seed})",
 }
 NO_KERNEL = ("No available kernel", "No viable backend")  # how PyTorch's errors begin when a forced backend declines
 DEFAULT_EFFORT = Effort()
@@ -44,50 +47,77 @@ def run(
     effort: Effort = DEFAULT_EFFORT,
     commit: str | None = None,
     on_case: OnCase = lambda name: None,
+    on_record: OnRecord = lambda data, done: None,
 ) -> dict:
-    """Measure ``cases`` (all of the suite's) for ``peers`` (the suite's choice) and return the record."""
+    """Measure ``cases`` (all of the suite's) for ``peers`` (the suite's choice) and return the record.
+
+    ``on_record`` gets the record as it is before the first case and after each one, so that what was measured can be
+    kept.
+    """
+    chosen = suite.cases if cases is None else cases
+    method, skipped, measured = _start(suite, chosen, peers or suite.peers, effort, on_case)
+    meta = record.meta(suite.name, method, commit)
+    data = record.with_missing({"suite": suite.name, "meta": meta, "rows": [], "skipped": skipped})
+    done: list[str] = []
+    on_record(data, done)
+    for name, rows, left_out in measured:
+        done.append(name)
+        parts = {"rows": data["rows"] + rows, "skipped": data["skipped"] + left_out}
+        data = record.with_missing({**data, **parts})
+        on_record(data, done)
+    if done and suite.mode not in ("accuracy", "startup") and (after := Sensors().read()):
+        method |= {"sm_mhz_after": after.sm_mhz, "power_w_after": after.power_w}
+    return data
+
+
+def _start(
+    suite: Suite, cases: Sequence[Case], peers: Sequence[str], effort: Effort, on_case: OnCase
+) -> tuple[dict, list[dict], Iterable[Measured]]:
+    """The method of a suite, who is left out of it and why, and its cases as they are measured."""
     if suite.mode == "startup":
-        rows, skipped = startup.startup(on_case)
-        method = {"mode": "startup", "about": METHODS["startup"].format(repeats=startup.REPEATS)}
-        return _record(suite, method, rows, skipped, commit)
+        about = METHODS["startup"].format(repeats=startup.REPEATS, seed=effort.seed)
+        method = {"mode": "startup", "about": about, "seed": effort.seed}
+        return method, [], startup.measure(cases, effort.seed, on_case)
     if suite.mode == "e2e":
         from flashcore.bench import e2e
 
-        chosen = suite.cases if cases is None else cases
-        return _record(suite, *e2e.run(chosen, peers or suite.peers, on_case), commit)
+        if reason := e2e.missing():
+            return {"mode": "e2e", "about": ""}, [{"reason": reason}], ()
+        usable, skipped = e2e.usable_peers(peers)
+        return e2e.method(effort.seed), skipped, e2e.measure(cases, usable, effort.seed, on_case)
 
     operation = OPERATIONS.get(suite.op, OPERATIONS["attention"])
     if suite.sustained:
-        effort = replace(timing.SUSTAINED, rounds=effort.rounds)
+        effort = replace(timing.SUSTAINED, rounds=effort.rounds, seed=effort.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     mode = "wall" if device == "cpu" and suite.mode == "events" else suite.mode
-    method = {
-        "mode": mode,
-        "about": METHODS[mode].format(**asdict(effort)),
-        "inputs": operation.inputs,
-    }
+    about = METHODS[mode].format(**asdict(effort))
+    method = {"mode": mode, "about": about, "inputs": operation.inputs}
+    if mode != "accuracy":
+        method["seed"] = effort.seed
     if device == "cpu" and mode in ("graph", "host"):
-        return _record(suite, method, [], [{"reason": f"suite {suite.name} needs a CUDA GPU"}], commit)
+        return method, [{"reason": f"suite {suite.name} needs a CUDA GPU"}], ()
+    usable, skipped = usable_peers(peers, operation)
+    return method, skipped, _measure(suite, cases, usable, mode, effort, device, operation, on_case)
 
-    usable, skipped = usable_peers(peers or suite.peers, operation)
+
+def _measure(
+    suite: Suite,
+    cases: Sequence[Case | GemmCase],
+    peers: Sequence[Peer],
+    mode: str,
+    effort: Effort,
+    device: str,
+    operation: Operation,
+    on_case: OnCase,
+) -> Iterator[Measured]:
     sensors = Sensors()
-    rows = []
-    with torch.no_grad():
-        for case in suite.cases if cases is None else cases:
-            on_case(case.name)
-            measured, left_out = run_case(
-                case, usable, mode, suite.op, effort, device, sensors, operation
-            )
-            rows += measured
-            skipped += left_out
-            _free_memory(device)
-    if mode != "accuracy" and (after := sensors.read()):
-        method |= {"sm_mhz_after": after.sm_mhz, "power_w_after": after.power_w}
-    return _record(suite, method, rows, skipped, commit)
-
-
-def _record(suite: Suite, method: dict, rows: list, skipped: list, commit: str | None) -> dict:
-    return {"suite": suite.name, "meta": record.meta(suite.name, method, commit), "rows": rows, "skipped": skipped}
+    for case in cases:
+        on_case(case.name)
+        with torch.no_grad():
+            rows, skipped = run_case(case, peers, mode, suite.op, effort, device, sensors, operation)
+        yield case.name, rows, skipped
+        _free_memory(device)
 
 
 def usable_peers(names: Sequence[str], operation: Operation) -> tuple[list[Peer], list[dict]]:
@@ -152,7 +182,7 @@ def run_case(
         torch.cuda.synchronize()
         time.sleep(effort.rest_ms / 1e3)
     try:
-        rounds = timing.interleave(bursts, effort)
+        rounds = timing.interleave(bursts, effort, case=case.name)
     except Exception as error:  # nobody knows whose fault it was: no number of this case is to be trusted
         for name in bursts:
             rows[name] |= {"failed": f"while timing this case: {_one_line(error)}"}

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 
 from flashcore.bench.cases import SHORT, SUITES, Case, GemmCase
 from flashcore.bench.models import LAUNCH_BOUND
-from flashcore.bench.shapes import Shape, geomean, shapes, summary
+from flashcore.bench.shapes import Shape, geomean, shapes, summary, unanchored
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def timing_table(title: str, found: list[Shape], mode: str) -> Table:
             cells.append(f"{ours['rel_err']:.2e}" if ours else "")
         rows.append(tuple(cells))
     headers += ["over best peer", "std %", "rel. error"] if timed else []
-    notes = summary(found) if timed else []
+    notes = [*summary(found), *(unanchored(found) if mode != "wall" else [])] if timed else []
     if decode:
         notes += _picked(found, "backend")
     return Table(title, tuple(headers), tuple(rows), (*notes, *_picked(found, "backward")))

@@ -11,9 +11,10 @@ per call. There is one way to make a burst for each kind of measurement:
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
@@ -34,6 +35,7 @@ class Effort:
     warmup_ms: float = 40.0
     lead_in_ms: float = 60.0  # untimed start of each turn: at its power cap a GPU must find the clock for a kernel
     rest_ms: float = 2000.0  # idle time of a GPU before each case, so that none pays for the heat of the one before
+    seed: int = 0  # of the order in which implementations take turns
 
     def samples(self, ms: float) -> int:
         """How many samples fill a round when one takes ``ms`` of wall time. At least 3, for a round has a median."""
@@ -44,20 +46,24 @@ class Effort:
 SUSTAINED = Effort(round_ms=100.0, warmup_ms=800.0, lead_in_ms=150.0, rest_ms=0.0)
 
 
-def interleave(
-    bursts: Mapping[str, Burst], effort: Effort, clock: Callable[[], float] = time.perf_counter
-) -> dict[str, list[list[float]]]:
-    """Measure all bursts in turns. Returns the samples of each round, in milliseconds, by name.
+def orders(names: Iterable[str], rounds: int, seed: int, case: str = "") -> list[list[str]]:
+    """Who runs after whom in each round, shuffled: nobody always runs behind the same neighbour, whose heat it would
+    pay for. Another case is shuffled in another way."""
+    names = list(names)
+    draw = random.Random(f"{seed} {case}")
+    return [draw.sample(names, len(names)) for _ in range(rounds)]
 
-    The first in line changes from round to round, so that nobody always runs behind the same neighbour.
-    """
+
+def interleave(
+    bursts: Mapping[str, Burst], effort: Effort, clock: Callable[[], float] = time.perf_counter, case: str = ""
+) -> dict[str, list[list[float]]]:
+    """Measure all bursts in turns. Returns the samples of each round, in milliseconds, by name."""
     names = list(bursts)
     samples = {name: effort.samples(_warm_up(bursts[name], effort, clock)) for name in names}
     lead_ins = {name: int(samples[name] * effort.lead_in_ms / effort.round_ms) for name in names}
     rounds = {name: [] for name in names}
-    for turn in range(effort.rounds):
-        shift = turn % max(1, len(names))
-        for name in names[shift:] + names[:shift]:
+    for order in orders(names, effort.rounds, effort.seed, case):
+        for name in order:
             if lead_ins[name]:
                 bursts[name](lead_ins[name])
             rounds[name].append(bursts[name](samples[name]))

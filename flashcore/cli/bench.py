@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flashcore.cli import compile
 from flashcore.cli.console import console, default_results, fail, need_matplotlib, progress, show
+
+if TYPE_CHECKING:
+    from flashcore.bench.record import Keeper
 
 
 def bench(
@@ -22,6 +26,7 @@ def bench(
     rounds: Annotated[int, typer.Option(min=2, help="Rounds in which implementations take turns.")] = 5,
     round_ms: Annotated[float, typer.Option(min=1, help="Milliseconds per implementation and round.")] = 40.0,
     rest_ms: Annotated[float, typer.Option(min=0, help="Idle milliseconds of a GPU before each case.")] = 2000.0,
+    seed: Annotated[int, typer.Option(help="Of the order in which implementations take turns.")] = 0,
     commit: Annotated[
         str | None, typer.Option(envvar="FLASHCORE_COMMIT", help="What to record as commit, where there is no clone.")
     ] = None,
@@ -37,12 +42,14 @@ def bench(
 
     Without --case and --impl the record goes to benchmarks/results; a partial run is only recorded with --out or
     --merge, which adds it to the record that is there if that was made on the same machine with the same software and
-    sources. Exits with 1 if an implementation of FlashCore's failed.
+    sources. What was measured is written after each case; until a run is complete, a record that it replaces stays, and
+    the new one is called <suite>.partial.json. Exits with 1 if an implementation of FlashCore's failed.
     """
     from flashcore.bench import record, suites
     from flashcore.bench.cases import OURS, SUITES
     from flashcore.bench.machine import slug
     from flashcore.bench.peers import LIBRARIES, PEERS
+    from flashcore.bench.plot import drawable
     from flashcore.bench.plot import plot as draw
     from flashcore.bench.shapes import load_anchors
     from flashcore.bench.tables import tables
@@ -67,14 +74,15 @@ def bench(
         cases = [one for one in chosen.cases if case is None or re.search(case, one.name)]
         if chosen.cases and not cases:
             raise fail(f"no case of suite {name} matches {case!r}; --list shows them")
-        with progress() as bar:
-            task = bar.add_task(name, total=len(cases) or None, completed=-1)
+        keeper = record.Keeper(out or default_results(), merge) if out or merge or not partial else None
+        with progress() as bar, _explained(keeper):
+            task = bar.add_task(name, total=None if name == "startup" else len(cases), completed=-1)
 
             def on_case(what: str, bar=bar, task=task, name=name) -> None:
                 bar.update(task, description=f"{name}: {what}", advance=1)
 
-            effort = Effort(rounds=rounds, round_ms=round_ms, rest_ms=rest_ms)
-            data = suites.run(chosen, cases, impl, effort, commit, on_case)
+            effort = Effort(rounds=rounds, round_ms=round_ms, rest_ms=rest_ms, seed=seed)
+            data = suites.run(chosen, cases, impl, effort, commit, on_case, *([keeper] if keeper else []))
         gpu = slug(data["meta"]["gpu"])
         anchors = load_anchors(gpu)
         for table in tables(data, anchors):
@@ -83,19 +91,29 @@ def bench(
         failed |= any("failed" in row and row["impl"] in OURS for row in data["rows"])
         if name == "quick":
             _show_compiled()
-        if out is not None or merge or not partial:
-            path = record.path_for(data, out or default_results())
-            if merge and path.exists():
-                try:
-                    data = record.merge(record.read(path), data, [one.name for one in cases])
-                except ValueError as error:
-                    raise fail(f"cannot merge into {path}: {error}") from None
-            record.write(data, path)
-            console().print(f"recorded in {path}")
-            if plot and any("tflops" in row and "head_dim" in row for row in data["rows"]):
-                draw(data, anchors, path.with_suffix(".png"))
-                console().print(f"plotted in {path.with_suffix('.png')}")
+        if keeper is not None:
+            with _explained(keeper):
+                data = keeper.finish(data, [one.name for one in cases])
+            console().print(f"recorded in {keeper.path}")
+            if plot and drawable(data):
+                draw(data, anchors, keeper.path.with_suffix(".png"))
+                console().print(f"plotted in {keeper.path.with_suffix('.png')}")
     raise typer.Exit(1 if failed else 0)
+
+
+@contextmanager
+def _explained(keeper: Keeper | None) -> Iterator[None]:
+    """Say why a record cannot be merged, and what is left of a run that somebody stops."""
+    from flashcore.bench.record import MergeError
+
+    try:
+        yield
+    except MergeError as error:
+        raise fail(f"cannot merge into {keeper.path}: {error}") from None
+    except KeyboardInterrupt:
+        if keeper is not None and keeper.written:
+            console(stderr=True).print(f"stopped; what was measured is in {keeper.growing}", markup=False)
+        raise
 
 
 def _list_bench(suites: dict, peers: dict) -> None:

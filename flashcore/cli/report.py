@@ -34,8 +34,12 @@ def report(
                 f"{f', {failed} failed' if failed else ''}: {state}",
                 markup=False,
             )
+            if absent := record.missing(data):
+                out.print(f"{gpu}/{name}: without {len(absent)} of its cases: {', '.join(absent)}", markup=False)
         for name in not_recorded(suites):
             out.print(f"{gpu}/{name}: not recorded", markup=False)
+    for path in documents.unfinished:
+        out.print(f"{path.relative_to(documents.root)}: a run that ended early; it replaced nothing", markup=False)
     if not documents.results:
         out.print("no records yet: flashcore bench --suite forward makes one")
     if update:

@@ -174,3 +174,42 @@ def test_a_block_does_not_swallow_the_next():
     new = replace_block(text, "a", "new")
     assert new.count("old") == 1
     assert new.index("new") < new.index("old")
+
+
+def test_a_partial_record_says_what_it_is_without(clone, forward_record):
+    pytest.importorskip("matplotlib")
+    results = clone.root / "benchmarks" / "results"
+    forward_record["rows"] = forward_record["rows"][:3]
+    record.write(record.with_missing(forward_record), record.path_for(forward_record, results))
+    clone.update()
+    for name in ("README.md", "docs/benchmarks.md"):
+        text = (clone.root / name).read_text()
+        assert "Not measured yet: d64-s1024-b16-h32-full-bf16, " in text
+        assert text.count("d64-s512-b32-h32-full-bf16") <= 1  # the lowest ratio
+    assert clone.stale() == []
+
+
+def test_a_record_without_rows_is_no_plot(clone, forward_record):
+    forward_record["rows"] = []
+    results = clone.root / "benchmarks" / "results"
+    record.write(record.with_missing(forward_record), record.path_for(forward_record, results))
+    clone.update()
+    assert clone.stale() == []
+    assert "![" not in (clone.root / "README.md").read_text()
+
+
+def test_a_table_names_the_shapes_that_fa3_has_no_time_for(forward_record, anchors):
+    (table,) = tables.tables(forward_record, anchors)
+    assert not any("FlashAttention-3" in note for note in table.notes)
+    few = {key: anchor for key, anchor in anchors.items() if key[6] != 64}
+    few = {key: anchor for key, anchor in few.items() if key[4] != 512}
+    (table,) = tables.tables(forward_record, few)
+    (note,) = (note for note in table.notes if "FlashAttention-3" in note)
+    assert "d64-s1024-b16-h32-causal-bf16" in note
+    assert "d128-s512-b32-h16-full-bf16" in note
+    assert "d128-s1024" not in note
+    (table,) = tables.tables(forward_record, {})
+    assert any("no anchor of it, for any shape" in note for note in table.notes)
+    forward_record["rows"] += [{**row, "impl": "fa3"} for row in forward_record["rows"] if row["impl"] == "fa2"]
+    (table,) = tables.tables(forward_record, {})
+    assert not any("FlashAttention-3" in note for note in table.notes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import time
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -91,6 +92,22 @@ def test_every_phase_is_measured():
     assert {row["backend"] for row in ours.values()} == {"sdpa"}
     assert ours["train"]["backward"] == "autograd"
     assert "backward" not in ours["prefill"]
+
+
+def test_the_record_grows_with_each_case(attend, monkeypatch):
+    suite = replace(SUITES["e2e"], cases=CASES)
+    monkeypatch.setitem(SUITES, "e2e", suite)
+    seen = []
+
+    def on_case(name):
+        if name == CASES[1].name:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        suites.run(suite, None, ("sdpa",), on_case=on_case, on_record=lambda data, done: seen.append(data))
+    assert [len(data["rows"]) for data in seen] == [0, 1]
+    assert seen[-1]["missing"] == [case.name for case in CASES[1:]]
+    assert seen[-1]["meta"]["method"]["seed"] == 0
 
 
 def test_half_precision_is_held_to_its_own_rounding():

@@ -166,3 +166,75 @@ def test_records_with_triton_name_its_sources_too():
     assert digests["forward"] == digests["backward"]
     assert digests["decode"] == digests["e2e"]
     assert len({digests[suite] for suite in ("forward", "decode", "gemm", "startup")}) == 4
+
+
+def part(data: dict, rows: slice) -> dict:
+    return record.with_missing({**data, "rows": data["rows"][rows]})
+
+
+def test_a_record_grows_in_place_where_there_is_none(forward_record, tmp_path):
+    keeper = record.Keeper(tmp_path, merge=False)
+    keeper(part(forward_record, slice(0)), [])
+    assert not keeper.path.exists()
+    keeper(part(forward_record, slice(3)), ["first"])
+    assert len(record.read(keeper.path)["missing"]) == 35
+    keeper.finish(forward_record, ["first"])
+    assert "missing" not in record.read(keeper.path)
+    assert [path.name for path in keeper.path.parent.iterdir()] == ["forward.json"]
+
+
+def test_an_older_record_stays_until_the_new_one_is_complete(forward_record, tmp_path):
+    path = record.path_for(forward_record, tmp_path)
+    record.write(forward_record, path)
+    before = path.read_text()
+    new = copy.deepcopy(forward_record)
+    new["meta"]["commit"] = "fedc"
+    keeper = record.Keeper(tmp_path, merge=False)
+    keeper(part(new, slice(0)), [])
+    keeper(part(new, slice(3)), ["first"])
+    assert path.read_text() == before
+    assert keeper.growing == path.with_name("forward.partial.json")
+    assert len(record.read(keeper.growing)["rows"]) == 3
+    assert list(record.read_all(tmp_path)["h200"]) == ["forward"]
+    keeper.finish(new, ["first"])
+    assert record.read(path)["meta"]["commit"] == "fedc"
+    assert not keeper.growing.exists()
+
+
+def test_a_merged_record_grows_in_place(forward_record, tmp_path):
+    path = record.path_for(forward_record, tmp_path)
+    record.write(part(forward_record, slice(6)), path)
+    keeper = record.Keeper(tmp_path, merge=True)
+    keeper(part(forward_record, slice(0)), [])
+    keeper(part(forward_record, slice(6, 9)), ["third"])
+    found = record.read(path)
+    assert len(found["rows"]) == 9
+    assert len(found["missing"]) == 33
+
+
+def test_what_cannot_be_merged_or_written_is_said_before_anything_is_measured(forward_record, tmp_path):
+    path = record.path_for(forward_record, tmp_path)
+    record.write(forward_record, path)
+    new = copy.deepcopy(forward_record)
+    new["meta"]["commit"] = "fedc"
+    with pytest.raises(record.MergeError, match="another commit"):
+        record.Keeper(tmp_path, merge=True)(part(new, slice(0)), [])
+    with pytest.raises(OSError, match=r"forward\.json"):
+        record.Keeper(path, merge=False)(part(new, slice(0)), [])
+
+
+def test_a_write_that_fails_leaves_the_old_record(forward_record, tmp_path):
+    path = tmp_path / "x.json"
+    record.write(forward_record, path)
+    before = path.read_text()
+    forward_record["rows"][-1]["rel_err"] = float("nan")
+    with pytest.raises(ValueError, match="JSON"):
+        record.write(forward_record, path)
+    assert path.read_text() == before
+
+
+def test_records_of_today_hold_every_case():
+    """Of suites that have not grown since."""
+    for suites in record.read_all().values():
+        for name in ("forward", "small", "decode", "e2e", "gemm", "startup", "matrix"):
+            assert record.missing(suites[name]) == [], name

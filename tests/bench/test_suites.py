@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from dataclasses import replace
 
 import pytest
 import torch
@@ -158,6 +159,36 @@ def test_the_op_of_vllm_gets_its_37_arguments(monkeypatch):
     assert arguments[23:25] == (0.25, True)
 
 
+def test_the_seed_is_recorded_and_decides_the_order():
+    method = suites.run(SUITES["quick"], [CASE], ("sdpa",), replace(FAST, seed=7))["meta"]["method"]
+    assert method["seed"] == 7
+    assert "shuffled each round (seed 7)" in method["about"]
+
+
+def test_the_record_grows_with_each_case(add_peer):
+    """And names what is still missing, also when the run ends in the middle of a case."""
+    cases = SUITES["quick"].cases
+    seen = []
+
+    def prepare(case, q, k, v):
+        if case == cases[2]:
+            raise KeyboardInterrupt
+        return PEERS["sdpa"].prepare(case, q, k, v)
+
+    add_peer("stopped", prepare, transposed=True)
+    with pytest.raises(KeyboardInterrupt):
+        suites.run(SUITES["quick"], peers=("stopped",), effort=FAST, on_record=lambda *args: seen.append(args))
+    assert [len(data["rows"]) for data, _ in seen] == [0, 1, 2]
+    names = [case.name for case in cases]
+    assert [data["missing"] for data, _ in seen] == [names, names[1:], names[2:]]
+    assert seen[-1][1] == names[:2]
+
+
+def test_a_complete_record_is_without_nothing():
+    data = suites.run(SUITES["quick"], peers=("sdpa",), effort=FAST)
+    assert "missing" not in data
+
+
 def test_startup_reports_a_process_that_dies(monkeypatch):
     def die(arguments, cache):
         raise subprocess.CalledProcessError(1, arguments, stderr="no NVRTC here")
@@ -165,7 +196,22 @@ def test_startup_reports_a_process_that_dies(monkeypatch):
     monkeypatch.setattr(startup, "_python", die)
     data = suites.run(SUITES["startup"])
     assert data["rows"] == []
+    assert "missing" not in data
     assert {s["case"]: s["reason"] for s in data["skipped"]} == dict.fromkeys(("compile", "start"), "no NVRTC here")
+
+
+def test_startup_keeps_what_was_compiled(monkeypatch):
+    def python(arguments, cache):
+        if arguments[0] == "-m":
+            return '[{"kernel": "a", "seconds": 1.5}]'
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(startup, "_python", python)
+    seen = []
+    with pytest.raises(KeyboardInterrupt):
+        suites.run(SUITES["startup"], on_record=lambda data, done: seen.append(data))
+    assert [row["kernel"] for row in seen[-1]["rows"]] == ["a"]
+    assert seen[-1]["missing"] == ["start"]
 
 
 def test_startup_takes_the_median_beyond_the_first_round(monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 import weakref
+from itertools import pairwise
 from unittest import mock
 
 import pytest
@@ -40,19 +41,36 @@ def bursts(clock: Clock, times: dict[str, float], order: list[str]):
     return {name: make(name, ms) for name, ms in times.items()}
 
 
-def test_rounds_take_turns_and_the_first_in_line_changes():
-    clock, order = Clock(), []
-    effort = Effort(rounds=3, round_ms=10, warmup_ms=0.5, lead_in_ms=0)
-    timing.interleave(bursts(clock, {"a": 1.0, "b": 1.0, "c": 1.0}, order), effort, clock)
-    assert order[:3] == ["a", "b", "c"]  # warm-up
-    assert order[3:] == ["a", "b", "c", "b", "c", "a", "c", "a", "b"]
+def test_rounds_take_turns_in_the_order_of_the_seed():
+    def order(seed, case="x"):
+        clock, order = Clock(), []
+        effort = Effort(rounds=4, round_ms=10, warmup_ms=0.5, lead_in_ms=0, seed=seed)
+        timing.interleave(bursts(clock, dict.fromkeys("abc", 1.0), order), effort, clock, case)
+        assert order[:3] == ["a", "b", "c"]  # warm-up
+        return order[3:]
+
+    first = order(0)
+    assert [sorted(first[i : i + 3]) for i in range(0, 12, 3)] == [["a", "b", "c"]] * 4
+    assert first == order(0)
+    assert first != order(1)
+    assert first != order(0, "another case")
+
+
+def test_nobody_always_follows_the_same_one():
+    """With five and a rotating start, each always ran behind one neighbour."""
+    names = ("flashcore", "flashcore-triton", "cudnn", "fa2", "fa3")
+    for case in ("d64", "d128"):
+        before = {a for order in timing.orders(names, 5, 0, case) for a, b in pairwise(order) if b == "flashcore"}
+        assert len(before) > 1
 
 
 def test_each_turn_begins_untimed():
     clock, order = Clock(), []
     effort = Effort(rounds=2, round_ms=10, warmup_ms=0.5, lead_in_ms=30)
     rounds = timing.interleave(bursts(clock, {"a": 1.0, "b": 1.0}, order), effort, clock)
-    assert order == ["a", "b", "a", "a", "b", "b", "b", "b", "a", "a"]
+    turns = order[2:]
+    assert turns[::2] == turns[1::2]  # one burst untimed, one timed
+    assert sorted(turns[:4]) == sorted(turns[4:]) == ["a", "a", "b", "b"]
     assert [len(one) for one in rounds["a"]] == [10, 10]
     assert clock.seconds * 1e3 == pytest.approx(2 + 4 * (30 + 10))
 
