@@ -8,6 +8,7 @@ flashcore's commands are checked.
 
 import contextlib
 import fnmatch
+import inspect
 import io
 import re
 import shlex
@@ -211,6 +212,15 @@ def test_links_lead_somewhere(name):
 def test_examples_need_no_gpu():
     """Nor a change to run without one."""
     assert [name for name, kind, text in blocks() if kind == "python" and 'device="cuda"' in text] == []
+
+
+def test_signatures_are_the_functions_own():
+    found = re.findall(r"`flashcore\.(\w+)(\([^`]*=[^`]*\))`", (ROOT / "README.md").read_text())
+    assert {"attention", "linear", "matmul"} <= {name for name, _ in found}
+    for name, text in found:
+        parameters = inspect.signature(getattr(flashcore, name)).parameters.values()
+        plain = [parameter.replace(annotation=parameter.empty) for parameter in parameters]
+        assert " ".join(text.split()) == str(inspect.Signature(plain)).replace("'", '"'), name
 
 
 def test_variables_exist():
