@@ -548,6 +548,7 @@ template <class Config> struct ForwardKernel {
     // need.
     __forceinline__ void rest_of_window(const Tile& tile) {
       const int first = first_block(tile), last = last_block(tile);
+      finish_store();
       for (int n_block = first - 1; n_block >= last; --n_block) next_block(tile, n_block, n_block < first - 1);
       if (last > tile.n_begin) {
         pass_over();

@@ -55,7 +55,7 @@ template <class Config> struct TileScheduler {
     if constexpr (Config::bounded_right) tile.row -= params.m_blocks * Config::tile_m - (params.seqlen_q + 63) / 64 * 64;
     const int keys = params.mask.end(tile.row + Config::tile_m - 1);
     tile.n_end = max(1, (keys + Config::tile_n - 1) / Config::tile_n);
-    tile.n_begin = min(params.mask.begin(tile.row) / Config::tile_n, tile.n_end - 1);
+    tile.n_begin = Config::bounded_left ? min(params.mask.begin(tile.row) / Config::tile_n, tile.n_end - 1) : 0;
   }
 
   __forceinline__ bool next(Tile& tile) {

@@ -28,7 +28,8 @@ struct Softmax {
   float threshold[2];  // in units of the raw scores
   float rescale[2];    // factors for the output when update() returned true
   bool fast;           // no threshold in this warp is negative
-  bool huge;           // some maximum in this warp is
+  float offset[2];     // what is subtracted from scaled scores
+  bool huge;           // some maximum in this warp is: then every block takes the way of one that raises it
 
   Softmax(float scale_log2) : scale_log2(scale_log2), unit(1 / scale_log2) {}
 
@@ -48,26 +49,28 @@ struct Softmax {
 #pragma unroll
     for (int slot = 0; slot < 2; ++slot) {
       const float half = log2_approx(quad_sum(row_sum[slot])) - 1;
-      threshold[slot] = row_max[slot] + fminf(fmaxf(half, 0), headroom) * unit;
+      threshold[slot] = huge ? negative_infinity() : row_max[slot] + fminf(fmaxf(half, 0), headroom) * unit;
     }
     fast = __all_sync(full_warp, threshold[0] >= 0 && threshold[1] >= 0);
   }
 
+  // After row_max has changed: what is subtracted from scaled scores, or at once from scores where a maximum is huge.
   // A row without keys keeps row_max = -inf: it refers to 0, so that its exponentials are 0, not NaN.
-  __forceinline__ float origin(int slot) const { return row_max[slot] == negative_infinity() ? 0 : row_max[slot]; }
-
-  __forceinline__ void set_huge() {
-    huge = __any_sync(full_warp, fmaxf(fabsf(origin(0)), fabsf(origin(1))) * scale_log2 >= huge_exponent);
-  }
-
-  template <int n> __forceinline__ void subtract_origin(float (&s)[n]) {
+  template <int n> __forceinline__ void refer(float (&s)[n]) {
+    const float origin[2] = {row_max[0] == negative_infinity() ? 0 : row_max[0],
+                             row_max[1] == negative_infinity() ? 0 : row_max[1]};
+    huge = __any_sync(full_warp, fmaxf(fabsf(origin[0]), fabsf(origin[1])) * scale_log2 >= huge_exponent);
+    offset[0] = origin[0] * scale_log2;
+    offset[1] = origin[1] * scale_log2;
+    if (huge) {
+      offset[0] = offset[1] = 0;
 #pragma unroll
-    for (int i = 0; i < n; ++i) s[i] -= origin(fragment_slot(i));
+      for (int i = 0; i < n; ++i) s[i] -= origin[fragment_slot(i)];
+    }
   }
 
   // s becomes exp2((s - row_max) * scale_log2), and is added to the row sums.
   template <int n> __forceinline__ void exponentiate(float (&s)[n]) {
-    const float offset[2] = {huge ? 0 : origin(0) * scale_log2, huge ? 0 : origin(1) * scale_log2};
 #pragma unroll
     for (int i = 0; i < n; ++i) {
       s[i] = exp2_approx(s[i] * scale_log2 - offset[fragment_slot(i)]);
@@ -89,8 +92,7 @@ struct Softmax {
       for (int slot = 0; slot < 2; ++slot)
         row_max[slot] = quad_max(__int_as_float(top[slot] >= 0 ? top[slot] : least(s, slot, top[slot])));
     }
-    set_huge();
-    if (huge) subtract_origin(s);
+    refer(s);
     exponentiate(s);
     set_thresholds();
   }
@@ -110,18 +112,17 @@ struct Softmax {
       }
     }
     const bool grew = __any_sync(full_warp, top[0] > threshold[0] || top[1] > threshold[1]);
-    if (grew || huge) {  // one branch for what is rare
+    if (grew) {
 #pragma unroll
       for (int slot = 0; slot < 2; ++slot) {
-        const float m = quad_max(top[slot]);
+        const float m = fmaxf(quad_max(top[slot]), row_max[slot]);  // a huge row's threshold is below its maximum
         const bool row_grew = m > threshold[slot];
         rescale[slot] = row_grew ? exp2_approx((row_max[slot] - m) * scale_log2) : 1.0f;
         row_sum[slot] *= rescale[slot];
         if (row_grew) row_max[slot] = m;
       }
-      set_huge();
+      refer(s);
       set_thresholds();
-      if (huge) subtract_origin(s);
     }
     exponentiate(s);
     return grew;
