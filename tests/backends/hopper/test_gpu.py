@@ -38,6 +38,7 @@ SHAPES = [
     (3, 700, 1300, 7, 1),
     (2, 200, 900, 40, 10),
     (32, 512, 512, 32, 32),
+    (8, 1000, 1000, 16, 4),  # windows: many tiles a CTA, and warpgroups with one block of a tile
     (2, 2100, 2100, 9, 3),
 ]
 
