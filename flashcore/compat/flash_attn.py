@@ -228,15 +228,30 @@ def _no_varlen(function: str, padded: str) -> UnsupportedError:
 
 def _is_causal(q: torch.Tensor, k: torch.Tensor, causal, window_size) -> bool:
     """Whether the future is hidden. Raises if the window hides more than that, or a part of it."""
-    left, right = (-1 if size is None else size for size in window_size)
+    left, right = _window(window_size)
     right = 0 if causal else right
     # The last query is aligned to the last key, and the first one to seqlen_q - 1 keys before it.
-    hides_past = left >= 0 and left < k.shape[1] - 1
-    hides_future = right > 0 and right < q.shape[1] - 1
+    hides_past = left is not None and left < k.shape[1] - 1
+    hides_future = right is not None and 0 < right < q.shape[1] - 1
     if hides_past or hides_future:
         instead = (-1, 0) if right == 0 else (-1, -1)
         raise _unsupported("sliding windows", f"window_size={tuple(window_size)}", instead)
     return right == 0
+
+
+def _window(window_size) -> tuple[int | None, int | None]:
+    """How many keys to the left and to the right of its own a query sees; None: all of them."""
+    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2 or not all(map(_is_size, window_size)):
+        raise InvalidInputError(
+            f"flash_attn_func: window_size={window_size!r} is not a window. Pass (left, right): two integers, each the "
+            "number of keys seen on that side, or -1 or None for all of them."
+        )
+    left, right = (None if size == -1 else size for size in window_size)
+    return left, right
+
+
+def _is_size(size: object) -> bool:
+    return size is None or (isinstance(size, int) and not isinstance(size, bool) and size >= -1)
 
 
 def _refuse(dropout_p, softcap, alibi_slopes, sink) -> None:

@@ -143,6 +143,26 @@ def test_refuses_windows_on_either_side():
         flash_attn_func(*inputs(), causal=True, window_size=(7, -1))
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    "window",
+    [
+        (None, -5), (-5, None), (-2, 0), (0, -2), (-1, -(2**40)), (True, -1), (-1, False), (-1.0, -1), (3.5, 0),
+        ("-1", -1), (torch.tensor(3), -1), (), (-1,), (-1, -1, -1), -1, 0, None, "-1",
+        {-1: 0, 0: -1}, torch.tensor([-1, -1]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_is_not_a_window(window, causal):
+    q, k, v = inputs()
+    with pytest.raises(InvalidInputError, match=r"window_size=.* is not a window. Pass \(left, right\)"):
+        flash_attn_func(q, k, v, causal=causal, window_size=window)
+    with pytest.raises(InvalidInputError, match="is not a window"):
+        flash_attn_kvpacked_func(q, torch.stack((k, v), 2), causal=causal, window_size=window)
+    with pytest.raises(InvalidInputError, match="is not a window"):
+        flash_attn_qkvpacked_func(torch.stack((q, q, q), 2), causal=causal, window_size=window)
+
+
 @pytest.mark.parametrize("packed", [flash_attn_qkvpacked_func, flash_attn_kvpacked_func])
 def test_packed_functions_hand_everything_on(packed):
     tensors = [torch.randn(2, 5, 3, 4, 16)]
