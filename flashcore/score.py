@@ -444,6 +444,20 @@ def bias(tensor: torch.Tensor) -> ScoreFunction:
     return ScoreFunction(lambda score, *at: score + tensor[at], f"bias(tensor {tuple(tensor.shape)})")
 
 
+def chained(*functions: ScoreFunction | None) -> ScoreFunction | None:
+    """Those that are not None, one after the other, as one score function; None if there is none."""
+    there = [function for function in functions if function is not None]
+    if len(there) < 2:
+        return there[0] if there else None
+
+    def change(score, *at):
+        for function in there:
+            score = function(score, *at)
+        return score
+
+    return ScoreFunction(change, " then ".join(map(repr, there)))
+
+
 def trace(function: Callable) -> tuple[Expression, tuple[torch.Tensor, ...]]:
     """The expression that a score function computes, and the tensors that it looks up."""
     if isinstance(function, ScoreFunction):

@@ -4,17 +4,20 @@ Names, the order of positional arguments, defaults, layouts and return values ar
 that flash-attn calls differently elsewhere may be given by either name (``s_aux``, ``learnable_sink``, ``sinks``;
 ``block_table``, ``page_table``), and a window's -1 may be None.
 
-Dropout, sliding windows, softcap, ALiBi and sinks raise UnsupportedError, as do packed sequences (varlen) and the KV
-cache; nothing is ignored. Where flash-attn wants a GPU and half precision, these take all that
-:func:`flashcore.attention` takes.
+Dropout raises UnsupportedError, as do packed sequences (varlen) and the KV cache. Hints of how to compute
+(FlashAttention-3's ``num_splits``, ``pack_gqa``, ``sm_margin``) are accepted and change nothing; nothing else is
+ignored. Where flash-attn wants a GPU and half precision, these take all that :func:`flashcore.attention` takes.
 """
 
 from __future__ import annotations
 
 import torch
 
-from flashcore import api
+from flashcore import api, backends
 from flashcore.errors import InvalidInputError, UnsupportedError
+from flashcore.problem import checked_mask
+from flashcore.score import alibi, chained
+from flashcore.score import softcap as softcapped
 
 __all__ = [
     "flash_attn_func",
@@ -44,29 +47,59 @@ def flash_attn_func(
     s_aux=None,
     learnable_sink=None,
     sinks=None,
+    num_splits=1,
+    pack_gqa=None,
+    sm_margin=0,
 ):
     """Attention of q (batch, seqlen_q, heads_q, head_dim) over k and v (batch, seqlen_k, heads_k, head_dim).
 
     :param softmax_scale: ``head_dim ** -0.5`` when None.
     :param causal: aligned to the bottom right. ``window_size=(-1, 0)`` means the same.
-    :param deterministic: gradients with the same bits each time. They need
+    :param window_size: (left, right): query ``i`` sees the keys from ``i + seqlen_k - seqlen_q - left`` to
+        ``i + seqlen_k - seqlen_q + right``, both included; -1 or None: all on that side. With `causal` right is 0.
+    :param softcap: ``softcap * tanh(score / softcap)`` takes the place of each scaled score; 0 or None: none.
+    :param alibi_slopes: float32 (heads_q,) or (batch, heads_q): ``slope * |i + seqlen_k - seqlen_q - j|`` is subtracted
+        from the score of query ``i`` and key ``j``, after `softcap`. They get no gradient.
+    :param deterministic: gradients with the same bits each time, which FlashCore's own backward passes give. Where the
+        backward pass is PyTorch's (:func:`flashcore.explain` tells), and under torch.compile, they need
         ``torch.use_deterministic_algorithms(True)``, without which it raises UnsupportedError.
     :param return_attn_probs: return (out, softmax_lse, an empty tensor) like flash-attn, whose probabilities are only
-        there with dropout. softmax_lse is float32 (batch, heads_q, seqlen_q), and +inf for a query without a key.
+        there with dropout. softmax_lse is float32 (batch, heads_q, seqlen_q), of the scores as they are described here
+        and with the sinks; +inf for a query without a key and a sink.
     :param return_lse: return (out, softmax_lse), as FlashAttention-4 does.
+    :param s_aux: sinks (heads_q,), half precision or float32: ``exp(sink)`` joins the softmax's denominator, as a key
+        without a value would. They get a gradient. Also `learnable_sink`, `sinks`.
+    :param num_splits: a hint, like `pack_gqa` and `sm_margin`: they say how FlashAttention-3 is to compute, and change
+        nothing here.
     :returns: out (batch, seqlen_q, heads_q, head_dim), or a tuple as above.
-    :raises InvalidInputError: arguments that contradict each other.
+    :raises InvalidInputError: arguments that are wrong or contradict each other.
     :raises UnsupportedError: naming the argument that asks for what FlashCore does not do yet.
     """
-    sink = next((s for s in (s_aux, learnable_sink, sinks) if s is not None), None)
-    _refuse(dropout_p, softcap, alibi_slopes, sink)
-    causal = _is_causal(q, k, causal, window_size)
-    if deterministic and torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
-        _refuse_nondeterminism()
+    if dropout_p != 0:
+        raise UnsupportedError(
+            f"flash_attn_func: dropout_p={dropout_p} is not supported: FlashCore does not have dropout yet. Pass 0.0, "
+            "or use flash-attn's own function."
+        )
+    sink = _sink(q, s_aux=s_aux, learnable_sink=learnable_sink, sinks=sinks)
+    score = chained(
+        softcapped(softcap) if softcap else None, None if alibi_slopes is None else alibi(alibi_slopes)
+    )
+    mask = checked_mask(bool(causal), _window(window_size))
+    visible = None if mask.left is None and not mask.right else mask.of(q.shape[1], k.shape[1])
+    hides = visible is not None and (visible.bounded_left or (mask.right != 0 and visible.bounded_right))
+    options = {
+        "causal": mask.right == 0,
+        "window": (mask.left, mask.right) if hides else None,
+        "scale": softmax_scale,
+        "score": score,
+        "sink": sink,
+    }
+    if deterministic and torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, sink) if t is not None):
+        _refuse_nondeterminism(q, k, v, options)
     if not (return_attn_probs or return_lse):
-        return api.attention(q, k, v, causal=causal, scale=softmax_scale)
-    out, lse = api.attention(q, k, v, causal=causal, scale=softmax_scale, return_lse=True)
-    if k.shape[1] == 0 or (causal and q.shape[1] > k.shape[1]):
+        return api.attention(q, k, v, **options)
+    out, lse = api.attention(q, k, v, **options, return_lse=True)
+    if sink is None and mask.of(q.shape[1], k.shape[1]).empty_rows:
         lse = lse.masked_fill(lse.isneginf(), torch.inf)  # flash-attn's sign for a query without a key
     return (out, lse, q.new_empty(0)) if return_attn_probs else (out, lse)
 
@@ -131,6 +164,9 @@ def flash_attn_varlen_func(
     s_aux=None,
     learnable_sink=None,
     sinks=None,
+    num_splits=1,
+    pack_gqa=None,
+    sm_margin=0,
 ):
     """Attention of packed sequences: not there yet.
 
@@ -208,6 +244,8 @@ def flash_attn_with_kvcache(
     s_aux=None,
     learnable_sink=None,
     sinks=None,
+    pack_gqa=None,
+    sm_margin=0,
 ):
     """Attention over a KV cache: not there yet.
 
@@ -226,19 +264,6 @@ def _no_varlen(function: str, padded: str) -> UnsupportedError:
     )
 
 
-def _is_causal(q: torch.Tensor, k: torch.Tensor, causal, window_size) -> bool:
-    """Whether the future is hidden. Raises if the window hides more than that, or a part of it."""
-    left, right = _window(window_size)
-    right = 0 if causal else right
-    # The last query is aligned to the last key, and the first one to seqlen_q - 1 keys before it.
-    hides_past = left is not None and left < k.shape[1] - 1
-    hides_future = right is not None and 0 < right < q.shape[1] - 1
-    if hides_past or hides_future:
-        instead = (-1, 0) if right == 0 else (-1, -1)
-        raise _unsupported("sliding windows", f"window_size={tuple(window_size)}", instead)
-    return right == 0
-
-
 def _window(window_size) -> tuple[int | None, int | None]:
     """How many keys to the left and to the right of its own a query sees; None: all of them."""
     if not isinstance(window_size, (tuple, list)) or len(window_size) != 2 or not all(map(_is_size, window_size)):
@@ -254,23 +279,15 @@ def _is_size(size: object) -> bool:
     return size is None or (isinstance(size, int) and not isinstance(size, bool) and size >= -1)
 
 
-def _refuse(dropout_p, softcap, alibi_slopes, sink) -> None:
-    """Raise if an argument asks for something that FlashCore does not do."""
-    for wanted, feature, given, neutral in (
-        (dropout_p != 0, "dropout", f"dropout_p={dropout_p}", "0.0"),
-        (softcap, "softcapped scores", f"softcap={softcap}", "0.0"),
-        (alibi_slopes is not None, "ALiBi", "alibi_slopes", "None"),
-        (sink is not None, "attention sinks", "s_aux (learnable_sink, sinks)", "None"),
-    ):
-        if wanted:
-            raise _unsupported(feature, given, neutral)
-
-
-def _unsupported(feature: str, given: str, instead) -> UnsupportedError:
-    return UnsupportedError(
-        f"flash_attn_func: {given} is not supported: FlashCore does not have {feature} yet. Pass {instead}, or use "
-        "flash-attn's own function."
-    )
+def _sink(q: torch.Tensor, **given) -> torch.Tensor | None:
+    """The sinks, by whichever name, in a dtype that they may have beside q."""
+    names = [name for name, sink in given.items() if sink is not None]
+    if len(names) > 1:
+        raise InvalidInputError(f"flash_attn_func: {' and '.join(names)} name the same argument. Pass one of them.")
+    sink = given[names[0]] if names else None
+    if isinstance(sink, torch.Tensor) and sink.dtype in (torch.bfloat16, torch.float16) and sink.dtype != q.dtype:
+        return sink.float()
+    return sink
 
 
 def _unpack(packed: torch.Tensor, name: str, layout: str) -> tuple[torch.Tensor, ...]:
@@ -282,10 +299,14 @@ def _unpack(packed: torch.Tensor, name: str, layout: str) -> tuple[torch.Tensor,
     return packed.unbind(2)
 
 
-def _refuse_nondeterminism() -> None:
-    """Raise unless PyTorch's backward passes, one of which may be ours, are deterministic."""
-    # torch.compile cannot trace the second question; PyTorch warns of what is not deterministic when the graph runs.
-    warns_only = not torch.compiler.is_compiling() and torch.is_deterministic_algorithms_warn_only_enabled()
+def _refuse_nondeterminism(q, k, v, options) -> None:
+    """Raise unless the backward pass is one of FlashCore's own, or PyTorch has been told to be deterministic."""
+    if not torch.compiler.is_compiling():  # which cannot trace the plan, nor whether PyTorch would only warn;
+        if api.explain(q, k, v, **options).backward in backends.BACKENDS:
+            return
+        warns_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    else:
+        warns_only = False  # PyTorch warns of what is not deterministic when the graph runs
     if warns_only or not torch.are_deterministic_algorithms_enabled():
         raise UnsupportedError(
             "flash_attn_func: deterministic=True with gradients needs PyTorch's switch as well, since the backward "

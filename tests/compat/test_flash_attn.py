@@ -1,7 +1,6 @@
 """flash-attn's functions: its signatures, results and return values; a clear error for what FlashCore does not do."""
 
 import inspect
-import re
 
 import pytest
 import torch
@@ -115,32 +114,129 @@ def test_lse_of_a_query_without_a_key(seqlen_q, seqlen_k, empty):
     assert not out[:, :empty].any()
 
 
-REFUSED = {
-    "dropout_p": (0.1, "dropout_p=0.1 .* does not have dropout"),
-    "window_size": ((3, 3), r"window_size=\(3, 3\) .* sliding windows"),
-    "softcap": (30.0, "softcap=30.0 .* softcapped scores"),
-    "alibi_slopes": (torch.ones(4), "alibi_slopes .* ALiBi"),
-    "s_aux": (torch.ones(4), "s_aux .* attention sinks"),
-    "learnable_sink": (torch.ones(4), "learnable_sink.* attention sinks"),
-    "sinks": (torch.ones(4), "sinks.* attention sinks"),
-}
+@pytest.mark.parametrize(("window", "empty"), [((-1, 0), 3), ((1, 1), 2), ((0, 3), 0), ((2, -1), 0)])
+def test_lse_of_a_window_without_a_key(window, empty):
+    q, k, v = inputs(5, 2)
+    out, lse, _ = flash_attn_func(q, k, v, window_size=window, return_attn_probs=True)
+    assert lse[:, :, :empty].isposinf().all()
+    assert lse[:, :, empty:].isfinite().all()
+    assert not out[:, :empty].any()
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_refuses_what_it_does_not_do(name):
-    value, message = REFUSED[name]
-    with pytest.raises(UnsupportedError, match=message):
-        flash_attn_func(*inputs(), **{name: value})
+# ---- windows, softcap, ALiBi, sinks ------------------------------------------------------------------------------
 
 
-def test_refuses_windows_on_either_side():
-    for window, instead in (
-        ((4, 0), "(-1, 0)"), ((7, -1), "(-1, -1)"), ((-1, 3), "(-1, -1)"), ((0, 0), "(-1, 0)"), ((None, 2), "(-1, -1)"),
-    ):  # fmt: skip
-        with pytest.raises(UnsupportedError, match=f"sliding windows yet. Pass {re.escape(instead)},"):
-            flash_attn_func(*inputs(), window_size=window)
-    with pytest.raises(UnsupportedError, match=r"Pass \(-1, 0\),"):
-        flash_attn_func(*inputs(), causal=True, window_size=(7, -1))
+def definition(q, k, v, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, sink=None):
+    """What flash-attn documents, in float64: out (B, Sq, H, D) and lse (B, H, Sq)."""
+    q, k, v = (t.double().transpose(1, 2) for t in (q, k, v))
+    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
+    scores = q @ k.transpose(2, 3) * q.shape[3] ** -0.5
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    i = torch.arange(q.shape[2])[:, None] + k.shape[2] - q.shape[2]
+    j = torch.arange(k.shape[2])[None, :]
+    if alibi_slopes is not None:
+        scores = scores - alibi_slopes.double()[..., None, None] * (i - j).abs()
+    left, right = window_size
+    hidden = torch.zeros(q.shape[2], k.shape[2], dtype=torch.bool)
+    if causal or right not in (-1, None):
+        hidden |= j > i + (0 if causal else right)
+    if left not in (-1, None):
+        hidden |= j < i - left
+    scores = scores.masked_fill(hidden, -1e300)  # a row of these alone is uniform, and not compared
+    if sink is not None:
+        scores = torch.cat([scores, sink.double().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], dim=3)
+        v = torch.nn.functional.pad(v, (0, 0, 0, 1))
+    return (scores.softmax(3) @ v).transpose(1, 2), scores.logsumexp(3)
+
+
+SLOPES = torch.tensor([0.5, 0.25, 0.7, 0.1])
+FEATURES = {
+    "window": {"window_size": (2, 1)},
+    "left": {"window_size": (2, None)},
+    "right": {"window_size": (-1, 2)},
+    "own_key": {"window_size": (0, 0)},
+    "causal_window": {"window_size": (3, -1), "causal": True},
+    "causal_window_to_the_right": {"window_size": (3, 4), "causal": True},
+    "softcap": {"softcap": 1.5},
+    "softcap_integer": {"softcap": 2, "causal": True},
+    "alibi": {"alibi_slopes": SLOPES},
+    "alibi_causal": {"alibi_slopes": SLOPES, "causal": True},
+    "alibi_of_batches": {"alibi_slopes": torch.stack([SLOPES, 2 * SLOPES])},
+    "alibi_of_batches_causal": {"alibi_slopes": torch.stack([SLOPES, 2 * SLOPES]), "causal": True},
+    "softcap_before_alibi": {"softcap": 1.5, "alibi_slopes": SLOPES, "window_size": (4, 1)},
+}  # fmt: skip
+SINKS = ("s_aux", "learnable_sink", "sinks")
+
+
+@pytest.mark.parametrize("lengths", [(5, 9), (7, 7)])
+@pytest.mark.parametrize("sink", [None, *SINKS])
+@pytest.mark.parametrize("name", FEATURES)
+def test_features(name, sink, lengths):
+    features = FEATURES[name]
+    tensors = [t.mul_(2).requires_grad_() for t in inputs(*lengths)]
+    sinks = torch.tensor([0.3, -1.0, 2.0, 0.0], requires_grad=True) if sink else None
+    wanted = [*tensors, *([sinks] if sink else [])]
+    options = {sink: sinks} if sink else {}
+    out, lse, _ = flash_attn_func(*tensors, **features, **options, return_attn_probs=True)
+    expected, expected_lse = definition(*tensors, **features, sink=sinks)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(lse.double(), expected_lse.detach(), rtol=1e-4, atol=1e-5)
+    dout = torch.randn_like(out)
+    grads = torch.autograd.grad(out, wanted, dout)
+    for grad, truth in zip(grads, torch.autograd.grad(expected, wanted, dout.double()), strict=True):
+        torch.testing.assert_close(grad, truth, rtol=1e-4, atol=1e-5)
+    without_lse = flash_attn_func(*tensors, **features, **options)  # perhaps by another backend
+    torch.testing.assert_close(without_lse, out, rtol=1e-4, atol=1e-5)
+
+
+def test_sinks_of_another_half_precision():
+    """flash-attn's sinks are bfloat16, whatever q is."""
+    q, k, v = inputs(dtype=torch.float16)
+    sinks = torch.tensor([0.3, -1.0, 2.0, 0.0], dtype=torch.bfloat16, requires_grad=True)
+    out = flash_attn_func(q, k, v, s_aux=sinks)
+    torch.testing.assert_close(out.double(), definition(q, k, v, sink=sinks)[0], rtol=5e-3, atol=5e-3)
+    (grad,) = torch.autograd.grad(out.float().sum(), sinks)
+    assert grad.dtype == torch.bfloat16
+    assert grad.any()
+
+
+def test_sinks_are_the_lse_of_a_query_without_a_key():
+    q, k, v = inputs(5, 2)
+    out, lse = flash_attn_func(q, k, v, causal=True, sinks=torch.arange(4.0), return_lse=True)
+    assert torch.equal(lse[:, :, :3], torch.arange(4.0).view(1, 4, 1).expand(2, 4, 3))
+    assert not out[:, :3].any()
+
+
+@pytest.mark.parametrize("hint", [{"num_splits": 4}, {"pack_gqa": True}, {"sm_margin": 8}])
+def test_hints_change_nothing(hint):
+    q, k, v = inputs()
+    assert torch.equal(flash_attn_func(q, k, v, causal=True, **hint), flash_attn_func(q, k, v, causal=True))
+
+
+# ---- what is refused ---------------------------------------------------------------------------------------------
+
+
+def test_refuses_dropout():
+    with pytest.raises(UnsupportedError, match=r"dropout_p=0.1 .* does not have dropout"):
+        flash_attn_func(*inputs(), dropout_p=0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"softcap": -1.0}, "softcap: cap must be a positive number"),
+        ({"alibi_slopes": torch.ones(3)}, "dimension of size 3, but there are 4"),
+        ({"alibi_slopes": torch.ones(2, 2, 4)}, r"slopes must be a tensor \(heads_q,\)"),
+        ({"alibi_slopes": torch.ones(4, dtype=torch.float64)}, "tensors of float32, bfloat16 or float16"),
+        ({"alibi_slopes": torch.ones(4, requires_grad=True)}, "requires a gradient, and gets none"),
+        ({"sinks": torch.ones(3)}, r"sink must be \(4,\)"),
+        ({"sinks": torch.ones(4), "s_aux": torch.ones(4)}, "s_aux and sinks name the same argument"),
+    ],
+)
+def test_invalid_features_are_named(arguments, message):
+    with pytest.raises(InvalidInputError, match=message):
+        flash_attn_func(*inputs(), **arguments)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -168,10 +264,11 @@ def test_packed_functions_hand_everything_on(packed):
     tensors = [torch.randn(2, 5, 3, 4, 16)]
     if packed is flash_attn_kvpacked_func:
         tensors = [torch.randn(2, 5, 4, 16), torch.randn(2, 5, 2, 4, 16)]
-    for name in ("dropout_p", "window_size", "softcap", "alibi_slopes"):
-        value, message = REFUSED[name]
-        with pytest.raises(UnsupportedError, match=message):
-            packed(*tensors, **{name: value})
+    parts = tensors[0].unbind(2) if len(tensors) == 1 else (tensors[0], *tensors[1].unbind(2))
+    for arguments in FEATURES.values():
+        assert torch.equal(packed(*tensors, **arguments), flash_attn_func(*parts, **arguments))
+    with pytest.raises(UnsupportedError, match="dropout_p"):
+        packed(*tensors, dropout_p=0.1)
     with pytest.raises(UnsupportedError, match="deterministic=True"):
         packed(*(t.requires_grad_() for t in tensors), deterministic=True)
 
@@ -179,6 +276,9 @@ def test_packed_functions_hand_everything_on(packed):
 def test_determinism_is_not_promised_for_nothing():
     q, k, v = inputs()
     assert torch.equal(flash_attn_func(q, k, v, deterministic=True), flash_attn_func(q, k, v))
+    sinks = torch.zeros(4, requires_grad=True)
+    with pytest.raises(UnsupportedError, match="use_deterministic_algorithms"):
+        flash_attn_func(q, k, v, sinks=sinks, deterministic=True)
     q.requires_grad_()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -189,6 +289,17 @@ def test_determinism_is_not_promised_for_nothing():
     finally:
         torch.use_deterministic_algorithms(False)
     assert q.grad is not None
+
+
+@pytest.mark.parametrize("features", [{}, FEATURES["softcap_before_alibi"]])
+def test_a_backward_of_our_own_is_deterministic(add_backend, features):
+    """The kernels' gradients have the same bits each time; PyTorch's behind the same forward may not."""
+    add_backend("fake", HAS_BACKWARD=True, backward=lambda problem, config, q, k, v, *_: (q, k, v))
+    q, k, v = (t.requires_grad_() for t in inputs())
+    flash_attn_func(q, k, v, deterministic=True, **features).sum().backward()
+    assert torch.equal(q.grad, q)
+    with flashcore.plan.override(backward="reference-recompute"), pytest.raises(UnsupportedError, match="PyTorch's"):
+        flash_attn_func(q, k, v, deterministic=True, **features)
 
 
 def test_functions_that_are_not_there_yet_say_so():
