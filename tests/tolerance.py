@@ -57,7 +57,7 @@ def attention_math(
         scores = torch.cat([scores, sink.to(dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], dim=-1)
         v = torch.nn.functional.pad(v, (0, 0, 0, 1))
     if scores.shape[-1] == 0:
-        return q.new_zeros(*q.shape[:3], v.shape[-1]).transpose(1, 2), q.new_full(q.shape[:3], -torch.inf)
+        return (scores @ v).transpose(1, 2), q.new_full(q.shape[:3], -torch.inf)
     empty = (scores == -torch.inf).all(dim=-1)
     probabilities = torch.where(empty[..., None], 0.0, scores.softmax(dim=-1))
     lse = torch.where(empty, -torch.inf, scores.logsumexp(dim=-1))

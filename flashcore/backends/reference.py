@@ -76,6 +76,7 @@ def _attend(
 
     lse = scores.logsumexp(dim=-1)
     empty = lse.isneginf()[..., None]
-    probabilities = scores.softmax(dim=-1).masked_fill(empty, 0.0)
+    # Filled before and after: the softmax of an empty row is NaN, and so would be its gradient.
+    probabilities = scores.masked_fill(empty, 0.0).softmax(dim=-1).masked_fill(empty, 0.0)
     out = torch.einsum("bkgij,bjkd->bikgd", probabilities, v)
     return out.flatten(2, 3), lse.flatten(1, 2)

@@ -3,10 +3,17 @@
 >>> import flashcore.integrations.transformers
 >>> model = AutoModelForCausalLM.from_pretrained("...", attn_implementation="fcore")  # or model.set_attn_implementation
 
-FlashCore computes what reaches it without a mask: prefill, also on top of a dynamic cache, decoding with a dynamic
-cache, training. Batches with padding, packed sequences, the steps of a static cache, and dropout go to PyTorch's SDPA
-with the mask that Transformers makes for it; a FlashCoreWarning says so once. Sliding windows that hide keys, softcap,
-sinks, position biases, masks of heads, ``cu_seq_lens`` and ``output_attentions`` raise UnsupportedError.
+FlashCore computes what reaches it without a mask, and where the mask is a causal one or a sliding window's and nothing
+else: prefill, also on top of a dynamic cache, decoding with a dynamic cache, training. Batches with padding, packed
+sequences, the steps of a static cache, masks of other kinds, and dropout go to PyTorch's SDPA with the mask that
+Transformers makes for it; a FlashCoreWarning says so once. The mask says which keys are seen: windows that it already
+hides are not applied once more.
+
+What PyTorch's SDPA does not have is FlashCore's with any mask, which is added to the scores where it is none of the
+above: softcap (Gemma 2) and sinks (gpt-oss). With dropout they raise UnsupportedError. Position biases (T5) are added
+to the scores where they need no gradient, and go to PyTorch's SDPA as a mask where they do.
+
+A sliding window that no mask hides, masks of heads, ``cu_seq_lens`` and ``output_attentions`` raise UnsupportedError.
 
 Of a model that torch.compile traces as a whole, Transformers makes a mask for every call: compile its layers instead,
 ``for layer in model.model.layers: layer.compile()``.
@@ -29,6 +36,9 @@ from flashcore import api
 from flashcore.backends.sdpa import scaled_dot_product_attention as torch_sdpa
 from flashcore.errors import FlashCoreWarning, InvalidInputError, UnsupportedError
 from flashcore.integrations.sdpa import computed
+from flashcore.mask import CAUSAL, FULL, Mask
+from flashcore.score import LOOKUP_DTYPES, bias, chained
+from flashcore.score import softcap as softcapped
 from flashcore.watching import is_recorded, is_watched
 
 try:
@@ -40,6 +50,9 @@ __all__ = ["NAME", "attention_forward", "mask"]
 
 # Transformers takes every name with "flash" in it for one of the flash-attn packages, and tries to import that.
 NAME = "fcore"
+
+# Models that Transformers keeps from SDPA for its lack of sinks only.
+_WITH_SINKS = ("gpt_oss", "granite_swa", "granitemoe_swa")
 
 
 def attention_forward(
@@ -61,33 +74,44 @@ def attention_forward(
     """What a model's attention layer calls, with query (batch, heads, seqlen, head_dim), key and value ungrouped.
 
     :param attention_mask: what :func:`mask` returned, or the model's own.
+    :param sliding_window: how many keys the mask shows a query.
+    :param softcap: scores become ``softcap * tanh(score / softcap)``.
+    :param s_aux: sinks (heads,): ``exp(sink)`` joins the softmax's denominator.
+    :param position_bias: (1 or batch, heads, seqlen, seqlen_k), added to the scores.
     :returns: out (batch, seqlen, heads, head_dim), contiguous, and None for the weights.
     :raises UnsupportedError: for what FlashCore does not have yet, rather than a wrong result.
     """
-    _refuse("softcap", softcap, "softcapped scores")
-    _refuse("s_aux", s_aux, "attention sinks")
-    _refuse("position_bias", position_bias, "position biases")
     _refuse("head_mask", head_mask, "masks of heads")
     _refuse(
         "cu_seq_lens_q", kwargs.get("cu_seq_lens_q"), "packed sequences by cu_seq_lens; position_ids will do"
     )
     _refuse("output_attentions", kwargs.get("output_attentions") or None, "attention weights")
-    if sliding_window is not None and key.shape[2] > sliding_window:
-        _refuse("sliding_window", f"{sliding_window} < {key.shape[2]} keys", "sliding windows")
+    if attention_mask is None and sliding_window is not None and key.shape[2] > sliding_window:
+        _refuse("sliding_window", f"{sliding_window} < {key.shape[2]} keys", "sliding windows without a mask of them")
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     is_causal = query.shape[2] > 1 and attention_mask is None and is_causal  # as Transformers' "sdpa" has it
 
-    if dropout == 0 and not is_watched() and type(query) is torch.Tensor:
-        own_mask = _is_bottom_right_causal(attention_mask, query, key)
-        if own_mask or (attention_mask is None and (not is_causal or query.shape[2] == key.shape[2])):
-            q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-            try:
-                return api.attention(q, k, v, causal=own_mask or is_causal, scale=scaling), None
-            except InvalidInputError:
-                pass  # PyTorch may know better
+    if softcap is not None or s_aux is not None:
+        _refuse("dropout", dropout or None, "dropout, and PyTorch's SDPA no softcap and no sinks")
+        return _scored(query, key, value, attention_mask, is_causal, scaling, sliding_window, softcap, s_aux,
+                       position_bias), None  # fmt: skip
+    plain = dropout == 0 and not is_watched() and type(query) is torch.Tensor
+    if position_bias is not None:
+        if plain and position_bias.dtype in LOOKUP_DTYPES and not _is_learned(position_bias):
+            return _scored(query, key, value, attention_mask, is_causal, scaling, sliding_window, None, None,
+                           position_bias), None  # fmt: skip
+        _warn_that_pytorch_computes("a position bias with a gradient, in float64, with dropout or when compiled")
+        attention_mask, is_causal = _added(position_bias.to(query.dtype), attention_mask, is_causal, query, key), False
+    elif plain and (shown := _shown(attention_mask, is_causal, query, key, sliding_window)) is not None:
+        q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        try:
+            return api.attention(q, k, v, **_arguments(shown), scale=scaling), None
+        except InvalidInputError:
+            pass  # PyTorch may know better
     if attention_mask is not None:
         _refuse("output_attentions", _wants_weights(), "attention weights")
-        _warn_that_pytorch_computes("an attention mask: padding, packed sequences or a static cache")
+        if position_bias is None:
+            _warn_that_pytorch_computes("an attention mask: padding, packed sequences or a static cache")
         groups = query.shape[1] // key.shape[1]
         if groups > 1:  # with a mask and grouped heads SDPA would take its unfused path
             key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
@@ -101,8 +125,59 @@ def attention_forward(
     return out.contiguous(), None
 
 
+def _scored(
+    query, key, value, attention_mask, is_causal, scaling, sliding_window, softcap, s_aux, position_bias
+) -> torch.Tensor:
+    """Attention with softcap, sinks or a position bias. A mask that is no :class:`Mask` is added to the scores."""
+    if attention_mask is not None:
+        _refuse("output_attentions", _wants_weights(), "attention weights")
+    shown = _shown(attention_mask, is_causal, query, key, sliding_window)
+    added = position_bias
+    if shown is None:
+        shown, start = FULL, query.new_zeros(1, 1, 1, 1) if position_bias is None else position_bias
+        added = _added(start, attention_mask, is_causal, query, key)
+    if s_aux is not None and s_aux.dtype not in (torch.float32, query.dtype):
+        s_aux = s_aux.float()
+    score = chained(None if softcap is None else softcapped(softcap), None if added is None else bias(added))
+    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    return api.attention(q, k, v, **_arguments(shown), scale=scaling, score=score, sink=s_aux)
+
+
+def _shown(attention_mask, is_causal, query, key, sliding_window) -> Mask | None:
+    """What is seen, aligned to the bottom right; None where no :class:`Mask` says it."""
+    if attention_mask is None:  # SDPA aligns `is_causal` to the top left
+        return FULL if not is_causal else CAUSAL if query.shape[2] == key.shape[2] else None
+    own = getattr(attention_mask, "flashcore_mask", None)
+    if own is None or attention_mask.shape[2:] != (query.shape[2], key.shape[2]):
+        return None
+    if own.left is not None and sliding_window != own.left + 1:
+        return None  # chunks of keys have the same size in the layer's mask, but are no window
+    return own if own.of(query.shape[2], key.shape[2]).bounded_left else CAUSAL
+
+
+def _arguments(shown: Mask) -> dict:
+    """The arguments of ``flashcore.attention`` that show this."""
+    return {"causal": shown.right == 0, "window": None if shown.left is None else (shown.left, shown.right)}
+
+
+def _added(start, attention_mask, is_causal, query, key) -> torch.Tensor:
+    """What is added to scores: `start` where a key is seen, a number like -inf elsewhere, as in eager attention."""
+    if attention_mask is None and is_causal:
+        attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+        attention_mask = attention_mask[None, None]
+    if attention_mask is None:
+        return start
+    if attention_mask.dtype != torch.bool:
+        return start + attention_mask
+    return torch.where(attention_mask, start, torch.finfo(start.dtype).min)
+
+
+def _is_learned(tensor: torch.Tensor) -> bool:
+    return tensor.requires_grad and torch.is_grad_enabled()
+
+
 def mask(*args, **kwargs) -> torch.Tensor | None:
-    """The mask that Transformers makes for SDPA, marked where it is ``flashcore.attention``'s own causal mask.
+    """The mask that Transformers makes for SDPA, marked where it is one of ``flashcore.attention``'s own masks.
 
     :raises UnsupportedError: for models that do not ask an attention function, but would do something with this mask.
     """
@@ -110,12 +185,12 @@ def mask(*args, **kwargs) -> torch.Tensor | None:
         raise UnsupportedError(f'attn_implementation="{NAME}": {reason}. Use attn_implementation="eager".')
     _refuse("output_attentions", _wants_weights(), "attention weights")
     made = sdpa_mask(*args, **kwargs)
-    if made is not None and not _is_traced_or_captured() and _sees_all_keys(**kwargs):
-        made.flashcore_causal = True  # whoever derives another mask from this one gets one without the mark
+    if made is not None and not _is_traced_or_captured() and (own := _own_mask(**kwargs)) is not None:
+        made.flashcore_mask = own  # whoever derives another mask from this one gets one without the mark
     return made
 
 
-def _sees_all_keys(
+def _own_mask(
     q_length=None,
     kv_length=None,
     q_offset=None,
@@ -124,22 +199,24 @@ def _sees_all_keys(
     local_size=None,
     allow_is_causal_skip=False,
     **_,
-) -> bool:
-    """Whether the mask is causal and nothing else, and its last query sees every key.
+) -> Mask | None:
+    """The mask, aligned to the bottom right, if it is causal or a window of `local_size` keys, and nothing else.
 
-    So it is for a prompt on top of a dynamic cache. The offset of a static cache is a tensor, and keys follow the last.
+    So it is for a prompt, also on top of a dynamic cache. The offset of a static cache is a tensor, and keys follow the
+    last query. What Transformers attends to in chunks of `local_size` looks the same here, and not to the layer.
     """
-    return (
+    if (
         allow_is_causal_skip  # "rely on is_causal": no packed sequences, no mask function of the model's own
         and isinstance(q_offset, int)
         and q_offset + q_length == kv_offset + kv_length
-        and (local_size is None or kv_offset + kv_length <= local_size)
         # One that is shorter than the cache hides the keys that it leaves out.
         and (
             attention_mask is None
             or (attention_mask.shape[-1] >= kv_offset + kv_length and bool(attention_mask.all()))
         )
-    )
+    ):
+        return CAUSAL if local_size is None or kv_offset + kv_length <= local_size else Mask(local_size - 1, 0)
+    return None
 
 
 def _is_traced_or_captured() -> bool:
@@ -150,7 +227,7 @@ def _is_traced_or_captured() -> bool:
 def _rejects(config_type: type) -> str | None:
     """Why a model of this configuration cannot use other attention than its own; None if it can, or is unknown."""
     model = transformers.MODEL_MAPPING.get(config_type, None)
-    if getattr(model, "_supports_sdpa", True):
+    if getattr(config_type, "model_type", None) in _WITH_SINKS or getattr(model, "_supports_sdpa", True):
         return None
     return f"{model.__name__} has attention of its own only, in Transformers"
 
@@ -160,13 +237,6 @@ def _wants_weights() -> bool | None:
     if _collector is None or torch.compiler.is_compiling():
         return None
     return "attentions" in (_collector.get() or ()) or None
-
-
-def _is_bottom_right_causal(
-    attention_mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor
-) -> bool:
-    marked = getattr(attention_mask, "flashcore_causal", False)
-    return marked and attention_mask.shape[2:] == (query.shape[2], key.shape[2])
 
 
 def _refuse(argument: str, given: object, feature: str) -> None:

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import flashcore
 from flashcore.backends import reference
 from flashcore.problem import AttentionProblem
 from tests.cases import BY_NAME, Case
@@ -112,3 +113,15 @@ def test_any_shape(batch, seqlen_q, seqlen_k, heads_k, group_size, head_dim, hea
     v = torch.randn(batch, seqlen_k, heads_k, head_dim_v)
     out, lse = run(q, k, v, causal=causal, scale=scale)
     assert_forward(out, lse, q, k, v, causal=causal, scale=scale)
+
+
+def test_gradients_of_a_query_whose_scores_are_all_infinite():
+    """It sees as little as a query without a key."""
+    q, k, v = (torch.randn(1, 3, 2, 8, requires_grad=True) for _ in range(3))
+    hidden = torch.zeros(1, 1, 3, 3)
+    hidden[0, 0, 1] = -torch.inf
+    out = flashcore.attention(q, k, v, score=flashcore.bias(hidden), backend="reference")
+    grads = torch.autograd.grad(out.sum(), (q, k, v))
+    assert not out[0, 1].any()
+    assert not grads[0][0, 1].any()
+    assert all(grad.isfinite().all() for grad in grads)

@@ -298,6 +298,7 @@ def test_a_backward_of_our_own_is_deterministic(add_backend, features):
     q, k, v = (t.requires_grad_() for t in inputs())
     flash_attn_func(q, k, v, deterministic=True, **features).sum().backward()
     assert torch.equal(q.grad, q)
+    flash_attn_func(q, k[:, :0], v[:, :0], deterministic=True, causal=True)  # gradients of zero
     with flashcore.plan.override(backward="reference-recompute"), pytest.raises(UnsupportedError, match="PyTorch's"):
         flash_attn_func(q, k, v, deterministic=True, **features)
 

@@ -9,8 +9,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 transformers = pytest.importorskip("transformers")  # the extra "test" brings it
 
+from transformers import masking_utils  # noqa: E402
+
 import flashcore.integrations.transformers as integration  # noqa: E402
 from flashcore.errors import FlashCoreWarning, UnsupportedError  # noqa: E402
+from flashcore.mask import CAUSAL, Mask  # noqa: E402
 
 LAYERS = 2
 VOCABULARY = 61
@@ -175,14 +178,18 @@ def test_packed_sequences(llama, kernel):
 
 
 MASKS = {
-    "all_keys": ({}, True),
-    "all_keys_said": ({"attention_mask": torch.ones(1, 9, dtype=torch.bool)}, True),
-    "window_of_all_keys": ({"local_size": 9}, True),
-    "window": ({"local_size": 8}, False),
-    "padding": ({"attention_mask": torch.arange(9)[None] > 0}, False),
-    "keys_behind_the_last_query": ({"q_offset": 4}, False),
-    "offset_on_the_device": ({"q_offset": torch.tensor(5)}, False),
-    "more_than_causal": ({"allow_is_causal_skip": False}, False),
+    "all_keys": ({}, CAUSAL),
+    "all_keys_said": ({"attention_mask": torch.ones(1, 9, dtype=torch.bool)}, CAUSAL),
+    "window_of_all_keys": ({"local_size": 9}, CAUSAL),
+    "window": ({"local_size": 8}, Mask(7, 0)),
+    "window_of_one_key": ({"local_size": 1}, Mask(0, 0)),
+    "window_of_a_cache": ({"local_size": 6, "q_offset": 25, "kv_offset": 20}, Mask(5, 0)),
+    "padding": ({"attention_mask": torch.arange(9)[None] > 0}, None),
+    "padding_outside_of_the_window": ({"attention_mask": torch.arange(9)[None] > 0, "local_size": 2}, None),
+    "keys_behind_the_last_query": ({"q_offset": 4}, None),
+    "offset_on_the_device": ({"q_offset": torch.tensor(5)}, None),
+    "more_than_causal": ({"allow_is_causal_skip": False}, None),
+    "more_than_a_window": ({"allow_is_causal_skip": False, "local_size": 8}, None),
 }
 
 
@@ -198,14 +205,20 @@ def test_which_masks_are_flashcores_own(name):
         "allow_is_causal_skip": True,
         **change,
     }
+    window = arguments.get("local_size")
+    if window:
+        arguments["mask_function"] = masking_utils.sliding_window_causal_mask_function(window)
     mask = integration.mask(**arguments)
     assert mask.shape == (1, 1, 4, 9)
     q, k = torch.empty(1, 4, 4, 8), torch.empty(1, 4, 9, 8)
-    assert integration._is_bottom_right_causal(mask, q, k) == own
-    assert not integration._is_bottom_right_causal(mask[:, :, 1:], q[:, :, 1:], k), "made from it, but not it"
-    assert not integration._is_bottom_right_causal(mask, q, k[:, :, 1:]), "made for other keys"
-    if own:
-        assert torch.equal(mask[0, 0], torch.ones(4, 9, dtype=torch.bool).tril(5))
+    assert integration._shown(mask, False, q, k, window) == own
+    assert integration._shown(mask[:, :, 1:], False, q[:, :, 1:], k, window) is None, "made from it, but not it"
+    assert integration._shown(mask, False, q, k[:, :, 1:], window) is None, "made for other keys"
+    if own is not None:
+        keep = own.of(4, 9).keep(torch.arange(4)[:, None], torch.arange(9))
+        assert torch.equal(mask[0, 0], keep)
+        layer_without_a_window = integration._shown(mask, False, q, k, None)
+        assert layer_without_a_window == (CAUSAL if own == CAUSAL else None), "it may be one of chunks"
 
 
 @WARNS
@@ -213,7 +226,7 @@ def test_which_masks_are_flashcores_own(name):
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_dropout_on_top_of_a_cache(kernel, dropout):
     mask = integration.mask(batch_size=1, q_length=4, kv_length=9, q_offset=5)
-    mask.flashcore_causal = True
+    mask.flashcore_mask = CAUSAL
     q, k = torch.randn(1, 4, 4, 8), torch.randn(1, 4, 9, 8)
     integration.attention_forward(torch.nn.Module(), q, k, k, mask, dropout)
     assert len(kernel) == (dropout == 0)
@@ -407,32 +420,303 @@ def test_compiled_model(llama):
     torch._dynamo.reset()
 
 
-# ---- what is refused ---------------------------------------------------------------------------------------------
+# ---- windows, softcap, sinks, position biases --------------------------------------------------------------------
+
+WINDOW = 8
+FEATURES = {
+    "gemma2": transformers.Gemma2Config(
+        **SIZES, head_dim=8, sliding_window=WINDOW, attn_logit_softcapping=0.5, query_pre_attn_scalar=8
+    ),
+    "gemma3": transformers.Gemma3TextConfig(
+        **SIZES, head_dim=8, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"],
+    ),
+    "gpt_oss": transformers.GptOssConfig(
+        **SIZES, head_dim=8, sliding_window=WINDOW, num_local_experts=2, num_experts_per_tok=1,
+    ),
+    "mistral": transformers.MistralConfig(**SIZES, sliding_window=WINDOW),
+    "qwen2": transformers.Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1),
+}  # fmt: skip
+# What each layer's calls have, in order.
+HAVE = {
+    "gemma2": ({"score", "window"}, {"score"}),
+    "gemma3": ({"window"}, set()),
+    "gpt_oss": ({"sink", "window"}, {"sink"}),
+    "mistral": ({"window"}, {"window"}),
+    "qwen2": (set(), {"window"}),
+}
+# What PyTorch's SDPA does not have. FlashCore computes it with any mask.
+NOT_IN_SDPA = {"gemma2", "gpt_oss"}
 
 
-def test_sliding_window_that_hides_keys():
-    config = transformers.MistralConfig(**SIZES, sliding_window=8)
-    model, theirs = build(config), build(config, "sdpa")
-    short = tokens(1, 7)
-    close(model(short).logits, theirs(short).logits)
-    with pytest.raises(
-        UnsupportedError, match=r"sliding_window \(8 < 9 keys\).*attn_implementation=\"sdpa\""
-    ):
-        model(tokens(1, 9))
+@pytest.fixture(params=FEATURES)
+def featured(request):
+    """The name of a model, and it with FlashCore's and with eager attention."""
+    config = FEATURES[request.param]
+    return request.param, build(config), build(config, "eager")
+
+
+@needs_v5
+def test_features_prefill(featured, kernel):
+    name, *models = featured
+    close(*(model(tokens(2, 19)).logits for model in models))
+    assert [(p.seqlen_q, p.seqlen_k, p.mask.right) for p in kernel] == [(19, 19, 0)] * LAYERS
+    assert [p.features for p in kernel] == list(HAVE[name])
+    assert {p.mask.left for p in kernel if "window" in p.features} == {WINDOW - 1}
+
+
+@needs_v5
+@pytest.mark.parametrize("length", [WINDOW - 1, WINDOW, WINDOW + 1])
+def test_features_at_the_edge_of_the_window(featured, kernel, length):
+    _, *models = featured
+    close(*(model(tokens(2, length)).logits for model in models))
+    assert len(kernel) == LAYERS
+    assert all(("window" in p.features) <= (length > WINDOW) for p in kernel)
+
+
+@needs_v5
+def test_features_generation(featured, kernel):
+    """From inside of the window to far outside: the cache keeps no more keys than it shows."""
+    name, *models = featured
+    options = {**GENERATE, "max_new_tokens": 12}
+    prompt = tokens(2, 5)
+    assert torch.equal(*(model.generate(prompt, **options) for model in models))
+    assert len(kernel) == 12 * LAYERS
+    sliding = ["window" in has for has in HAVE[name]]
+    last = kernel[-LAYERS:]
+    assert [p.seqlen_k for p in last] == [WINDOW if s else 16 for s in sliding]
+    assert not any("window" in p.features for p in last), "nothing is hidden from the only query"
 
 
 @WARNS
-def test_decoding_past_a_sliding_window():
-    """The cache keeps no more keys than the window shows."""
-    config = transformers.MistralConfig(**SIZES, sliding_window=8)
-    assert torch.equal(
-        *(build(config, name).generate(tokens(1, 5), **GENERATE) for name in (integration.NAME, "sdpa"))
-    )
+@needs_v5
+@pytest.mark.parametrize("padded", [False, True])
+def test_features_on_top_of_a_dynamic_cache(featured, kernel, padded):
+    name, *models = featured
+    mask = torch.ones(2, 20, dtype=torch.long)
+    mask[1, :3] = not padded
+    results = []
+    for model in models:
+        cache = transformers.DynamicCache(config=model.config)
+        model(tokens(2, 13), attention_mask=mask[:, :13], past_key_values=cache)
+        kernel.clear()
+        results.append(model(tokens(2, 7, seed=1), attention_mask=mask, past_key_values=cache).logits)
+        if model is models[0]:
+            found = [p.features for p in kernel]
+            assert found == (list(HAVE[name]) if not padded else with_masks_added(name))
+    close(*results)
 
 
-def test_softcap():
-    with pytest.raises(UnsupportedError, match=r"softcap \(50.0\) is not supported"):
-        build(transformers.Gemma2Config(**SIZES, head_dim=8))(tokens(1, 5))
+def with_masks_added(name):
+    """The features of the calls that reach FlashCore with a mask that is added to the scores."""
+    return [(has - {"window"}) | {"score"} for has in HAVE[name]] if name in NOT_IN_SDPA else []
+
+
+@WARNS
+@needs_v5
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_features_padded_batch(featured, kernel, side):
+    name, *models = featured
+    prompt, mask = tokens(3, 14), torch.ones(3, 14, dtype=torch.long)
+    for row, padding in enumerate((0, 5, 2)):
+        mask[row, slice(0, padding) if side == "left" else slice(14 - padding, 14)] = 0
+    prompt = prompt * mask
+    ours, theirs = (model(prompt, attention_mask=mask).logits for model in models)
+    close(ours[mask.bool()], theirs[mask.bool()])
+    assert [p.features for p in kernel] == with_masks_added(name)
+    if side == "left":
+        assert torch.equal(*(model.generate(prompt, attention_mask=mask, **GENERATE) for model in models))
+
+
+@WARNS
+@needs_v5
+def test_features_generation_with_a_static_cache(featured):
+    _, *models = featured
+    options = {**GENERATE, "cache_implementation": "static"}
+    for length in (5, 11):
+        prompt = tokens(2, length)
+        assert torch.equal(*(model.generate(prompt, **options) for model in models))
+
+
+@WARNS
+@needs_v5
+def test_features_packed_sequences(featured):
+    _, *models = featured
+    prompt = torch.cat((tokens(1, 5), tokens(1, 11, seed=1)), 1)
+    positions = torch.cat((torch.arange(5), torch.arange(11)))[None]
+    close(*(model(prompt, position_ids=positions, use_cache=False).logits for model in models))
+
+
+@WARNS
+@needs_v5
+@pytest.mark.parametrize("padded", [False, True])
+def test_features_training(featured, kernel, padded):
+    _, *models = featured
+    gradients = []
+    prompt, mask = tokens(2, 13), torch.ones(2, 13, dtype=torch.long)
+    mask[1, :3] = not padded
+    for model in models:
+        model.train()
+        labels = prompt.masked_fill(mask == 0, -100)
+        labels[:, 1:][mask[:, :-1] == 0] = -100  # the first token after padding is predicted from the padding
+        model(prompt, attention_mask=mask, labels=labels, use_cache=False).loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    assert padded or len(kernel) == LAYERS
+    assert all(gradient is None or gradient.isfinite().all() for gradient in gradients[0].values())
+    for name, gradient in gradients[0].items():
+        close(gradient, gradients[1][name])
+    sinks = [gradient for name, gradient in gradients[0].items() if "sinks" in name]
+    assert all(gradient.any() for gradient in sinks)
+    assert len(sinks) == (LAYERS if isinstance(models[0].config, transformers.GptOssConfig) else 0)
+
+
+@WARNS
+@needs_v5
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
+def test_compiled_layers_with_a_window():
+    """A window's mask is PyTorch's when a layer is compiled."""
+    model, theirs = build(FEATURES["mistral"]), build(FEATURES["mistral"], "eager")
+    for layer in model.model.layers:
+        layer.compile(backend="aot_eager", fullgraph=True)
+    for length in (5, 12, 17):
+        close(model(tokens(2, length), use_cache=False).logits, theirs(tokens(2, length), use_cache=False).logits)
+    torch._dynamo.reset()
+
+
+@needs_v5
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
+def test_features_under_autocast(name, kernel):
+    """Sinks keep the parameters' dtype beside queries in autocast's."""
+    losses = []
+    for model in (build(FEATURES[name]), build(FEATURES[name], "eager")):
+        model.train()
+        prompt = tokens(2, 13)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            losses.append(model(prompt, labels=prompt, use_cache=False).loss)
+        losses[-1].backward()
+    torch.testing.assert_close(*losses, rtol=2e-2, atol=2e-2)
+    assert [problem.dtype for problem in kernel] == ["bfloat16"] * LAYERS
+
+
+@needs_v5
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sinks_of_another_dtype(dtype):
+    q, sinks = torch.randn(1, 4, 9, 8), torch.tensor([0.5, -1.0, 2.0, 0.0])
+    run = integration.attention_forward
+    out, _ = run(torch.nn.Module(), q, q, q, None, s_aux=sinks.to(dtype))
+    assert torch.equal(out, run(torch.nn.Module(), q, q, q, None, s_aux=sinks)[0])
+
+
+@needs_v5
+def test_features_matter(featured):
+    """Without its windows, softcap and sinks the model says something else."""
+    name, model, _ = featured
+    before = model(tokens(2, 19)).logits
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        if name == "gemma2":
+            attention.attn_logit_softcapping = None
+        elif name == "gpt_oss":
+            attention.sinks.data.fill_(-100.0)
+        else:
+            model.config.sliding_window = attention.sliding_window = 64
+    assert (model(tokens(2, 19)).logits - before).abs().max() > 0.01
+
+
+@needs_v5
+@pytest.mark.parametrize("name", sorted(NOT_IN_SDPA))
+def test_dropout_with_what_pytorch_does_not_have(name):
+    model = build(FEATURES[name]).train()
+    model.model.layers[0].self_attn.attention_dropout = 0.5
+    with pytest.raises(UnsupportedError, match=r"dropout \(0.5\) is not supported"):
+        model(tokens(1, 5))
+
+
+def chunked(mask):
+    """Which keys a query sees that sees its own chunk of 4 keys only."""
+    i = torch.arange(9)
+    return mask & (i[:, None] // 4 == i // 4)
+
+
+@WARNS
+@needs_v5
+def test_chunks_are_no_window(kernel):
+    """Their size stands where a window's does; the layer has no window."""
+    made = integration.mask(
+        batch_size=1, q_length=9, kv_length=9, q_offset=0, local_size=4, allow_is_causal_skip=True,
+        mask_function=masking_utils.chunked_causal_mask_function(4, torch.zeros(1, dtype=torch.int)),
+    )  # fmt: skip
+    assert torch.equal(made[0, 0], chunked(torch.ones(9, 9, dtype=torch.bool).tril()))
+    q = torch.randn(1, 4, 9, 8)
+    out, _ = integration.attention_forward(torch.nn.Module(), q, q, q, made)
+    close(out, torch.nn.functional.scaled_dot_product_attention(q, q, q, made).transpose(1, 2))
+    assert kernel == []
+
+
+def build_t5(implementation=integration.NAME, **options):
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=LAYERS, num_heads=4, dropout_rate=0.0,
+        relative_attention_num_buckets=8, relative_attention_max_distance=16, decoder_start_token_id=0,
+        **options,
+    )  # fmt: skip
+    model = transformers.AutoModelForSeq2SeqLM.from_config(config, attn_implementation=implementation)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.mul_(8 if "relative_attention_bias" in name else 2)
+    return model.eval()
+
+
+@needs_v5
+def test_position_bias(kernel):
+    models = build_t5(), build_t5("eager")
+    with torch.no_grad():
+        close(*(model(input_ids=tokens(2, 11), decoder_input_ids=tokens(2, 7, seed=1)).logits for model in models))
+    assert [(p.seqlen_q, p.seqlen_k, p.causal) for p in kernel] == [
+        *[(11, 11, False)] * LAYERS, *[(7, 7, True), (7, 11, False)] * LAYERS
+    ]  # fmt: skip
+    assert all(p.features == {"score"} for p in kernel)
+
+
+@WARNS
+@needs_v5
+@pytest.mark.parametrize("padded", [False, True])
+def test_generation_with_a_position_bias(padded):
+    models = build_t5(), build_t5("eager")
+    mask = torch.ones(2, 11, dtype=torch.long)
+    mask[1, 6:] = not padded
+    assert torch.equal(*(model.generate(tokens(2, 11), attention_mask=mask, **GENERATE) for model in models))
+
+
+@needs_v5
+@pytest.mark.parametrize("padded", [False, True])
+def test_position_bias_that_learns(kernel, padded):
+    """PyTorch's: a score function's tensors get no gradient."""
+    gradients = []
+    mask = torch.ones(2, 11, dtype=torch.long)
+    mask[1, 6:] = not padded
+    for model in (build_t5(), build_t5("eager")):
+        model.train()
+        with contextlib.nullcontext() if gradients else pytest.warns(FlashCoreWarning, match="a position bias"):
+            model(input_ids=tokens(2, 11), attention_mask=mask, labels=tokens(2, 7, seed=1)).loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        close(gradient, gradients[1][name])
+    assert gradients[0]["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"].any()
+    assert all("score" in p.features and p.seqlen_k == 11 for p in kernel), "cross-attention: zeros"
+
+
+# ---- what is refused ---------------------------------------------------------------------------------------------
+
+
+def test_sliding_window_without_a_mask(kernel):
+    """Transformers makes a mask for every window that hides keys: without one, eager attention sees them all."""
+    q = torch.randn(1, 4, 9, 8)
+    integration.attention_forward(torch.nn.Module(), q, q, q, None, sliding_window=9)
+    assert len(kernel) == 1
+    with pytest.raises(
+        UnsupportedError, match=r"sliding_window \(8 < 9 keys\).*attn_implementation=\"sdpa\""
+    ):
+        integration.attention_forward(torch.nn.Module(), q, q, q, None, sliding_window=8)
 
 
 def test_attention_weights(llama):
@@ -489,7 +773,7 @@ def test_models_with_attention_of_their_own_only(config):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("argument", ["s_aux", "position_bias", "head_mask", "cu_seq_lens_q"])
+@pytest.mark.parametrize("argument", ["head_mask", "cu_seq_lens_q"])
 def test_arguments_of_other_models(argument):
     q = torch.randn(1, 4, 5, 8)
     with pytest.raises(UnsupportedError, match=f"{argument} is not supported"):
@@ -588,3 +872,52 @@ def test_padded_batch_on_a_gpu(gpu_models):
     mask[1, :100] = 0
     with torch.no_grad():
         within_noise(*(model(prompt, attention_mask=mask).logits[mask.bool()] for model in gpu_models))
+
+
+GPU_SIZES = {**GPU_CONFIG.to_diff_dict(), "num_hidden_layers": 2}
+GPU_SIZES = {name: GPU_SIZES[name] for name in (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "pad_token_id", "bos_token_id",
+)}  # fmt: skip
+GPU_FEATURES = {
+    "gemma2": transformers.Gemma2Config(**GPU_SIZES, sliding_window=128, attn_logit_softcapping=2.0),
+    # Every expert of every token: which ones it is must not depend on rounding.
+    "gpt_oss": transformers.GptOssConfig(
+        **GPU_SIZES, sliding_window=128, num_local_experts=2, num_experts_per_tok=2,
+    ),
+    "mistral": transformers.MistralConfig(**GPU_SIZES, sliding_window=128),
+}  # fmt: skip
+
+
+@pytest.mark.gpu
+@WARNS
+@needs_v5
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", GPU_FEATURES)
+def test_features_on_a_gpu(name, padded):
+    """Logits and gradients."""
+    prompt = torch.randint(2, 1024, (2, 777), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    mask = torch.ones_like(prompt)
+    mask[1, :100] = 0 if padded else 1
+    labels = prompt.masked_fill(mask == 0, -100)
+    labels[:, 1:][mask[:, :-1] == 0] = -100
+    models = []
+    for implementation, dtype in (
+        (integration.NAME, torch.bfloat16),
+        ("eager", torch.bfloat16),
+        ("eager", torch.float32),
+    ):
+        torch.manual_seed(0)
+        config = copy.deepcopy(GPU_FEATURES[name])
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
+        models.append(model.bfloat16().to("cuda", dtype).train())
+    results = [model(prompt, attention_mask=mask, labels=labels, use_cache=False) for model in models]
+    within_noise(*(result.logits[mask.bool()] for result in results))
+    for result in results:
+        result.loss.backward()
+    for (parameter, ours), theirs, exact in zip(
+        models[0].named_parameters(), *(model.parameters() for model in models[1:]), strict=True
+    ):
+        assert ours.grad.isfinite().all(), parameter
+        errors = [(t.grad.double() - exact.grad.double()).norm().item() for t in (ours, theirs)]
+        assert errors[0] <= 2 * errors[1] + 1e-6, (parameter, errors)
