@@ -16,7 +16,7 @@ import torch
 from flashcore.bench import check
 from flashcore.bench.cases import Case
 from flashcore.bench.check import Errors
-from flashcore.bench.peers import PEERS, Peer
+from flashcore.bench.peers import PEERS, Peer, options
 
 NAMES = ("dq", "dk", "dv")
 FACTOR = 3.0  # FlashAttention's rule for gradients: at most three times the error that PyTorch makes in the same dtype
@@ -44,6 +44,8 @@ def prepare(peer: Peer, case: Case, q, k, v, dout) -> Callable[[], Gradients]:
 
 def pytorch_answer(case: Case, device: str, *tensors: torch.Tensor) -> Gradients:
     """PyTorch's gradients in the same dtype: FlashAttention-2's where it runs, else of what SDPA dispatches to."""
+    if case.features:
+        return written_out(case, *tensors)
     if device == "cuda" and PEERS["fa2"].rejects(case) is None:
         with contextlib.suppress(RuntimeError):  # no such kernel for this case, or none on this GPU
             return prepare(PEERS["fa2"], case, *tensors)()
@@ -55,7 +57,8 @@ def plan(case: Case, q, k, v, dout) -> dict:
     import flashcore
 
     with torch.enable_grad():
-        chosen = flashcore.explain(*(x.detach().requires_grad_() for x in (q, k, v)), causal=case.causal)
+        inputs = (x.detach().requires_grad_() for x in (q, k, v))
+        chosen = flashcore.explain(*inputs, causal=case.causal, **options(case, q.device))
     found = {"backend": chosen.backend, "backward": chosen.backward}
     return found | ({"config": str(chosen.config)} if chosen.config is not None else {})
 
@@ -79,7 +82,8 @@ class Truth:
     def __init__(self, case: Case, q, k, v, dout, flops: float = check.FLOPS) -> None:
         group = case.heads // case.kv_heads
         pairs = case.batch * case.kv_heads
-        cost = 14 * group * case.seqlen_q * case.seqlen_k * case.head_dim  # seven products
+        seen = case.visible.pairs() if case.window else case.seqlen_q * case.seqlen_k
+        cost = 14 * group * seen * case.head_dim  # seven products
         count = min(pairs, max(2, min(SLICES, int(flops / cost))))
         self.slices = []  # (batch entry, query heads, key head, (dq, dk, dv))
         for i in range(count):
@@ -101,31 +105,46 @@ class Truth:
         )
 
 
-def gradients(case: Case, q, k, v, dout) -> Gradients:
-    """(dq, dk, dv) in float64 of one key head, written out: q and dout (seqlen_q, group, head_dim), k and v
-    (seqlen_k, head_dim)."""
-    q, dout = (x.double().transpose(0, 1) for x in (q, dout))
-    k, v = k.double(), v.double()
+def gradients(case: Case, q, k, v, dout, exact: torch.dtype = torch.float64) -> Gradients:
+    """(dq, dk, dv) of one key head, written out in the dtype ``exact``: q and dout (seqlen_q, group, head_dim), k and v
+    (seqlen_k, head_dim). In float32 what flash kernels round to the case's dtype before a product is rounded here, too.
+    """
+    if case.features - {"window"}:
+        raise NotImplementedError(f"no gradients are written out for {case.mask}")
+    low = torch.float64 if exact is torch.float64 else getattr(torch, case.dtype)
+    q, dout = (x.to(exact).transpose(0, 1) for x in (q, dout))
+    k, v = k.to(exact), v.to(exact)
     scale = case.head_dim**-0.5
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     step = max(1, check.SCORES // (q.shape[0] * case.seqlen_k))
     for a in range(0, case.seqlen_q, step):
         b = min(a + step, case.seqlen_q)
-        p = scale * q[:, a:b] @ k.T
-        if case.causal:
-            visible = torch.ones(b - a, case.seqlen_k, dtype=torch.bool, device=q.device)
-            hidden = ~visible.tril(a + case.seqlen_k - case.seqlen_q)
-            p = (
-                p.masked_fill(hidden, -torch.inf).softmax(-1).masked_fill(hidden, 0)
-            )  # a row without a key is NaN
-        else:
-            p = p.softmax(-1)
-        dp = dout[:, a:b] @ v.T
+        begin, end = case.visible.kv_range(a, b)
+        i, j = torch.arange(a, b, device=q.device)[:, None], torch.arange(begin, end, device=q.device)
+        hidden = ~case.visible.keep(i, j)
+        p = (scale * q[:, a:b] @ k[begin:end].T).masked_fill(hidden, -torch.inf).softmax(-1)
+        p = p.masked_fill(hidden, 0)  # a row without a key is NaN
+        dp = dout[:, a:b] @ v[begin:end].T
         ds = scale * p * (dp - (p * dp).sum(-1, keepdim=True))
-        dq[:, a:b] = ds @ k
-        dk += (ds.mT @ q[:, a:b]).sum(0)
-        dv += (p.mT @ dout[:, a:b]).sum(0)
+        p, ds = (x.to(low).to(exact) for x in (p, ds))
+        dq[:, a:b] = ds @ k[begin:end]
+        dk[begin:end] += (ds.mT @ q[:, a:b]).sum(0)
+        dv[begin:end] += (p.mT @ dout[:, a:b]).sum(0)
     return dq.transpose(0, 1), dk, dv
+
+
+def written_out(case: Case, q, k, v, dout) -> Gradients:
+    """All gradients in float32, rounded once to the case's dtype: what stands for PyTorch's where it has no kernel."""
+    group = case.heads // case.kv_heads
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    for batch in range(case.batch):
+        for head in range(case.kv_heads):
+            heads = slice(head * group, (head + 1) * group)
+            found = gradients(
+                case, q[batch, :, heads], k[batch, :, head], v[batch, :, head], dout[batch, :, heads], torch.float32
+            )
+            dq[batch, :, heads], dk[batch, :, head], dv[batch, :, head] = found
+    return dq, dk, dv
 
 
 def judge(

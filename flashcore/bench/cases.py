@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 
 from flashcore.bench.models import E2E, ModelCase
+from flashcore.mask import Mask, Visible
 
 # How far two correct implementations may lie apart, relative to 1 + |value|: about two units in the last place.
 APART = {"float16": 2e-3, "bfloat16": 1.6e-2, "float32": 1e-4, "float64": 1e-10}
@@ -35,12 +36,55 @@ class Case:
     inputs: str = "normal"  # of INPUTS
     backward: bool = False  # its gradients are computed, not its output
     label: str = ""  # what a user would call it
+    window: tuple[int | None, int | None] | None = None  # (left, right), as `attention` takes it
+    softcap: float | None = None
+    alibi: bool = False  # with the slopes of check.slopes
+    sink: bool = False  # one per head: check.sinks
+
+    def __post_init__(self) -> None:
+        if self.softcap and self.alibi:
+            raise ValueError("a case has a softcap or ALiBi, not both")
+
+    @classmethod
+    def of(cls, row: dict) -> Case:
+        """The case that a recorded row is about."""
+        columns = {field.name: row[field.name] for field in fields(cls) if field.name in row}
+        columns["backward"] = row.get("op") == "attention_bwd"  # the column of that name says whose it was
+        if "window" in columns:
+            columns["window"] = tuple(columns["window"])
+        return cls(**columns)
+
+    @property
+    def features(self) -> frozenset[str]:
+        """What a peer must have to compute it, beyond causal masks."""
+        has = {"window": self.window, "softcap": self.softcap, "alibi": self.alibi, "sink": self.sink}
+        return frozenset(name for name, there in has.items() if there)
+
+    @property
+    def plain(self) -> Case:
+        """The same shape without features."""
+        return replace(self, window=None, softcap=None, alibi=False, sink=False)
+
+    @property
+    def visible(self) -> Visible:
+        left, right = self.window or (None, None)
+        return Mask(left, 0 if self.causal else right).of(self.seqlen_q, self.seqlen_k)
+
+    @property
+    def mask(self) -> str:
+        """What a query sees and what becomes of its scores, in words; part of the name."""
+        words = ["causal" if self.causal else "full"]
+        if self.window:
+            words = [f"window {self.window[0] + 1 if self.causal else self.window}"]
+        words += [f"softcap {self.softcap:g}"] if self.softcap else []
+        return ", ".join([*words, *(word for word in ("alibi", "sink") if word in self.features)])
 
     @property
     def name(self) -> str:
         heads = f"h{self.heads}" if self.heads == self.kv_heads else f"h{self.heads}:{self.kv_heads}"
         seqlen = f"s{self.seqlen_q}" if self.seqlen_q == self.seqlen_k else f"s{self.seqlen_q}x{self.seqlen_k}"
-        parts = [f"d{self.head_dim}", seqlen, f"b{self.batch}", heads, "causal" if self.causal else "full"]
+        mask = self.mask.replace(", ", "-").replace(" ", "")
+        parts = [f"d{self.head_dim}", seqlen, f"b{self.batch}", heads, mask]
         if self.inputs != "normal":
             parts.append(self.inputs)
         if self.backward:
@@ -61,10 +105,14 @@ class Case:
         """Floating-point operations by the usual convention: two matmuls, of which a causal mask needs half; five in
         the backward pass.
 
-        The exact causal count is a little higher, since the diagonal is kept; every published number halves.
+        The exact causal count is a little higher, since the diagonal is kept; every published number halves. With a
+        window, the pairs of a query and a key that it sees are counted.
         """
         matmuls = 5 if self.backward else 2
-        full = 2 * matmuls * self.batch * self.heads * self.seqlen_q * self.seqlen_k * self.head_dim
+        each = 2 * matmuls * self.batch * self.heads * self.head_dim
+        if self.window:
+            return each * self.visible.pairs()
+        full = each * self.seqlen_q * self.seqlen_k
         return full // 2 if self.causal else full
 
     def tflops(self, ms: float) -> float:
@@ -97,6 +145,8 @@ class Case:
             "head_dim": self.head_dim,
             "causal": self.causal,
             "inputs": self.inputs,
+            **({"window": list(self.window)} if self.window else {}),
+            **{name: getattr(self, name) for name in ("softcap", "alibi", "sink") if getattr(self, name)},
         }
 
 
@@ -194,7 +244,13 @@ FORWARD = tuple(
     for causal in MASKS
     for seqlen in (512, 1024, 2048, 4096, 8192, 16384)
 )
-BACKWARD = tuple(replace(case, backward=True) for case in FORWARD)
+_GQA_BACKWARD = tuple(
+    square(16384 // seqlen, 32, seqlen, 128, True, "bfloat16", kv_heads=8) for seqlen in (2048, 4096, 8192, 16384)
+)
+BACKWARD = tuple(
+    replace(case, backward=True)
+    for case in (*FORWARD, *_GQA_BACKWARD, *(replace(case, window=(1023, 0)) for case in _GQA_BACKWARD))
+)
 SMALL = tuple(
     square(batch, heads, seqlen, head_dim, causal, "float16")
     for batch, heads, seqlen, head_dim in (
@@ -218,6 +274,21 @@ GQA = tuple(
         (2, 32, 4, 4096, 64, (True,)),
     )
     for causal in masks
+)
+_CAUSAL = square(2, 16, 8192, 128, True, "bfloat16")
+WINDOW = (
+    *(
+        square(16384 // seqlen, 2048 // head_dim, seqlen, head_dim, True, "bfloat16", window=(keys - 1, 0))
+        for head_dim in (64, 128, 256)
+        for seqlen in (8192, 16384)
+        for keys in (128, 1024, 4096)
+    ),
+    *(square(1, 2048 // head_dim, 16384, head_dim, True, "bfloat16") for head_dim in (64, 128, 256)),  # the yardsticks
+    square(2, 64, 8192, 64, True, "bfloat16", kv_heads=8, window=(127, 0), sink=True, label="gpt-oss, a layer"),
+    square(
+        2, 16, 8192, 256, True, "bfloat16", kv_heads=8, window=(4095, 0), softcap=50.0, label="Gemma 2 9B, a layer"
+    ),
+    *(replace(_CAUSAL, **feature) for feature in ({}, {"softcap": 30.0}, {"alibi": True}, {"sink": True})),
 )
 DECODE = tuple(
     Case(batch, 1, seqlen, heads, kv_heads, head_dim, False)
@@ -307,7 +378,7 @@ SUITES = {
         ),
         Suite(
             "backward",
-            "the shapes of forward, the backward pass alone, random dO",
+            "the shapes of forward, grouped heads and windows of 1024 keys; the backward pass alone, random dO",
             "attention_bwd",
             "events",
             BACKWARD,
@@ -320,6 +391,14 @@ SUITES = {
             tuple(case for case in FORWARD if case.seqlen_q == 8192), FAST_PEERS, sustained=True,
         ),
         Suite("gqa", "bf16, grouped query heads", "attention_fwd", "events", GQA, FAST_PEERS),
+        Suite(
+            "window",
+            "bf16, 16,384 tokens: causal windows, softcap, ALiBi, sinks",
+            "attention_fwd",
+            "events",
+            WINDOW,
+            ("flashcore", "flashcore-triton", "cudnn", "fa2", "fa3", "fa3-varlen", "fa4", "flex"),
+        ),
         Suite(
             "decode",
             "bf16, one query per sequence on top of a cache, K and V from memory",

@@ -16,6 +16,17 @@ BLOCKS = 16
 SCORES = 2**27  # float64 scores alive at once: 1 GiB
 
 
+def slopes(case: Case, device: str | torch.device) -> torch.Tensor:
+    """ALiBi's, float32 (heads,): 2 ** (-8 h / heads) for h from 1 on."""
+    return torch.tensor([2 ** (-8 * (head + 1) / case.heads) for head in range(case.heads)], device=device)
+
+
+def sinks(case: Case, device: str | torch.device, seed: int = 0) -> torch.Tensor:
+    """N(0, 1) in the case's dtype, (heads,)."""
+    generator = torch.Generator(device).manual_seed(seed + 2)
+    return torch.randn(case.heads, generator=generator, device=device).to(getattr(torch, case.dtype))
+
+
 def make_inputs(case: Case, device: str, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Random q, k, v of the case, contiguous (batch, seqlen, heads, head_dim)."""
     generator = torch.Generator(device).manual_seed(seed)
@@ -66,6 +77,9 @@ class Truth:
         for start, stop in checked_rows(case, flops):
             for a in range(start, stop, step):
                 b = min(a + step, stop)
+                if case.features:
+                    self.blocks.append((a, b, written_out(case, q, k, v, a, b, torch.float64)))
+                    continue
                 # Rows a..b of a causal problem are the causal problem whose last key is the last that row b - 1 sees.
                 keys = max(0, b + case.seqlen_k - case.seqlen_q) if case.causal else case.seqlen_k
                 answer = flashcore.attention(
@@ -80,7 +94,8 @@ class Truth:
 def checked_rows(case: Case, flops: float) -> list[tuple[int, int]]:
     """Half-open ranges of query rows: everything if that costs no more than ``flops``, else ``BLOCKS`` spread blocks,
     the first and the last rows among them."""
-    total = 4 * case.batch * case.heads * case.seqlen_q * case.seqlen_k * case.head_dim
+    pairs = case.visible.pairs() if case.window else case.seqlen_q * case.seqlen_k
+    total = 4 * case.batch * case.heads * pairs * case.head_dim
     return spread_blocks(case.seqlen_q, total, flops)
 
 
@@ -91,6 +106,43 @@ def spread_blocks(rows: int, total: float, flops: float) -> list[tuple[int, int]
     size = max(1, int(rows * flops / total) // BLOCKS)
     starts = [i * (rows - size) // (BLOCKS - 1) for i in range(BLOCKS)]
     return [(start, start + size) for start in starts]
+
+
+def written_out(
+    case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int, stop: int, exact: torch.dtype
+) -> torch.Tensor:
+    """The answer for query rows [start, stop), step by step in the dtype ``exact`` and rounded to it.
+
+    In float64 it is the truth; in float32, which rounds the probabilities to the case's dtype before they multiply
+    values as flash kernels do, it is as near to the truth as a kernel for that dtype can be expected to be.
+    """
+    low = torch.float64 if exact is torch.float64 else getattr(torch, case.dtype)
+    begin, end = case.visible.kv_range(start, stop)
+    q = q[:, start:stop].to(exact).unflatten(2, (case.kv_heads, -1))
+    k, v = k[:, begin:end].to(exact), v[:, begin:end].to(exact)
+    scores = torch.einsum("bikgd,bjkd->bkgij", q, k) * case.head_dim**-0.5
+    i = torch.arange(start, stop, device=q.device)[:, None]
+    j = torch.arange(begin, end, device=q.device)
+    if case.softcap:
+        scores = case.softcap * torch.tanh(scores / case.softcap)
+    if case.alibi:
+        distance = (i + case.visible.offset - j).abs()
+        scores = scores - slopes(case, q.device).to(exact).view(case.kv_heads, -1, 1, 1) * distance
+    scores = scores.masked_fill(~case.visible.keep(i, j), -torch.inf)
+    if case.sink:
+        sink = sinks(case, q.device).to(exact).view(case.kv_heads, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sink], dim=-1)
+    weights = scores.softmax(-1).nan_to_num(0.0)[..., : end - begin]  # NaN: a row without a key
+    out = torch.einsum("bkgij,bjkd->bikgd", weights.to(low).to(exact), v)
+    return out.flatten(2, 3)
+
+
+def in_blocks(case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """All rows of :func:`written_out` in float32, rounded once to the case's dtype."""
+    step = max(1, SCORES // (case.batch * case.heads * case.seqlen_k))
+    starts = range(0, case.seqlen_q, step)
+    parts = [written_out(case, q, k, v, a, min(a + step, case.seqlen_q), torch.float32).to(q.dtype) for a in starts]
+    return torch.cat(parts, dim=1)
 
 
 def judge(

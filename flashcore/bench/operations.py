@@ -10,7 +10,7 @@ import torch
 
 from flashcore.bench import backward, check, gemm, timing
 from flashcore.bench.cases import Case
-from flashcore.bench.peers import PEERS, Peer
+from flashcore.bench.peers import PEERS, Peer, options
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class Operation:
 
 def _pytorch_answer(case: Case, device: str, q, k, v) -> torch.Tensor:
     """PyTorch's result in the same dtype: FlashAttention-2 where it runs, else what SDPA dispatches to."""
+    if case.features:  # SDPA has none of them; PyTorch's plain operations have all
+        return check.in_blocks(case, q, k, v)
     if case.causal and (keyless := case.seqlen_q - case.seqlen_k) > 0:
         # PyTorch aligns such a mask elsewhere. Rows without a key are 0, and behind them the mask is a square one.
         seen = _pytorch_answer(replace(case, seqlen_q=case.seqlen_k), device, q[:, keyless:], k, v)
@@ -50,7 +52,7 @@ def _plan(case: Case, q, k, v) -> dict:
     """What FlashCore's plan chose: a row must say which backend its number belongs to."""
     import flashcore
 
-    plan = flashcore.explain(q, k, v, causal=case.causal)
+    plan = flashcore.explain(q, k, v, causal=case.causal, **options(case, q.device))
     return {"backend": plan.backend} | ({"config": str(plan.config)} if plan.config is not None else {})
 
 

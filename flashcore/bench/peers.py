@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from flashcore.bench import gemm
+from flashcore.bench import check, gemm
 from flashcore.bench.cases import Case, GemmCase
 
 LIBRARIES: dict[str, str] = {}  # shared objects to load by peer name: {"fa3-varlen": "/path/to/fa3.so"}
@@ -32,6 +32,12 @@ class Peer:
     context: Callable[[], AbstractContextManager] = nullcontext  # active while it is called
     transposed: bool = False  # it returns (batch, heads, seqlen, head_dim)
     operation: str = "attention"  # what it computes, or "gemm": then it gets (case, a, b)
+    features: frozenset[str] = frozenset()  # of a case's: those that it has
+
+    def lacks(self, case: Case | GemmCase) -> str | None:
+        """The features of a case that it has not."""
+        absent = sorted(getattr(case, "features", frozenset()) - self.features)
+        return f"it has no {', no '.join(absent)}" if absent else None
 
     def result(self, case: Case | GemmCase, returned: object) -> torch.Tensor:
         """What it returned, as (batch, seqlen, heads, head_dim) or (m, n)."""
@@ -47,7 +53,32 @@ class Peer:
 def _flashcore(backend: str, case: Case, q, k, v):
     import flashcore
 
-    return partial(flashcore.attention, q, k, v, causal=case.causal, backend=backend)
+    return partial(flashcore.attention, q, k, v, causal=case.causal, backend=backend, **options(case, q.device))
+
+
+def options(case: Case, device: torch.device) -> dict:
+    """The arguments of `attention` beyond `causal`: none for a plain case."""
+    import flashcore
+
+    found = {}
+    if case.window:
+        found["window"] = case.window
+    if case.softcap:
+        found["score"] = flashcore.softcap(case.softcap)
+    if case.alibi:
+        found["score"] = flashcore.alibi(check.slopes(case, device))
+    if case.sink:
+        found["sink"] = check.sinks(case, device)
+    return found
+
+
+def _backend_rejects(name: str, case: Case) -> str | None:
+    """The first of a case's features that a backend of FlashCore's does not name."""
+    from flashcore import backends
+
+    needed = {{"softcap": "score", "alibi": "score"}.get(feature, feature) for feature in case.features}
+    absent = sorted(needed - backends.load(name).FEATURES)
+    return f"{name} has no {', no '.join(absent)} yet" if absent else None
 
 
 def _backend_unavailable(name: str) -> str | None:
@@ -104,18 +135,46 @@ def _no_transformers() -> str | None:
     return None if importlib.util.find_spec("transformers") else "transformers is not installed"
 
 
+def _fa2(case: Case, q, k, v):
+    """SDPA, whose kernel also knows windows: they are reached by the operator beneath."""
+    if not case.window:
+        return _sdpa(case, q, k, v)
+    left, right = _bounds(case, -1)
+    call = partial(
+        torch.ops.aten._flash_attention_forward, q, k, v, None, None, case.seqlen_q, case.seqlen_k, 0.0, case.causal,
+        False, window_size_left=left, window_size_right=right,
+    )  # fmt: skip
+    return lambda: call()[0].transpose(1, 2)
+
+
 def _flex(case: Case, q, k, v):
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    mask = None
-    if case.causal:
-        offset = case.seqlen_k - case.seqlen_q
-        mask = create_block_mask(
-            lambda b, h, i, j: j <= i + offset, None, None, case.seqlen_q, case.seqlen_k, device=q.device
-        )
-    call = torch.compile(flex_attention, dynamic=False)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return partial(call, q, k, v, block_mask=mask, enable_gqa=case.heads != case.kv_heads)
+    torch.compiler.reset()  # beyond a few compiled cases dynamo would leave the rest uncompiled
+    visible, slopes = case.visible, check.slopes(case, q.device)
+    left, right, offset = visible.mask.left, visible.mask.right, visible.offset
+    sees = {
+        (False, False): None,
+        (False, True): lambda b, h, i, j: j <= i + offset + right,
+        (True, False): lambda b, h, i, j: j >= i + offset - left,
+        (True, True): lambda b, h, i, j: (j <= i + offset + right) & (j >= i + offset - left),
+    }[left is not None, right is not None]
+    mask = sees and create_block_mask(sees, None, None, case.seqlen_q, case.seqlen_k, device=q.device)
+    change = None
+    if case.softcap:
+        change = lambda score, b, h, i, j: case.softcap * torch.tanh(score / case.softcap)  # noqa: E731
+    elif case.alibi:
+        change = lambda score, b, h, i, j: score - slopes[h] * (i + offset - j).abs()  # noqa: E731
+    given = {"score_mod": change, "block_mask": mask, "enable_gqa": case.heads != case.kv_heads}
+    sinks = check.sinks(case, q.device)[:, None].float() if case.sink else None
+
+    def attend(q, k, v):
+        if sinks is None:
+            return flex_attention(q, k, v, **given)
+        out, lse = flex_attention(q, k, v, return_lse=True, **given)
+        return (out * torch.sigmoid(lse - sinks)[..., None]).to(out.dtype)
+
+    return partial(torch.compile(attend, dynamic=False), *(x.transpose(1, 2) for x in (q, k, v)))
 
 
 # --- other libraries, when they are installed
@@ -124,13 +183,23 @@ def _flex(case: Case, q, k, v):
 def _fa3(case: Case, q, k, v):
     from flash_attn_interface import flash_attn_func
 
-    return partial(flash_attn_func, q, k, v, causal=case.causal)
+    more = {"window_size": _bounds(case, -1)} if case.window else {}
+    return partial(flash_attn_func, q, k, v, causal=case.causal, softcap=case.softcap or 0.0, **more)
 
 
 def _fa4(case: Case, q, k, v):
     from flash_attn.cute.interface import flash_attn_func
 
-    return partial(flash_attn_func, q, k, v, causal=case.causal)
+    more = {"window_size": _bounds(case, None)} if case.window else {}
+    more |= {"softcap": case.softcap} if case.softcap else {}
+    more |= {"learnable_sink": check.sinks(case, q.device)} if case.sink else {}
+    return partial(flash_attn_func, q, k, v, causal=case.causal, **more)
+
+
+def _bounds(case: Case, unbounded: int | None) -> tuple:
+    """Left and right of the case's mask."""
+    mask = case.visible.mask
+    return tuple(unbounded if bound is None else bound for bound in (mask.left, mask.right))
 
 
 def _offsets(batch: int, seqlen: int, device: torch.device) -> torch.Tensor:
@@ -145,10 +214,12 @@ def _fa3_varlen(case: Case, q, k, v):
     new_kv_and_out = [None] * 4  # k_new, v_new, q_v, out
     lengths = [cu_seqlens_q, cu_seqlens_k, None, None, None, case.seqlen_q, case.seqlen_k]
     paging_rotary_descale = [None] * 9  # page_table, kv_batch_idx, leftpad_k, 3 of rotary, 3 of descale
-    scale_mask = [case.head_dim**-0.5, case.causal, -1, -1, 0.0]  # window left and right, softcap
+    left, right = _bounds(case, -1) if case.window else (-1, -1)
+    scale_mask = [case.head_dim**-0.5, case.causal, left, right, case.softcap or 0.0]
+    sinks = check.sinks(case, q.device) if case.sink else None
     schedule = [True, None, 0, None, 0]  # rotary_interleaved, scheduler_metadata, num_splits, pack_gqa, sm_margin
-    context_parallel = [None, 1, 0, None]  # s_aux, cp_world_size, cp_rank, cp_tot_seqused_k
-    arguments = [*new_kv_and_out, *lengths, *paging_rotary_descale, *scale_mask, *schedule, *context_parallel]
+    sinks_and_context = [sinks, 1, 0, None]  # s_aux, cp_world_size, cp_rank, cp_tot_seqused_k
+    arguments = [*new_kv_and_out, *lengths, *paging_rotary_descale, *scale_mask, *schedule, *sinks_and_context]
     return partial(torch.ops._vllm_fa3_C.fwd, q, k, v, *arguments)
 
 
@@ -223,15 +294,19 @@ def _importable(module: str) -> Callable[[], str | None]:
     return unavailable
 
 
+_ALL = frozenset({"window", "softcap", "alibi", "sink"})
+
 PEERS = {
     peer.name: peer
     for peer in (
-        Peer("flashcore", "FlashCore, whatever backend the plan picks", partial(_flashcore, "auto")),
+        Peer("flashcore", "FlashCore, whatever backend the plan picks", partial(_flashcore, "auto"), features=_ALL),
         Peer(
             "flashcore-triton",
             "FlashCore's Triton backend",
             partial(_flashcore, "triton"),
             partial(_backend_unavailable, "triton"),
+            partial(_backend_rejects, "triton"),
+            features=_ALL,
         ),
         Peer(
             "cudnn",
@@ -245,11 +320,12 @@ PEERS = {
         Peer(
             "fa2",
             "SDPA through FlashAttention-2",
-            _sdpa,
+            _fa2,
             _no_cuda,
             _half_only,
             partial(_sdpa_kernel, "FLASH_ATTENTION"),
             transposed=True,
+            features=frozenset({"window"}),
         ),
         Peer(
             "math",
@@ -269,12 +345,26 @@ PEERS = {
             transposed=True,
         ),
         Peer("sdpa", "SDPA as PyTorch dispatches it", _sdpa, rejects=_sdpa_rejects, transposed=True),
-        Peer("reference", "FlashCore's specification in plain PyTorch", partial(_flashcore, "reference")),
+        Peer(
+            "reference", "FlashCore's specification in plain PyTorch", partial(_flashcore, "reference"), features=_ALL
+        ),
         Peer("eager", "Transformers' eager attention", _eager, _no_transformers, _math_rejects),
-        Peer("flex", "FlexAttention, compiled", _flex, _no_cuda, transposed=True),
-        Peer("fa3", "FlashAttention-3", _fa3, _importable("flash_attn_interface")),
-        Peer("fa3-varlen", "FlashAttention-3 on packed input", _fa3_varlen, _fa3_varlen_unavailable),
-        Peer("fa4", "FlashAttention-4", _fa4, _importable("flash_attn.cute")),
+        Peer("flex", "FlexAttention, compiled", _flex, _no_cuda, transposed=True, features=_ALL),
+        Peer(
+            "fa3",
+            "FlashAttention-3",
+            _fa3,
+            _importable("flash_attn_interface"),
+            features=frozenset({"window", "softcap"}),
+        ),
+        Peer(
+            "fa3-varlen",
+            "FlashAttention-3 on packed input",
+            _fa3_varlen,
+            _fa3_varlen_unavailable,
+            features=_ALL - {"alibi"},
+        ),
+        Peer("fa4", "FlashAttention-4", _fa4, _importable("flash_attn.cute"), features=_ALL - {"alibi"}),
         Peer("xformers", "xFormers", _xformers, _importable("xformers"), _xformers_rejects),
         Peer("flashinfer", "FlashInfer, ragged prefill", _flashinfer, _importable("flashinfer")),
         Peer("te", "Transformer Engine", _te, _importable("transformer_engine")),

@@ -261,7 +261,8 @@ def _profiled(impl: str, fields: str, device: str = "cuda") -> None:
     from flashcore.bench.peers import PEERS
 
     peer = PEERS[impl]
-    case = (GemmCase if peer.operation == "gemm" else Case)(**json.loads(fields))
+    row = json.loads(fields)
+    case = GemmCase(**row) if peer.operation == "gemm" else Case.of(row)
     with torch.no_grad(), peer.context():
         call = peer.prepare(case, *OPERATIONS[peer.operation].make_inputs(case, device))
         start = time.monotonic()
@@ -295,7 +296,7 @@ def _name(row: dict) -> str:
     if "head_dim" not in row:
         return row["kernel"]
     other = "" if row["impl"] == "flashcore" else f" ({row['impl']})"
-    return short_name(row["head_dim"], row["causal"], row["seqlen_q"]) + other
+    return short_name(Case.of(row)) + other
 
 
 if __name__ == "__main__":

@@ -161,8 +161,9 @@ def missing(data: dict) -> list[str]:
 
 # The columns that say what a row is about; the others are what was found.
 _ABOUT_A_CASE = {
-    "dtype", "batch", "heads", "kv_heads", "seqlen_q", "seqlen_k", "head_dim", "causal",
-    "inputs", "group", "m", "n", "k", "out_dtype", "weight", "activation", "model", "phase", "tokens", "new_tokens",
+    "dtype", "batch", "heads", "kv_heads", "seqlen_q", "seqlen_k", "head_dim", "causal", "inputs", "window", "softcap",
+    "alibi", "sink", "group", "m", "n", "k", "out_dtype", "weight", "activation", "model", "phase", "tokens",
+    "new_tokens",
 }  # fmt: skip
 _IDENTITY = {"op", "impl", "kernel", *_ABOUT_A_CASE}
 _OF_THE_MOMENT = {"date", "method"}

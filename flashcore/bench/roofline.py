@@ -117,7 +117,7 @@ def roofline_table(found: Sequence[Shape], sm_count: int, hbm: float | None) -> 
         done = work(case, tile_m, tile_n)
         cycles = block_cycles(64, tile_n, case.head_dim)
         useful = case.flops / (done.blocks * 4 * 64 * tile_n * case.head_dim)
-        cells = [short_name(case.head_dim, case.causal, case.seqlen_q), f"{tile_m} x {tile_n}", f"{us:.0f}"]
+        cells = [short_name(case), f"{tile_m} x {tile_n}", f"{us:.0f}"]
         cells += [f"{done.blocks * cycles[unit] / sm_count / us:.0f}" for unit in UNITS]
         cells += [f"{ours['sm_mhz']:.0f}", f"{100 * useful:.0f}"]
         cells += ["-" if hbm is None else f"{100 * done.hbm_bytes / hbm / us * 1e6:.0f}"]

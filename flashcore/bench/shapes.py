@@ -12,6 +12,7 @@ from flashcore.bench import record
 from flashcore.bench.cases import OURS, Case
 
 CASE_FIELDS = ("dtype", "batch", "heads", "kv_heads", "seqlen_q", "seqlen_k", "head_dim", "causal", "inputs")
+FEATURE_FIELDS = ("window", "softcap", "alibi", "sink")
 SAME_ORDER = 2.0  # cuDNN's time in the anchors over that in a run, or its inverse, must be less
 
 
@@ -30,7 +31,8 @@ def _anchor_row(row: dict) -> dict:
 
 
 def key(row: dict) -> tuple:
-    return *(row[field] for field in CASE_FIELDS), row["op"] == "attention_bwd"
+    features = json.dumps({name: row[name] for name in FEATURE_FIELDS if name in row})
+    return *(row[field] for field in CASE_FIELDS), features, row["op"] == "attention_bwd"
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,10 @@ class Shape:
         return 1 / SAME_ORDER < self.anchor["ms"]["cudnn"] / cudnn < SAME_ORDER
 
     @property
+    def has_fa3(self) -> bool:
+        return any("ms_p50" in self.rows.get(impl, {}) for impl in ("fa3", "fa3-varlen"))
+
+    @property
     def ratio(self) -> float | None:
         """FlashCore's speed over the best peer's: above 1 is faster. None if either is unknown."""
         if self.ours is None or self.best_ms is None:
@@ -82,15 +88,14 @@ def shapes(data: dict, anchors: dict[tuple, dict]) -> list[Shape]:
         if "head_dim" in row:
             grouped.setdefault(key(row), {})[row["impl"]] = row
     return [
-        Shape(Case(**dict(zip((*CASE_FIELDS, "backward"), key, strict=True))), rows, anchors.get(key))
-        for key, rows in grouped.items()
+        Shape(Case.of(next(iter(rows.values()))), rows, anchors.get(about)) for about, rows in grouped.items()
     ]
 
 
 def unanchored(found: list[Shape]) -> list[str]:
     """A sentence on the shapes whose ratio says nothing about FlashAttention-3: no run and no anchor has it there."""
     compared = [shape for shape in found if shape.ratio is not None]
-    without = [shape for shape in compared if "ms_p50" not in shape.rows.get("fa3", {}) and not shape.anchored]
+    without = [shape for shape in compared if not shape.anchored and not shape.has_fa3]
     if not without:
         return []
     which = "any shape" if len(without) == len(compared) else ", ".join(shape.case.name for shape in without)

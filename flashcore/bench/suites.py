@@ -154,7 +154,7 @@ def run_case(
     readings: dict[str, list] = {peer.name: [] for peer in peers}
     skipped = []
     for peer in peers:
-        if reason := peer.rejects(case):
+        if reason := peer.lacks(case) or peer.rejects(case):
             skipped.append({"impl": peer.name, "case": case.name, "reason": reason})
             continue
         row = rows[peer.name] = {"op": op, "impl": peer.name, **case.fields()}

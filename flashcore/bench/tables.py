@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from flashcore.bench.cases import SHORT, SUITES, Case, GemmCase
 from flashcore.bench.models import LAUNCH_BOUND
@@ -48,12 +48,8 @@ def impls_of(found: list[Shape]) -> list[str]:
     return list(dict.fromkeys(impl for shape in found for impl in shape.rows))
 
 
-def short_name(head_dim: int, causal: bool, seqlen: int) -> str:
-    return f"{head_dim} {'causal' if causal else 'full'} {seqlen}"
-
-
-def _mask(case: Case) -> str:
-    return "causal" if case.causal else "full"
+def short_name(case: Case) -> str:
+    return f"{case.head_dim} {case.mask} {case.seqlen_q}"
 
 
 def _length(case: Case) -> str:
@@ -81,7 +77,7 @@ def timing_table(title: str, found: list[Shape], mode: str) -> Table:
     rows = []
     for shape in found:
         case = shape.case
-        cells = [str(case.head_dim), _mask(case), _length(case), str(case.batch), _heads(case)]
+        cells = [str(case.head_dim), case.mask, _length(case), str(case.batch), _heads(case)]
         for impl in impls:
             row = shape.rows.get(impl)
             cells.append("" if row is None else show(row) if "ms_p50" in row else "failed")
@@ -92,10 +88,24 @@ def timing_table(title: str, found: list[Shape], mode: str) -> Table:
             cells.append(f"{ours['rel_err']:.2e}" if ours else "")
         rows.append(tuple(cells))
     headers += ["over best peer", "std %", "rel. error"] if timed else []
+    if any(shape.case.features for shape in found):
+        headers.append("time over plain")
+        rows = [(*row, cell) for row, cell in zip(rows, _over_plain(found), strict=True)]
     notes = [*summary(found), *(unanchored(found) if mode != "wall" else [])] if timed else []
     if decode:
         notes += _picked(found, "backend")
     return Table(title, tuple(headers), tuple(rows), (*notes, *_picked(found, "backward")))
+
+
+def _over_plain(found: list[Shape]) -> list[str]:
+    """FlashCore's time of each shape with features over that of the same shape without, where both were measured."""
+    plain = {shape.case: shape.ours["ms_p50"] for shape in found if shape.ours and not shape.case.features}
+    cells = []
+    for shape in found:
+        base = plain.get(replace(shape.case.plain, label=""))
+        known = shape.case.features and shape.ours and base
+        cells.append(f"{shape.ours['ms_p50'] / base:.2f}" if known else "")
+    return cells
 
 
 def _picked(found: list[Shape], field: str) -> list[str]:
@@ -114,7 +124,7 @@ def compact_table(found: list[Shape]) -> Table:
         text = "failed"
         if shape.ours:
             text = f"{shape.ours['tflops']:.0f}" + (f" ({shape.ratio:.2f})" if shape.ratio is not None else "")
-        cells.setdefault((shape.case.head_dim, _mask(shape.case)), {})[shape.case.seqlen_q] = text
+        cells.setdefault((shape.case.head_dim, shape.case.mask), {})[shape.case.seqlen_q] = text
     rows = [
         (f"{head_dim} {mask}", *(by_length.get(length, "") for length in lengths))
         for (head_dim, mask), by_length in cells.items()
@@ -130,7 +140,7 @@ def accuracy_table(title: str, found: list[Shape]) -> Table:
     rows = []
     for shape in found:
         case = shape.case
-        cells = [str(case.head_dim), _mask(case), _length(case), case.dtype, case.inputs]
+        cells = [str(case.head_dim), case.mask, _length(case), case.dtype, case.inputs]
         for impl in impls:
             row = shape.rows.get(impl, {})
             text = f"{row['rel_err']:.3e}" if "rel_err" in row else ""
@@ -160,7 +170,7 @@ def matrix_tables(found: list[Shape], skipped: list[dict]) -> list[Table]:
         notes = [f"FAILED: {impl}: {row['failed']}" for impl, row in shape.rows.items() if "failed" in row]
         notes += _left_out("Not measured", [s for s in skipped if s.get("case") == case.name])
         size = f"batch {case.batch}, S = {_length(case)}, heads {_heads(case)}, head_dim {case.head_dim}"
-        title = f"matrix: {label} ({size}, {_mask(case)}, {SHORT[case.dtype]})"
+        title = f"matrix: {label} ({size}, {case.mask}, {SHORT[case.dtype]})"
         if shape is found[-1]:
             notes += _left_out("Not measured at any shape", [s for s in skipped if "case" not in s])
         tables.append(Table(title, headers, tuple(rows), tuple(notes)))

@@ -32,10 +32,12 @@ def add_peer(monkeypatch):
     return add
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    ("causal", "window"), [(False, None), (True, None), (True, (9, 0)), (False, (9, 4)), (False, (None, 4))]
+)
 @pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(48, 48), (33, 57), (57, 33)])
-def test_the_float64_gradients_are_those_of_autograd(causal, seqlen_q, seqlen_k, monkeypatch):
-    case = Case(2, seqlen_q, seqlen_k, 4, 2, 16, causal, "float64", backward=True)
+def test_the_float64_gradients_are_those_of_autograd(causal, window, seqlen_q, seqlen_k, monkeypatch):
+    case = Case(2, seqlen_q, seqlen_k, 4, 2, 16, causal, "float64", backward=True, window=window)
     tensors = backward.make_inputs(case, "cpu")
     expected = backward.prepare(PEERS["reference"], case, *tensors)()
     monkeypatch.setattr(check, "SCORES", 2 * seqlen_k * 7)  # 7 rows at a time
@@ -46,6 +48,24 @@ def test_the_float64_gradients_are_those_of_autograd(causal, seqlen_q, seqlen_k,
         torch.testing.assert_close(dk, expected[1][batch, :, head])
         torch.testing.assert_close(dv, expected[2][batch, :, head])
     assert max(truth.errors(expected).columns().values()) < 1e-12
+
+
+def test_windows_have_gradients_to_compare_with():
+    case = replace(CASE, window=(9, 0))
+    tensors = backward.make_inputs(case, "cpu")
+    answer = backward.pytorch_answer(case, "cpu", *tensors)
+    assert [x.dtype for x in answer] == [torch.bfloat16] * 3
+    windowed, plain = (backward.Truth(c, *tensors).errors(answer) for c in (case, CASE))
+    assert windowed.columns()["rel_err"] < 1e-2
+    assert plain.columns()["rel_err"] > 0.1
+    ours, sdpa = run(case, ("flashcore", "reference"))["rows"]
+    assert "failed" not in ours | sdpa
+
+
+def test_gradients_that_nobody_wrote_out_are_refused():
+    case = replace(CASE, softcap=3.0)
+    with pytest.raises(NotImplementedError, match="softcap"):
+        backward.pytorch_answer(case, "cpu", *backward.make_inputs(case, "cpu"))
 
 
 def test_slices_are_spread_and_few():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import flashcore
 from flashcore.bench import check
 from flashcore.bench.cases import Case
+from flashcore.bench.peers import PEERS
 
 CASE = Case(2, 96, 96, 4, 2, 32, True, "bfloat16")
 
@@ -108,3 +110,44 @@ def test_large_inputs_have_scores_of_hundreds():
     q, k, _ = check.make_inputs(Case(1, 65, 65, 2, 2, 64, True, "float16", "large"), "cpu")
     scores = torch.einsum("bihd,bjhd->bhij", q.double(), k.double()) / 8
     assert 200 < scores.abs().max() < 1000
+
+
+FEATURES = (
+    {"window": (20, 0)},
+    {"causal": False, "window": (20, 5)},
+    {"causal": False, "window": (None, 5)},
+    {"softcap": 2.0},
+    {"alibi": True},
+    {"causal": False, "alibi": True},
+    {"sink": True},
+    {"window": (9, 0), "softcap": 1.5, "sink": True},
+)
+
+
+@pytest.mark.parametrize("feature", FEATURES, ids=str)
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(64, 64), (40, 72), (72, 40)])
+def test_the_written_out_answer_is_that_of_the_specification(feature, seqlen_q, seqlen_k, monkeypatch):
+    case = replace(Case(2, seqlen_q, seqlen_k, 4, 2, 16, True, "float64"), **feature)
+    q, k, v = check.make_inputs(case, "cpu")
+    expected = PEERS["reference"].prepare(case, q, k, v)()
+    monkeypatch.setattr(check, "SCORES", 2 * 4 * seqlen_k * 7)  # 7 rows at a time
+    truth = check.Truth(case, q, k, v)
+    assert len(truth.blocks) == -(-seqlen_q // 7)
+    assert truth.errors(expected).rel_err < 1e-12
+    plain = PEERS["reference"].prepare(case.plain, q, k, v)()
+    assert truth.errors(plain).rel_err > 1e-2
+
+
+@pytest.mark.parametrize("feature", FEATURES, ids=str)
+def test_what_stands_for_pytorch_is_as_good_as_its_dtype(feature):
+    case = replace(CASE, **feature)
+    tensors = check.make_inputs(case, "cpu")
+    errors = check.Truth(case, *tensors).errors(check.in_blocks(case, *tensors))
+    fa2_like = check.Truth(CASE, *tensors).errors(flashcore.attention(*tensors, causal=True, backend="sdpa"))
+    assert 1e-4 < errors.rel_err < 2 * fa2_like.rel_err
+
+
+def test_a_window_costs_what_it_sees():
+    case = Case(1, 16384, 16384, 8, 8, 128, True)
+    assert len(check.checked_rows(case, check.FLOPS)) == check.BLOCKS
+    assert check.checked_rows(replace(case, window=(127, 0)), check.FLOPS) == [(0, 16384)]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from flashcore.bench import documents, record, tables
+from flashcore.bench.cases import Case
 from flashcore.bench.documents import Documents, replace_block
 from flashcore.bench.shapes import load_anchors, shapes, summary
 
@@ -213,3 +216,22 @@ def test_a_table_names_the_shapes_that_fa3_has_no_time_for(forward_record, ancho
     forward_record["rows"] += [{**row, "impl": "fa3"} for row in forward_record["rows"] if row["impl"] == "fa2"]
     (table,) = tables.tables(forward_record, {})
     assert not any("FlashAttention-3" in note for note in table.notes)
+
+
+def test_features_are_shown_with_what_they_cost():
+    plain = Case(2, 8192, 8192, 16, 16, 128, True)
+    changes = {"softcap": 30.0}, {"window": (127, 0), "sink": True}, {"head_dim": 64, "alibi": True}
+    cases = (plain, *(replace(plain, **change) for change in changes))
+    rows = [
+        {"op": "attention_fwd", "impl": impl, **case.fields(), "rel_err": 2e-3, "max_abs_err": 1e-3, "std_pct": 1.0}
+        | {"ms_p50": ms, "tflops": case.tflops(ms)}
+        for case, ms in zip(cases, (1.0, 1.1, 0.2, 1.0), strict=True)
+        for impl, ms in (("flashcore", ms), ("fa3-varlen", 2 * ms))
+    ]
+    data = {"suite": "window", "rows": rows, "skipped": [], "meta": {"method": {"mode": "events"}}}
+    (table,) = tables.tables(data, {})
+    assert table.headers[-1] == "time over plain"
+    assert [row[1] for row in table.rows] == ["causal", "causal, softcap 30", "window 128, sink", "causal, alibi"]
+    assert [row[-1] for row in table.rows] == ["", "1.10", "0.20", ""]
+    assert {row[7] for row in table.rows} == {"2.00"}
+    assert not any("FlashAttention-3 was not measured" in note for note in table.notes)

@@ -8,6 +8,7 @@ import subprocess
 import pytest
 
 from flashcore.bench import machine, record
+from flashcore.bench.cases import SUITES
 
 
 def test_a_record_comes_back(forward_record, tmp_path):
@@ -238,3 +239,14 @@ def test_records_of_today_hold_every_case():
     for suites in record.read_all().values():
         for name in ("forward", "small", "decode", "e2e", "gemm", "startup", "matrix"):
             assert record.missing(suites[name]) == [], name
+
+
+def test_cases_that_differ_by_a_feature_are_not_one():
+    """In a partial record, and in a merged one."""
+    plain, softcap = SUITES["window"].cases[-4:-2]
+    assert softcap.features == {"softcap"}
+    rows = [{"op": "attention_fwd", "impl": "flashcore", **softcap.fields()}]
+    data = {"suite": "window", "rows": rows, "skipped": []}
+    absent = record.missing(data)
+    assert plain.name in absent
+    assert softcap.name not in absent

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import flashcore
-from flashcore.bench import peers, startup, suites
+from flashcore.bench import check, peers, startup, suites
 from flashcore.bench.cases import ADVERSARIAL, SUITES, Case
 from flashcore.bench.peers import PEERS, Peer
 from flashcore.bench.timing import Effort
@@ -187,6 +187,100 @@ def test_the_record_grows_with_each_case(add_peer):
 def test_a_complete_record_is_without_nothing():
     data = suites.run(SUITES["quick"], peers=("sdpa",), effort=FAST)
     assert "missing" not in data
+
+
+@pytest.mark.parametrize(
+    "feature",
+    [{"window": (20, 0)}, {"softcap": 2.0}, {"alibi": True}, {"sink": True}, {"window": (9, 0), "sink": True}],
+    ids=str,
+)
+def test_features_are_measured_where_they_exist(feature):
+    case = replace(CASE, **feature)
+    data = suites.run(SUITES["window"], [case], ("flashcore", "reference", "sdpa", "math"), FAST)
+    assert [row["impl"] for row in data["rows"] if "failed" not in row] == ["flashcore", "reference"]
+    assert all(Case.of(row) == case for row in data["rows"])
+    assert {entry["impl"]: entry["reason"] for entry in data["skipped"]} == dict.fromkeys(
+        ("sdpa", "math"), f"it has no {', no '.join(sorted(feature))}"
+    )
+
+
+def test_an_answer_without_the_feature_is_wrong(add_peer):
+    for feature in ("window", "softcap", "alibi", "sink"):
+        case = replace(CASE, **{feature: {"window": (20, 0), "softcap": 2.0}.get(feature, True)})
+        add_peer("plain", lambda case, *qkv: PEERS["reference"].prepare(case.plain, *qkv), features=case.features)
+        (row,) = suites.run(SUITES["window"], [case], ("plain",), FAST)["rows"]
+        assert "against float64" in row["failed"]
+
+
+def test_a_backend_without_a_feature_is_not_asked(monkeypatch):
+    from flashcore.backends import triton
+
+    monkeypatch.setattr(triton, "FEATURES", frozenset({"window"}))
+    peer = PEERS["flashcore-triton"]
+    assert peer.rejects(CASE) is None
+    assert peer.rejects(replace(CASE, window=(9, 0))) is None
+    assert peer.rejects(replace(CASE, alibi=True, sink=True)) == "triton has no score, no sink yet"
+
+
+@pytest.mark.parametrize(
+    "feature",
+    [{"window": (20, 0)}, {"causal": False, "window": (20, 5)}, {"causal": False, "window": (None, 5)},
+     {"softcap": 2.0}, {"alibi": True}, {"sink": True}, {"window": (9, 0), "softcap": 1.5, "sink": True}],
+    ids=str,
+)  # fmt: skip
+def test_flex_computes_every_feature(feature, monkeypatch):
+    """Uncompiled: on the CPU compiled ones have no LSE."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    case = replace(CASE, seqlen_k=96, **feature)
+    tensors = check.make_inputs(case, "cpu")
+    out = PEERS["flex"].result(case, PEERS["flex"].prepare(case, *tensors)())
+    assert check.Truth(case, *tensors).errors(out).rel_err < 1e-5
+
+
+def test_fa2_is_asked_for_windows_below_sdpa(monkeypatch):
+    asked = []
+
+    def answer(*arguments, **named):
+        asked.append((arguments, named))
+        return arguments
+
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", answer)
+    q, k, v = check.make_inputs(replace(CASE, window=(20, 0)), "cpu")
+    out = PEERS["fa2"].prepare(replace(CASE, window=(20, 0)), q, k, v)()
+    assert out.shape == q.transpose(1, 2).shape
+    ((arguments, named),) = asked
+    assert arguments[5:10] == (64, 64, 0.0, True, False)
+    assert named == {"window_size_left": 20, "window_size_right": 0}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["flashcore", "fa2", "flex"])
+@pytest.mark.parametrize(
+    "feature",
+    [{}, {"window": (99, 0)}, {"softcap": 5.0}, {"alibi": True}, {"sink": True}, {"window": (99, 0), "sink": True}],
+    ids=str,
+)
+def test_features_on_a_gpu(impl, feature):
+    case = replace(Case(2, 512, 512, 8, 2, 64, True, "bfloat16"), **feature)
+    data = suites.run(SUITES["window"], [case], [impl], FAST)
+    if impl == "fa2" and case.features - {"window"}:
+        assert data["rows"] == []
+    else:
+        (row,) = data["rows"]
+        assert "failed" not in row, row["failed"]
+
+
+def test_the_op_of_vllm_gets_windows_softcap_and_sinks(monkeypatch):
+    class Ops:
+        def fwd(self, *arguments):
+            return arguments
+
+    monkeypatch.setattr(torch.ops, "_vllm_fa3_C", Ops(), raising=False)
+    case = Case(3, 8, 8, 4, 4, 16, True, window=(4, 0), softcap=5.0, sink=True)
+    arguments = peers._fa3_varlen(case, *(torch.randn(3, 8, 4, 16) for _ in range(3)))()
+    assert len(arguments) == 37
+    assert arguments[23:28] == (0.25, True, 4, 0, 5.0)
+    assert torch.equal(arguments[33], check.sinks(case, "cpu"))
 
 
 def test_startup_reports_a_process_that_dies(monkeypatch):
