@@ -99,7 +99,7 @@ def flash_attn_func(
     if not (return_attn_probs or return_lse):
         return api.attention(q, k, v, **options)
     out, lse = api.attention(q, k, v, **options, return_lse=True)
-    if sink is None and mask.of(q.shape[1], k.shape[1]).empty_rows:
+    if mask.of(q.shape[1], k.shape[1]).empty_rows:
         lse = lse.masked_fill(lse.isneginf(), torch.inf)  # flash-attn's sign for a query without a key
     return (out, lse, q.new_empty(0)) if return_attn_probs else (out, lse)
 
