@@ -60,7 +60,7 @@
 //   infinity in a hidden K does not matter. A hidden V in a block that others see is multiplied by 0, and 0 * NaN is
 //   NaN, as with PyTorch's kernels.
 //
-// EVIDENCE  docs/log/0001 (order of tiles), 0002 (diagonal), 0003 (table). FlashAttention-3 (arXiv 2407.08608) for the
+// EVIDENCE  docs/log/0001 (order of tiles), 0002 (diagonal), 0003 (table), 0020 (windows, scores). FlashAttention-3 (arXiv 2407.08608) for the
 //   overlap of softmax and products, FlashAttention-2 (arXiv 2307.08691) for the online softmax over key blocks.
 #pragma once
 #include "../core/ring.cuh"

@@ -28,6 +28,7 @@ struct Softmax {
   float threshold[2];  // in units of the raw scores
   float rescale[2];    // factors for the output when update() returned true
   bool fast;           // no threshold in this warp is negative
+  bool huge;           // some maximum in this warp is
 
   Softmax(float scale_log2) : scale_log2(scale_log2), unit(1 / scale_log2) {}
 
@@ -43,12 +44,11 @@ struct Softmax {
     return m;
   }
 
-  // huge: below every score, so that every block takes the way of one that raises the maximum.
-  __forceinline__ void set_thresholds(bool huge) {
+  __forceinline__ void set_thresholds() {
 #pragma unroll
     for (int slot = 0; slot < 2; ++slot) {
       const float half = log2_approx(quad_sum(row_sum[slot])) - 1;
-      threshold[slot] = huge ? negative_infinity() : row_max[slot] + fminf(fmaxf(half, 0), headroom) * unit;
+      threshold[slot] = row_max[slot] + fminf(fmaxf(half, 0), headroom) * unit;
     }
     fast = __all_sync(full_warp, threshold[0] >= 0 && threshold[1] >= 0);
   }
@@ -56,25 +56,21 @@ struct Softmax {
   // A row without keys keeps row_max = -inf: it refers to 0, so that its exponentials are 0, not NaN.
   __forceinline__ float origin(int slot) const { return row_max[slot] == negative_infinity() ? 0 : row_max[slot]; }
 
-  __forceinline__ bool is_huge() const {
-    return __any_sync(full_warp, fmaxf(fabsf(origin(0)), fabsf(origin(1))) * scale_log2 >= huge_exponent);
+  __forceinline__ void set_huge() {
+    huge = __any_sync(full_warp, fmaxf(fabsf(origin(0)), fabsf(origin(1))) * scale_log2 >= huge_exponent);
   }
 
-  // s becomes exp2(s * scale_log2 - row_max * scale_log2), and is added to the row sums.
+  // s becomes exp2((s - row_max) * scale_log2), and is added to the row sums.
   template <int n> __forceinline__ void exponentiate(float (&s)[n]) {
-    const float offset[2] = {origin(0) * scale_log2, origin(1) * scale_log2};
+    float offset[2] = {origin(0) * scale_log2, origin(1) * scale_log2};
+    if (huge) {
+#pragma unroll
+      for (int i = 0; i < n; ++i) s[i] -= origin(fragment_slot(i));
+      offset[0] = offset[1] = 0;
+    }
 #pragma unroll
     for (int i = 0; i < n; ++i) {
       s[i] = exp2_approx(s[i] * scale_log2 - offset[fragment_slot(i)]);
-      row_sum[fragment_slot(i)] += s[i];
-    }
-  }
-
-  // The same, exactly 1 at the maximum.
-  template <int n> __forceinline__ void exponentiate_huge(float (&s)[n]) {
-#pragma unroll
-    for (int i = 0; i < n; ++i) {
-      s[i] = exp2_approx((s[i] - origin(fragment_slot(i))) * scale_log2);
       row_sum[fragment_slot(i)] += s[i];
     }
   }
@@ -93,12 +89,9 @@ struct Softmax {
       for (int slot = 0; slot < 2; ++slot)
         row_max[slot] = quad_max(__int_as_float(top[slot] >= 0 ? top[slot] : least(s, slot, top[slot])));
     }
-    const bool huge = is_huge();
-    if (__builtin_expect(huge, 0))
-      exponentiate_huge(s);
-    else
-      exponentiate(s);
-    set_thresholds(huge);
+    set_huge();
+    exponentiate(s);
+    set_thresholds();
   }
 
   // Later blocks. Returns, uniformly per warp, whether the output of earlier blocks must be rescaled.
@@ -119,18 +112,14 @@ struct Softmax {
     if (grew) {
 #pragma unroll
       for (int slot = 0; slot < 2; ++slot) {
-        const float m = fmaxf(quad_max(top[slot]), row_max[slot]);  // a huge row's threshold is below its maximum
+        const float m = quad_max(top[slot]);
         const bool row_grew = m > threshold[slot];
         rescale[slot] = row_grew ? exp2_approx((row_max[slot] - m) * scale_log2) : 1.0f;
         row_sum[slot] *= rescale[slot];
         if (row_grew) row_max[slot] = m;
       }
-      const bool huge = is_huge();
-      set_thresholds(huge);
-      if (__builtin_expect(huge, 0)) {
-        exponentiate_huge(s);
-        return true;
-      }
+      set_huge();
+      set_thresholds();
     }
     exponentiate(s);
     return grew;
