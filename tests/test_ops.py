@@ -45,7 +45,7 @@ def layer(q, k, v, **options):
     return flashcore.attention(q * 2, k, v, causal=True, **options) + 1
 
 
-def exact_backward(problem, config, q, k, v, out, lse, dout):
+def exact_backward(problem, config, q, k, v, out, lse, dout, dlse):
     """A backward of a backend's own; it fails if it is not fed with the forward's output and LSE."""
     expected = reference.forward(problem, None, q, k, v)
     torch.testing.assert_close((out, lse), expected)
