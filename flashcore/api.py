@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from flashcore import backends, gradients
 from flashcore import plan as planning
 from flashcore.backends import Run
+from flashcore.calls import Runs, on_its_device
 from flashcore.errors import UnsupportedError
 from flashcore.plan import Plan
-from flashcore.problem import DEVICES, AttentionProblem, check_tensors, checked_scale
+from flashcore.problem import DEVICES, LEAST_SCALE, AttentionProblem, check_tensors, checked_scale
 from flashcore.score import bind
-from flashcore.watching import answers_itself, is_recorded, is_transformed, is_watched
+from flashcore.watching import answers_itself, is_batched, is_recorded, is_transformed, is_watched
 
-# How to run each kind of call seen so far. Strides are not part of the key: no check and no plan depends on them.
-runs: dict[tuple, Any] = {}
-_MAX_RUNS = 4096
+# Strides are not part of a kind: no check and no plan depends on them. Neither is the size of a scale.
+runs = Runs()
+_recent = runs.recent.get
+_LARGEST_SCALE = sys.float_info.max
 
 _is_grad_enabled = torch.is_grad_enabled
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
@@ -111,14 +113,15 @@ def attention(
         float32 (batch, heads_q, seqlen_q). A query that sees no key gives zeros and -inf.
 
     :raises InvalidInputError: arguments that no backend could accept.
-    :raises UnsupportedError: no backend, or not the requested one, can do it.
+    :raises UnsupportedError: no backend, or not the requested one, can do it; or a second derivative is asked for,
+        which only ``backend="reference"`` has.
     """
     if _is_any_autocast_enabled():
         q, k, v = autocast(q, k, v)
     if is_watched() and window is score is sink is None:
         run = _by_operations if is_transformed(q, k, v) else _by_operator if is_recorded() else None
         if run is not None:
-            out, lse = run(causal, scale, return_lse, backend, q, k, v)
+            out, lse = run(causal, return_lse, backend, q, k, v, scale)
             return (out, lse) if return_lse else out
     if window is not None or score is not None or sink is not None:
         out, lse = _with_features(q, k, v, causal, window, scale, score, sink, return_lse, backend)
@@ -127,15 +130,16 @@ def attention(
         grad = _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
         key = (
             q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,
-            q.layout, k.layout, v.layout, type(q), type(k), type(v), causal, scale, grad, return_lse, backend,
-            _active_override(),
+            q.layout, k.layout, v.layout, type(q), type(k), type(v), causal, type(causal),
+            scale is None or (type(scale) is float and LEAST_SCALE <= scale <= _LARGEST_SCALE) or (type(scale), scale),
+            grad, return_lse, type(return_lse), backend, _active_override(),
         )  # fmt: skip
-        run = runs.get(key)
+        run = _recent(key)
     except (AttributeError, TypeError, RuntimeError):  # not tensors, nested ones, unhashable values:
         key = run = None  # validation says which
     if run is None:
         run = _prepare(key, q, k, v, causal, scale, return_lse, backend)
-    out, lse = run(q, k, v)
+    out, lse = run(q, k, v, scale)
     return (out, lse) if return_lse else out
 
 
@@ -184,7 +188,7 @@ def _autocast_one(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.get_autocast_dtype(device))
 
 
-def _by_operator(causal, scale, return_lse, backend, q, k, v):
+def _by_operator(causal, return_lse, backend, q, k, v, scale):
     """(out, lse) by the operator, for those who record operators or answer them."""
     from flashcore import ops
 
@@ -194,7 +198,7 @@ def _by_operator(causal, scale, return_lse, backend, q, k, v):
     return ops.attention(q, k, v, causal, scale, return_lse, backend)
 
 
-def _by_operations(causal, scale, return_lse, backend, q, k, v):
+def _by_operations(causal, return_lse, backend, q, k, v, scale):
     """(out, lse) by a backend that is made of PyTorch's operations, which transforms see through."""
     plan = explain(q, k, v, causal=causal, scale=scale, return_lse=return_lse, backend=backend)
     module = backends.load(plan.backend)
@@ -203,7 +207,7 @@ def _by_operations(causal, scale, return_lse, backend, q, k, v):
             f"attention: backend {plan.backend!r} cannot be transformed by torch.func (grad, vjp, vmap, ...) or "
             'forward-mode differentiation. Pass backend="sdpa".'
         )
-    return _detach_lse(partial(module.forward, plan.problem, plan.config), q, k, v)
+    return _detach_lse(backends.prepare(plan.backend, plan.problem, plan.config), q, k, v, scale)
 
 
 def _with_features(q, k, v, causal, window, scale, score, sink, return_lse, backend):
@@ -217,10 +221,11 @@ def _with_features(q, k, v, causal, window, scale, score, sink, return_lse, back
     try:
         key = (
             "features", q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,
-            q.layout, k.layout, v.layout, type(q), type(k), type(v), causal, type(causal), window, scale, spec,
-            tuple(t.device for t in extras), grad, return_lse, type(return_lse), backend, _active_override(),
+            q.layout, k.layout, v.layout, type(q), type(k), type(v), causal, type(causal), window,
+            scale is None or (type(scale) is float and LEAST_SCALE <= scale <= _LARGEST_SCALE) or (type(scale), scale),
+            spec, tuple(t.device for t in extras), grad, return_lse, type(return_lse), backend, _active_override(),
         )  # fmt: skip
-        run = runs.get(key)
+        run = _recent(key) or runs.recall(key)
     except (AttributeError, TypeError, RuntimeError):
         key = run = None
     if run is None:
@@ -230,29 +235,24 @@ def _with_features(q, k, v, causal, window, scale, score, sink, return_lse, back
         )  # fmt: skip
         run = on_its_device(q, _runner(plan))
         if key is not None:
-            remember(key, run)
-    return run(q, k, v, *extras)
+            runs.remember(key, run)
+    return run(q, k, v, scale, *extras)
 
 
 def _prepare(key: tuple | None, q, k, v, causal, scale, return_lse, backend) -> Run:
-    """Validate, plan, and remember how to run this kind of call."""
+    """How to run a kind of call that is no recent one: recalled, or validated, planned and remembered."""
+    run = None if key is None else runs.recall(key)
+    if run is not None:
+        return run
     if any(map(answers_itself, (q, k, v))):
-        return partial(_by_operator, causal, scale, return_lse, backend)
+        return partial(_by_operator, causal, return_lse, backend)
     plan = explain(q, k, v, causal=causal, scale=scale, return_lse=return_lse, backend=backend)
     run = on_its_device(q, _runner(plan))
-    return run if key is None else remember(key, run)
-
-
-def remember(key: tuple, run: Any) -> Any:
-    """Keep `run` in :data:`runs`, which stays bounded."""
-    if len(runs) >= _MAX_RUNS:
-        runs.clear()
-    runs[key] = run
-    return run
+    return run if key is None else runs.remember(key, run)
 
 
 def _runner(plan: Plan) -> Run:
-    """The shortest way from q, k, v to (out, lse)."""
+    """The shortest way from q, k, v, the scale and extras to (out, lse)."""
     forward = backends.prepare(plan.backend, plan.problem, plan.config)
     if plan.backward == planning.NO_GRAD:
         return forward
@@ -261,58 +261,101 @@ def _runner(plan: Plan) -> Run:
     return partial(_Attention.apply, plan, forward)
 
 
-def _detach_lse(forward: Run, *tensors):
-    out, lse = forward(*tensors)
+def _detach_lse(forward: Run, *arguments):
+    out, lse = forward(*arguments)
     return out, lse if lse is None else lse.detach()
-
-
-def on_its_device(q: torch.Tensor, run: Run) -> Run:
-    """`run`, on q's GPU where there are several."""
-    return partial(_on_device, run) if q.is_cuda and torch.cuda.device_count() > 1 else run
-
-
-def _on_device(run: Run, q, *others):
-    """Run with q's GPU as the current one, as kernels and their stream need it."""
-    if torch.cuda.current_device() == q.device.index:
-        return run(q, *others)
-    with torch.cuda.device(q.device):
-        return run(q, *others)
 
 
 class _Attention(torch.autograd.Function):
     """Ties a forward that autograd cannot see through to the backward that the plan chose."""
 
     @staticmethod
-    def forward(plan: Plan, forward: Run, *tensors):
-        return forward(*tensors)
+    def forward(plan: Plan, forward: Run, *arguments):
+        return forward(*arguments)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.plan, _, q, k, v, *extras = inputs
+        ctx.plan, _, q, k, v, ctx.scale, *extras = inputs
         out, lse = output
         ctx.save_for_backward(q, k, v, out, lse, *extras)
         ctx.mark_non_differentiable(lse)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dout, _):
+        if _is_grad_enabled():
+            refuse_second_derivative()
         q, k, v, out, lse, *extras = ctx.saved_tensors
-        grads = differentiate(ctx.plan, q, k, v, out, lse, dout, *extras)
+        dq, dk, dv = _gradients(ctx.plan, ctx.scale, q, k, v, out, lse, dout, *extras)
         of_extras = [None] * len(extras)
         if ctx.plan.problem.score.sink is not None and ctx.needs_input_grad[-1]:
             of_extras[-1] = gradients.of_sinks(extras[-1], out, lse, dout)
-        return None, None, *grads, *of_extras
+        return None, None, dq, dk, dv, None, *of_extras
 
 
-def differentiate(plan: Plan, q, k, v, out, lse, dout, *extras) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def refuse_second_derivative(*_):
+    raise UnsupportedError(
+        "attention: this backward pass has no derivative of its own: create_graph=True and second derivatives are not "
+        'there. An eager call with backend="reference" has them.'
+    )
+
+
+def _gradients(plan: Plan, scale: float | None, q, k, v, out, lse, dout, *extras) -> tuple[torch.Tensor, ...]:
+    """(dq, dk, dv) of an eager call, whoever looks at its backward pass alone."""
+    tensors = q, k, v, out, lse, dout, *extras
+    if is_watched() and is_transformed(*tensors):
+        return _TransformedGradients.apply(plan, scale, *tensors)
+    if is_recorded() or is_batched(dout) or any(map(answers_itself, tensors)):
+        if plan.problem.features - {"head_dim_v"}:
+            raise UnsupportedError(
+                "attention: the gradients of a window, a score function and sinks cannot be recorded or batched."
+            )
+        return _gradients_by_operator(plan, scale, *tensors)
+    return differentiate(plan, scale, *tensors)
+
+
+def _gradients_by_operator(plan: Plan, scale: float | None, q, k, v, out, lse, dout) -> tuple[torch.Tensor, ...]:
+    from flashcore import ops
+
+    problem = plan.problem
+    backend = plan.backend if plan.backend in backends.BACKENDS else "auto"
+    return ops.attention_backward(dout, q, k, v, out, lse, problem.causal, scale, True, problem.return_lse, backend)
+
+
+class _TransformedGradients(torch.autograd.Function):
+    """The backward pass under transforms: a batch of output gradients is taken one by one, all else is refused."""
+
+    @staticmethod
+    def forward(plan: Plan, scale: float | None, *tensors):
+        return _gradients(plan, scale, *tensors)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def vmap(info, in_dims, plan: Plan, scale: float | None, *tensors):
+        def apply(i: int):
+            one = (t if dim is None else t.select(dim, i) for t, dim in zip(tensors, in_dims[2:], strict=True))
+            return _TransformedGradients.apply(plan, scale, *one)
+
+        grads = zip(*map(apply, range(info.batch_size)), strict=True)
+        return tuple(map(torch.stack, grads)), (0, 0, 0)
+
+    backward = jvp = staticmethod(refuse_second_derivative)
+
+
+def differentiate(
+    plan: Plan, scale: float | None, q, k, v, out, lse, dout, *extras
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dq, dk, dv) by the backward pass that the plan chose."""
+    problem = plan.problem.scaled(scale)
     tensors = q, k, v, out, lse, dout, None, *extras  # None: no gradient of the LSE yet
     if plan.backward == planning.TORCH_FLASH:
-        return gradients.torch_flash(plan.problem, *tensors)
+        return gradients.torch_flash(problem, *tensors)
     if plan.backward == planning.SDPA_RECOMPUTE:
-        return gradients.recompute("sdpa", plan.problem, *tensors)
+        return gradients.recompute("sdpa", problem, *tensors)
     if plan.backward == planning.REFERENCE_RECOMPUTE:
-        return gradients.recompute("reference", plan.problem, *tensors)
+        return gradients.recompute("reference", problem, *tensors)
     if plan.backward == planning.AUTOGRAD:  # not from an eager call: autograd saw through that
-        return gradients.recompute(plan.backend, plan.problem, *tensors)
-    return backends.load(plan.backward).backward(plan.problem, plan.config, *tensors)
+        return gradients.recompute(plan.backend, problem, *tensors)
+    return backends.load(plan.backward).backward(problem, plan.config, *tensors)

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from flashcore.api import autocast
+from flashcore.calls import Runs, on_its_device
 from flashcore.errors import InvalidInputError
 from flashcore.gemm_problem import GemmProblem, check_arguments
 from flashcore.plan import warn_that_the_gpu_could_do_better
-from flashcore.watching import answers_itself, is_recorded, is_transformed, is_watched
+from flashcore.watching import answers_itself, is_batched, is_recorded, is_transformed, is_watched
 
 Run = Callable[[torch.Tensor, torch.Tensor, "torch.Tensor | None"], torch.Tensor]
 
-# How to run each kind of call seen so far, by everything that a plan depends on.
-_runs: dict[tuple, Run] = {}
-_MAX_RUNS = 4096
+_runs = Runs()  # a kind has everything that a plan depends on: strides are part of it
+_recent = _runs.recent.get
 
 _is_grad_enabled = torch.is_grad_enabled
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
@@ -39,8 +38,9 @@ def matmul(
 
     Under ``torch.autocast`` a, b and bias are first cast to its dtype, as PyTorch's own matmul casts them.
 
-    Differentiable once in a, b and bias; an activation's backward pass computes the sums again. ``torch.compile`` and
-    ``torch.export`` carry it in their graph as the operator ``flashcore::matmul`` (``flashcore/ops.py``).
+    Differentiable in a, b and bias, as often as one likes; an activation's backward pass computes the sums again.
+    ``torch.compile`` and ``torch.export`` carry it in their graph as the operator ``flashcore::matmul``
+    (``flashcore/ops.py``).
 
     :param a: (m, k) or (batch, m, k); bfloat16 or float16 for the Hopper kernel, float32 or float64 elsewhere. Any
         strides: a transposed or sliced matrix is read where it is, if its rows or columns are dense and aligned to
@@ -59,7 +59,7 @@ def matmul(
     if is_watched():
         if is_transformed(a, b, bias):
             problem = GemmProblem.from_tensors(a, b, out_dtype=out_dtype, bias=bias, activation=activation)
-            return _by_torch(problem, a, b, bias)
+            return _by_torch(problem, a, b, bias, seen_through=True)
         if is_recorded():
             return _by_operator(out_dtype, activation, a, b, bias)
     if _needs_grad(a, b, bias):
@@ -68,7 +68,7 @@ def matmul(
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """``x @ weight.T + bias``: ``torch.nn.functional.linear`` on the same kernels, differentiable once.
+    """``x @ weight.T + bias``: ``torch.nn.functional.linear`` on the same kernels, differentiable likewise.
 
     :param x: (..., k).
     :param weight: (n, k), x's dtype.
@@ -84,7 +84,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
             f"linear: x (..., k) and weight (n, k) must share k (given x {tuple(x.shape)}, "
             f"weight {tuple(weight.shape)})."
         )
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    rows = x[None] if x.dim() == 1 else x.flatten(0, -2)
     out = matmul(rows, weight.t(), bias=bias)
     return out if x.dim() == 2 else out.view(*x.shape[:-1], weight.shape[0])
 
@@ -99,11 +99,13 @@ class GemmPlan:
     schedule: Any  # GemmSchedule, or None
     why: str  # of the backend
     rejected: tuple[tuple[str, str], ...]
+    copied: tuple[tuple[str, str], ...] = ()  # (operand that each call copies first, what makes it unreadable)
 
     def __str__(self) -> str:
         lines = [("problem", str(self.problem)), ("backend", f"{self.backend}: {self.why}")]
         if self.config is not None:
             lines += [("config", f"{self.config}: {self.config.why}"), ("schedule", str(self.schedule))]
+        lines += [("copied", f"{name}: {reason}") for name, reason in self.copied]
         lines += [("rejected", f"{name}: {reason}") for name, reason in self.rejected]
         return "\n".join(f"{label:<9} {text}" for label, text in lines)
 
@@ -116,25 +118,32 @@ def explain_matmul(
     bias: torch.Tensor | None = None,
     activation: str | None = None,
 ) -> GemmPlan:
-    """The plan that :func:`matmul` would follow for these arguments: print it. Launches nothing."""
+    """The plan that :func:`matmul` would follow for these arguments: print it. Launches nothing.
+
+    Under ``torch.autocast`` it is that of the cast operands.
+    """
+    a, b, bias = autocast(a, b, bias)
     problem = GemmProblem.from_tensors(a, b, out_dtype=out_dtype, bias=bias, activation=activation)
     if _folds(a, b, problem):
-        problem = _problem_of_rows(a, b, bias, out_dtype, activation)
-    return plan_gemm(problem)
+        problem, a = _problem_of_rows(a, b, bias, out_dtype, activation), _rows(a)
+    plan = plan_gemm(problem)
+    if plan.backend != "hopper" or any(map(answers_itself, (a, b))):  # these have no addresses
+        return plan
+    from flashcore.backends.hopper import gemm
+
+    return replace(plan, copied=gemm.copied(problem, a, b))
 
 
 @lru_cache(maxsize=4096)
 def plan_gemm(problem: GemmProblem, anywhere: bool = False) -> GemmPlan:
     """Who computes a problem, and how: here, or `anywhere` that has all libraries. Memoised."""
     from flashcore.backends import hopper
+    from flashcore.backends.hopper import gemm
 
-    if problem.device != "cuda":
-        reason = f"device {problem.device} is not a GPU"
-    else:
-        from flashcore.backends.hopper import gemm
-
-        reason = gemm.rejects(problem)
-        if reason is None and not anywhere and (reason := hopper.unavailable()):
+    reason = gemm.rejects(problem)
+    if reason is None and not anywhere:
+        reason = hopper.unavailable()
+        if reason is not None:
             warn_that_the_gpu_could_do_better("matmul", "hopper", reason)
     if reason is not None:
         return GemmPlan(
@@ -159,19 +168,19 @@ def _matmul(a, b, bias, out_dtype, activation) -> torch.Tensor:
             None if bias is None else (bias.shape, bias.dtype, bias.device, type(bias)), out_dtype, activation,
             type(a), type(b),
         )  # fmt: skip
-        run = _runs.get(key)
+        run = _recent(key)
     except (AttributeError, TypeError, RuntimeError):  # not tensors, sparse ones, unhashable values:
         key = run = None  # validation says which
     if run is None:
-        run = _prepare(a, b, bias, out_dtype, activation)
-        if len(_runs) >= _MAX_RUNS:
-            _runs.clear()
-        _runs[key] = run
+        run = _prepare(key, a, b, bias, out_dtype, activation)
     return run(a, b, bias)
 
 
-def _prepare(a, b, bias, out_dtype, activation) -> Run:
-    """Validate, plan, and return how to run this kind of call."""
+def _prepare(key: tuple | None, a, b, bias, out_dtype, activation) -> Run:
+    """How to run a kind of call that is no recent one: recalled, or validated, planned and remembered."""
+    run = None if key is None else _runs.recall(key)
+    if run is not None:
+        return run
     if any(map(answers_itself, (a, b, bias))):
         check_arguments(a, b, out_dtype=out_dtype, bias=bias, activation=activation)
         return partial(_by_operator, out_dtype, activation)
@@ -188,12 +197,15 @@ def _prepare(a, b, bias, out_dtype, activation) -> Run:
         run = GemmLauncher(problem, plan.config, plan.schedule)
     if folds:
         run = partial(_on_rows, run)
-    if a.is_cuda and torch.cuda.device_count() > 1:
-        run = partial(_on_device, run)
-    return run
+    run = on_its_device(a, run)
+    return run if key is None else _runs.remember(key, run)
 
 
 def _by_operator(out_dtype, activation, a, b, bias) -> torch.Tensor:
+    return _operator(a, b, bias, out_dtype, activation)
+
+
+def _operator(a, b, bias, out_dtype, activation) -> torch.Tensor:
     from flashcore import ops
 
     return ops.matmul(a, b, bias, out_dtype, activation)
@@ -220,21 +232,27 @@ def _on_rows(run: Run, a, b, bias) -> torch.Tensor:
     return out.view(a.shape[0], a.shape[1], out.shape[1])
 
 
-def _on_device(run: Run, a, b, bias) -> torch.Tensor:
-    """Run with a's GPU as the current one, as kernels and their stream need it."""
-    if torch.cuda.current_device() == a.device.index:
-        return run(a, b, bias)
-    with torch.cuda.device(a.device):
-        return run(a, b, bias)
-
-
-def _by_torch(problem: GemmProblem, a, b, bias) -> torch.Tensor:
-    dtype = getattr(torch, problem.out_dtype)
+def _by_torch(problem: GemmProblem, a, b, bias, *, seen_through: bool = False) -> torch.Tensor:
+    """By PyTorch's operations; where transforms see through them, by those that have derivatives."""
     with torch.autocast(problem.device, enabled=False):
-        out = torch.matmul(a.to(dtype), b.to(dtype))
-    if bias is not None:
-        out = out + bias
-    return _activate(problem.activation, out).contiguous()
+        wide = {} if problem.out_dtype == problem.dtype else {"out_dtype": torch.float32}
+        if wide and (seen_through or problem.device != "cuda" or "dtype" not in torch.ops.aten.addmm.overloads()):
+            wide, a, b = {}, a.float(), b.float()
+        if bias is not None and problem.out_dtype != problem.dtype:
+            bias = bias.float()
+        sums = _sums(a, b, bias, wide)
+    return _activate(problem.activation, sums).contiguous()
+
+
+def _sums(a, b, bias, wide: dict[str, torch.dtype]) -> torch.Tensor:
+    """``a @ b + bias`` in one product of PyTorch's; `wide` holds its out_dtype if the operands' is another."""
+    if a.dim() == 3 and b.dim() == 2:
+        return _sums(a.flatten(0, 1), b, bias, wide).unflatten(0, a.shape[:2])
+    if a.dim() == 2 and b.dim() == 3:
+        a = a.expand(b.shape[0], -1, -1)
+    if a.dim() == 2:
+        return torch.mm(a, b, **wide) if bias is None else torch.addmm(bias, a, b, **wide)
+    return torch.bmm(a, b, **wide) if bias is None else torch.baddbmm(bias, a, b, **wide)
 
 
 def _activate(activation: str | None, sums: torch.Tensor) -> torch.Tensor:
@@ -262,10 +280,16 @@ class _Matmul(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dout):
         needs = ctx.needs_input_grad[:3]
-        return *differentiate(_matmul, *ctx.saved_tensors, ctx.out_dtype, ctx.activation, needs, dout), None, None
+        multiply = _operator if is_batched(dout) else _on_record if _is_grad_enabled() or is_watched() else _matmul
+        return *differentiate(multiply, *ctx.saved_tensors, ctx.out_dtype, ctx.activation, needs, dout), None, None
+
+
+def _on_record(a, b, bias, out_dtype, activation) -> torch.Tensor:
+    """:func:`_matmul` for those who record or transform a backward pass, autograd among them."""
+    with torch.autocast(a.device.type, enabled=False):
+        return matmul(a, b, out_dtype=out_dtype, bias=bias, activation=activation)
 
 
 def differentiate(multiply, a, b, bias, out_dtype, activation, needs, dout) -> tuple[torch.Tensor | None, ...]:
@@ -291,6 +315,8 @@ def differentiate(multiply, a, b, bias, out_dtype, activation, needs, dout) -> t
 
 
 def _activation_gradient(activation: str, sums: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
+    if _is_grad_enabled():  # a derivative of this one is wanted, too
+        return torch.autograd.grad(_activate(activation, sums), sums, dout, create_graph=True)[0]
     if activation == "gelu":
         return torch.ops.aten.gelu_backward(dout, sums, approximate="tanh")
     if activation == "silu":

@@ -16,17 +16,21 @@ the compiler can fuse.
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from flashcore import api, backends, gemm
+from flashcore import api, backends, calls, gemm
 from flashcore import plan as planning
 from flashcore.backends import Run
 from flashcore.gemm_problem import check_arguments
 from flashcore.plan import Plan
-from flashcore.problem import AttentionProblem, check_tensors
+from flashcore.problem import LEAST_SCALE, AttentionProblem, check_tensors
+
+_runs = calls.Runs()
 
 _FORWARD = "flashcore::attention_forward"
 _BACKWARD = "flashcore::attention_backward"
@@ -50,10 +54,15 @@ def attention(q, k, v, causal, scale, return_lse, backend) -> tuple[torch.Tensor
     return out, lse.detach()
 
 
+def attention_backward(dout, q, k, v, out, lse, *options) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dq, dk, dv) by the operator. `options` are those of the schema, in its order."""
+    return torch.ops.flashcore.attention_backward(dout, q, k, v, out, lse, *options)
+
+
 @torch.library.impl(_FORWARD, "default")
 def _forward(q, k, v, causal, scale, needs_grad, return_lse, backend):
     plan, run = _prepared(q, k, v, causal, scale, needs_grad, return_lse, backend)
-    out, lse = run(q, k, v)
+    out, lse = run(q, k, v, scale)
     if not plan.problem.needs_lse:
         lse = q.new_empty(0, dtype=torch.float32)
     elif lse is None:  # nobody reads it: autograd differentiates this backend without
@@ -72,7 +81,12 @@ def _(q, k, v, causal, scale, needs_grad, return_lse, backend):
 @torch.library.impl(_BACKWARD, "default")
 def _backward(dout, q, k, v, out, lse, causal, scale, needs_grad, return_lse, backend):
     plan, _ = _prepared(q, k, v, causal, scale, needs_grad, return_lse, backend)
-    return tuple(grad.contiguous() for grad in api.differentiate(plan, q, k, v, out, lse, dout))
+    run = calls.on_its_device(q, partial(_gradients, plan, scale))
+    return run(q, k, v, out, lse, dout)
+
+
+def _gradients(plan: Plan, scale: float | None, *tensors) -> tuple[torch.Tensor, ...]:
+    return tuple(grad.contiguous() for grad in api.differentiate(plan, scale, *tensors))
 
 
 @torch.library.register_fake(_BACKWARD)
@@ -86,17 +100,14 @@ def _setup_context(ctx, inputs, output):
 
 
 def _differentiate(ctx, dout, _):
+    if torch.is_grad_enabled():
+        api.refuse_second_derivative()
     q, k, v, out, lse = ctx.saved_tensors
     causal, scale, needs_grad, return_lse, backend = ctx.options
     options = causal, scale, True, return_lse, backend
     if not needs_grad:  # it was recorded where nobody needed a gradient, nor the LSE
         out, lse = torch.ops.flashcore.attention_forward(q, k, v, *options)
-    grads = torch.ops.flashcore.attention_backward(dout, q, k, v, out, lse, *options)
-    return *grads, *(None for _ in options)
-
-
-def _refuse_second_derivative(ctx, *_):
-    raise RuntimeError("flashcore.attention has no second derivative")
+    return *attention_backward(dout, q, k, v, out, lse, *options), *(None for _ in options)
 
 
 @register_flop_formula(torch.ops.flashcore.attention_forward)
@@ -112,21 +123,22 @@ def _count_backward(dout, q, k, v, *_, out_shape=None) -> int:
 
 
 torch.library.register_autograd(_FORWARD, _differentiate, setup_context=_setup_context)
-torch.library.register_autograd(_BACKWARD, _refuse_second_derivative)
+torch.library.register_autograd(_BACKWARD, api.refuse_second_derivative)
 
 
 def _prepared(q, k, v, causal, scale, needs_grad, return_lse, backend) -> tuple[Plan, Run]:
     """The plan for these arguments and how to run it, as an eager call would find them."""
     key = (
-        q.shape, k.shape, v.shape, q.dtype, q.device, causal, scale, needs_grad, return_lse, backend,
-        planning.active_override.get(), "op",
+        q.shape, k.shape, v.shape, q.dtype, q.device, causal,
+        scale is None or LEAST_SCALE <= scale <= sys.float_info.max or scale, needs_grad, return_lse, backend,
+        planning.active_override.get(),
     )  # fmt: skip
-    found = api.runs.get(key)
+    found = _runs.recent.get(key) or _runs.recall(key)
     if found is None:
         problem = AttentionProblem.from_tensors(q, k, v, causal=causal, scale=scale, return_lse=return_lse)
         plan = planning.plan(replace(problem, needs_grad=needs_grad), backend)
-        run = api.on_its_device(q, backends.prepare(plan.backend, plan.problem, plan.config))
-        found = api.remember(key, (plan, run))
+        run = calls.on_its_device(q, backends.prepare(plan.backend, plan.problem, plan.config))
+        found = _runs.remember(key, (plan, run))
     return found
 
 

@@ -82,7 +82,12 @@ def plan(problem: AttentionProblem, backend: str = "auto", *, anywhere: bool = F
     :raises InvalidInputError: `backend` is no backend's name.
     :raises UnsupportedError: none, or not the requested one, can do it; the message says why for each.
     """
-    return _plan(problem, backend, active_override.get(), anywhere)
+    general, choices = problem.of_any_scale, (backend, active_override.get(), anywhere)
+    try:
+        chosen = _plan(general, *choices)
+    except UnsupportedError:
+        return _plan(problem, *choices)  # whose message names this problem
+    return chosen if general is problem else replace(chosen, problem=problem)
 
 
 @lru_cache(maxsize=4096)
@@ -118,18 +123,22 @@ def _choose_backend(
     rejected: list[tuple[str, str]] = []
     for name in candidates:
         module = backends.load(name)
-        unavailable = None if anywhere else module.unavailable()
         refusal = backends.refusal(name, problem)
-        reason = unavailable or refusal
+        reason = refusal or _unavailable(module, anywhere)
         if reason is None:
             if requested != "auto":
                 return name, "requested", tuple(rejected)
             alone = name, f"the first of {', '.join(candidates)} that can"
             return *(_deferral(problem, name, anywhere) or alone), tuple(rejected)
-        if unavailable and problem.device == "cuda" and refusal is None:
-            warn_that_the_gpu_could_do_better("attention", name, unavailable)
+        if refusal is None and problem.device == "cuda":
+            warn_that_the_gpu_could_do_better("attention", name, reason)
         rejected.append((name, reason))
     raise UnsupportedError(_unsupported(problem, requested, rejected))
+
+
+def _unavailable(module: Backend, anywhere: bool) -> str | None:
+    """Why the backend cannot run here. Asked last: it looks for GPUs, which a problem on the CPU must not do."""
+    return None if anywhere else module.unavailable()
 
 
 def _deferral(problem: AttentionProblem, name: str, anywhere: bool) -> tuple[str, str] | None:
@@ -142,7 +151,7 @@ def _deferral(problem: AttentionProblem, name: str, anywhere: bool) -> tuple[str
         return None
     other, reason = deferral
     module = backends.load(other)
-    if (None if anywhere else module.unavailable()) or backends.refusal(other, problem):
+    if backends.refusal(other, problem) or _unavailable(module, anywhere):
         return None
     return other, f"{name} defers to it: {other} {reason}"
 
@@ -165,7 +174,7 @@ def _others_with_a_backward(problem: AttentionProblem, name: str, anywhere: bool
     """Backends whose backward can follow another's forward, and why they cannot."""
     others = {other: backends.load(other) for other in backends.BACKENDS if other != name}
     reasons = {
-        other: (None if anywhere else module.unavailable()) or backends.refusal(other, problem)
+        other: backends.refusal(other, problem) or _unavailable(module, anywhere)
         for other, module in others.items()
         if module.HAS_BACKWARD
     }

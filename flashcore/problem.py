@@ -24,6 +24,8 @@ DTYPES = {
 DEVICES = ("cuda", "cpu")
 # From here on kernels fold the scale into the exponent. They divide by it: a smaller one's quotients could overflow.
 LEAST_SCALE = 1e-20
+# Kernels count positions in 32 bits, and round up to whole tiles: no backend with kernels of its own takes more.
+LONGEST = 2**31 - 2**16
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,16 @@ class AttentionProblem:
         tensors = (stand_in(f"attention: {name}", shape, dtype, arch) for name, shape in shapes.items())
         problem = cls.from_tensors(*tensors, **options)
         return replace(problem, needs_grad=needs_grad, **({} if arch is None else gpu_of(arch)))
+
+    def scaled(self, scale: float | None) -> AttentionProblem:
+        """The same problem with another scale; None: with the default one."""
+        scale = self.head_dim**-0.5 if scale is None else float(scale)
+        return self if scale == self.scale else replace(self, scale=scale)
+
+    @property
+    def of_any_scale(self) -> AttentionProblem:
+        """The problem that stands for those that differ in the size of a positive scale: they are planned alike."""
+        return self.scaled(None) if self.scale >= LEAST_SCALE else self
 
     @property
     def group_size(self) -> int:

@@ -8,12 +8,16 @@ from torch.autograd import forward_ad
 _is_compiling = torch.compiler.is_compiling
 _tracing_state = torch._C._get_tracing_state
 _dispatch_modes = torch._C._len_torch_dispatch_stack
+_is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 _transforms = torch._C._are_functorch_transforms_active
 
 
 def is_watched() -> bool:
     """Whether it is worth asking the others: whether a call may have to be more than a launch."""
-    return is_recorded() or _transforms() or forward_ad._current_level >= 0
+    return (  # spelled out: every call asks
+        _is_compiling() or _tracing_state() is not None or _dispatch_modes() > 0 or _transforms()
+        or forward_ad._current_level >= 0
+    )  # fmt: skip
 
 
 def is_transformed(*tensors: torch.Tensor | None) -> bool:
@@ -32,6 +36,12 @@ def is_recorded() -> bool:
     """Whether operators are recorded or answered by somebody else: torch.compile, torch.export, ``torch.jit.trace``,
     or a dispatch mode, such as ``make_fx``, fake tensors or a FLOP counter."""
     return _is_compiling() or _tracing_state() is not None or _dispatch_modes() > 0
+
+
+def is_batched(tensor: torch.Tensor) -> bool:
+    """Whether it stands for a batch of tensors without memory of its own: an output's gradient, where autograd is told
+    ``is_grads_batched=True``. PyTorch's fallback takes an operator of such tensors apart; a kernel it cannot."""
+    return not _is_compiling() and _is_legacy_batched(tensor)
 
 
 def keeps_lengths() -> bool:

@@ -44,6 +44,8 @@ def _no_memory_between_tests():
 def forget_plans() -> None:
     flashcore.plan._plan.cache_clear()
     flashcore.api.runs.clear()
+    if ops := sys.modules.get("flashcore.ops"):
+        ops._runs.clear()
 
 
 @pytest.fixture

@@ -6,10 +6,14 @@ import timeit
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
 
 import flashcore
-from flashcore import api
+from flashcore import api, backends, calls, gradients
 from flashcore.backends import reference
+from flashcore.compat import flash_attn
+from flashcore.errors import InvalidInputError, UnsupportedError
 from flashcore.plan import override
 from tests.cases import BY_NAME
 from tests.tolerance import assert_forward, assert_gradients
@@ -82,7 +86,8 @@ def test_validates_and_plans_once_per_kind_of_call(monkeypatch):
     flashcore.attention(*inputs())
     q, k, v = inputs()
     flashcore.attention(q.transpose(1, 2).contiguous().transpose(1, 2), k, v)  # other strides: the same plan
-    for changed in ({"causal": True}, {"scale": 1.0}, {"return_lse": True}, {"backend": "reference"}):
+    flashcore.attention(q, k, v, scale=1.0)  # nor does a plan depend on the size of the scale
+    for changed in ({"causal": True}, {"scale": -1.0}, {"return_lse": True}, {"backend": "reference"}):
         with pytest.raises(AssertionError, match="validated again"):
             flashcore.attention(q, k, v, **changed)
     with pytest.raises(AssertionError, match="validated again"):
@@ -94,7 +99,7 @@ def test_backend_with_prepare_is_prepared_once(add_backend):
 
     def prepare(problem, config):
         prepared.append(problem)
-        return lambda q, k, v: reference.forward(problem, config, q, k, v)
+        return lambda q, k, v, scale: reference.forward(problem.scaled(scale), config, q, k, v)
 
     add_backend("fake", prepare=prepare, forward=None)
     for _ in range(3):
@@ -104,10 +109,93 @@ def test_backend_with_prepare_is_prepared_once(add_backend):
 
 
 def test_memory_is_bounded(monkeypatch):
-    monkeypatch.setattr(api, "_MAX_RUNS", 4)
+    monkeypatch.setattr(calls, "MAX_RUNS", 4)
     for seqlen in range(1, 12):
         flashcore.attention(*inputs(seqlen_k=seqlen))
         assert len(api.runs) <= 4
+
+
+def test_many_new_kinds_do_not_push_out_one_in_use(monkeypatch, add_backend):
+    monkeypatch.setattr(calls, "MAX_RUNS", 8)
+    prepared = []
+
+    def prepare(problem, config):
+        prepared.append(problem.seqlen_k)
+        return lambda q, k, v, scale: reference.forward(problem.scaled(scale), config, q, k, v)
+
+    add_backend("fake", prepare=prepare, forward=None)
+    for seqlen in range(1, 40):
+        flashcore.attention(*inputs(seqlen_k=100))
+        flashcore.attention(*inputs(seqlen_k=seqlen))
+    assert prepared == [100, *range(1, 40)]
+
+
+def test_a_learned_scale_is_planned_and_prepared_once(add_backend):
+    prepared, asked = [], []
+
+    def prepare(problem, config):
+        prepared.append(problem)
+        return lambda q, k, v, scale: reference.forward(problem.scaled(scale), config, q, k, v)
+
+    add_backend("fake", prepare=prepare, forward=None, rejects=asked.append)
+    q, k, v = inputs(requires_grad=True)
+    for scale in (0.3, 0.5, None, 2.0, 0.3):
+        out = flashcore.attention(q, k, v, scale=scale)
+        assert_forward(out.detach(), None, q, k, v, scale=scale)
+        dout = torch.randn_like(out)
+        assert_gradients(torch.autograd.grad(out, (q, k, v), dout), q, k, v, dout, scale=scale)
+    assert len(prepared) == len(asked) == 1
+    for scale in (-0.5, -2.0, 0.0, 1e-30, 7):  # other kinds
+        assert_forward(flashcore.attention(q, k, v, scale=scale).detach(), None, q, k, v, scale=scale)
+    assert len(asked) == 5, "of those that are not positive, and so small that kernels may not have them"
+
+
+@pytest.mark.parametrize(
+    ("bad", "good"),
+    [
+        ({"causal": 1}, {"causal": True}),
+        ({"causal": 0}, {"causal": False}),
+        ({"return_lse": 0}, {"return_lse": False}),
+        ({"return_lse": 1.0}, {"return_lse": True}),
+        ({"scale": True}, {"scale": 1}),
+        ({"scale": True}, {"scale": 1.0}),
+        ({"scale": float("inf")}, {"scale": 1.0}),
+        ({"scale": torch.tensor(1.0)}, {"scale": 1.0}),
+    ],
+)
+def test_validation_does_not_depend_on_what_was_called_before(bad, good):
+    flashcore.attention(*inputs(), **good)
+    with pytest.raises(InvalidInputError, match=next(iter(bad))):
+        flashcore.attention(*inputs(), **bad)
+
+
+def test_the_cpu_needs_no_gpu(monkeypatch):
+    """A worker process that was forked after its parent used a GPU cannot touch CUDA."""
+
+    def forked(*_, **__):
+        raise RuntimeError("Cannot re-initialize CUDA in forked subprocess")
+
+    for name in ("is_available", "device_count", "get_device_capability", "get_device_properties", "_lazy_init",
+                 "current_device", "is_current_stream_capturing"):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, forked)
+    for backend in ("hopper", "triton"):
+        for function in vars(backends.load(backend)).values():
+            if hasattr(function, "cache_clear"):
+                function.cache_clear()
+    q, k, v = inputs(requires_grad=True)
+    for causal in (False, True):
+        for return_lse in (False, True):
+            flashcore.explain(q, k, v, causal=causal, return_lse=return_lse)
+            out = flashcore.attention(q, k, v, causal=causal, return_lse=return_lse)
+            (out[0] if return_lse else out).sum().backward()
+    flashcore.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True, enable_gqa=True)
+    flash_attn.flash_attn_func(q, k, v, causal=True)
+    x, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4)
+    flashcore.linear(x, weight).sum().backward()
+    flashcore.explain_matmul(x, weight.t())
+    with FlopCounterMode(display=False):  # by the operators
+        flashcore.attention(q, k, v).sum().backward()
+        flashcore.linear(x, weight).sum().backward()
 
 
 def test_override_is_seen_by_the_next_call(add_backend):
@@ -244,12 +332,62 @@ def test_no_autograd_where_none_is_wanted(add_backend, mode):
     )
 
 
-def test_second_derivative_is_refused(add_backend):
+@pytest.mark.parametrize("loss", [torch.sum, lambda out: out.square().sum()])
+def test_second_derivative_is_refused(add_backend, loss):
+    """Also where the output's gradient is a constant: a penalty on the gradient must not vanish without a word."""
     add_backend("fake")
     q, k, v = inputs(requires_grad=True)
-    (dq,) = torch.autograd.grad(flashcore.attention(q, k, v).square().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dq.sum().backward()
+    with pytest.raises(UnsupportedError, match=r'derivatives are not there\. An eager .* backend="reference"'):
+        torch.autograd.grad(loss(flashcore.attention(q, k, v)), q, create_graph=True)
+
+
+def test_second_derivative_of_the_reference():
+    q, k, v = (t.double().detach().requires_grad_() for t in inputs(2, 3))
+    assert torch.autograd.gradgradcheck(
+        lambda *tensors: flashcore.attention(*tensors, causal=True, backend="reference"), (q, k, v), fast_mode=True
+    )
+
+
+@pytest.fixture
+def opaque(add_backend):
+    """A backend that reads memory, as kernels do: what has none shows."""
+
+    def forward(problem, config, q, k, v):
+        assert all(t.data_ptr() for t in (q, k, v))
+        return reference.forward(problem, config, q, k, v)
+
+    def backward(problem, config, *tensors):
+        assert all(t.data_ptr() for t in tensors)
+        return tuple(grad.clone() for grad in gradients.recompute("reference", problem, *tensors))
+
+    add_backend("opaque", forward=forward, HAS_BACKWARD=True, backward=backward)
+
+
+def test_batched_output_gradients(opaque):
+    q, k, v = inputs(requires_grad=True)
+    out = flashcore.attention(q, k, v, causal=True)
+    douts = torch.randn(3, *out.shape)
+    batched = torch.autograd.grad(out, (q, k, v), douts, is_grads_batched=True, retain_graph=True)
+    one_by_one = [torch.autograd.grad(out, (q, k, v), dout, retain_graph=True) for dout in douts]
+    torch.testing.assert_close(batched, tuple(map(torch.stack, zip(*one_by_one, strict=True))))
+
+
+def test_vectorized_jacobian(opaque):
+    q, k, v = (t[:1, :2, :2, :4] for t in inputs())
+
+    def attend(q, k, v):
+        return flashcore.attention(q, k, v, scale=0.3)
+
+    jacobians = [torch.autograd.functional.jacobian(attend, (q, k, v), vectorize=yes) for yes in (False, True)]
+    torch.testing.assert_close(*jacobians)
+    assert jacobians[0][0].any()
+
+
+def test_tangents_of_output_gradients_are_refused(opaque):
+    q, k, v = inputs(requires_grad=True)
+    out = flashcore.attention(q, k, v)
+    with forward_ad.dual_level(), pytest.raises(UnsupportedError, match="second derivatives"):
+        torch.autograd.grad(out, q, forward_ad.make_dual(torch.ones_like(out), torch.ones_like(out)))
 
 
 # ---- company -----------------------------------------------------------------------------------------------------

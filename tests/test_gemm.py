@@ -127,6 +127,76 @@ def test_linear_on_a_gpu(shape, dtype, bias):
     check_linear(shape, "cuda", dtype, bias=bias)
 
 
+@pytest.mark.parametrize("activation", [None, "gelu", "silu", "swiglu"])
+@pytest.mark.parametrize("shapes", SHAPES)
+def test_second_derivatives(shapes, activation):
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in (*SHAPES[shapes], (6,))]
+    assert torch.autograd.gradgradcheck(
+        lambda a, b, bias: flashcore.matmul(a, b, bias=bias, activation=activation), inputs, fast_mode=True
+    )
+
+
+@pytest.fixture
+def opaque(monkeypatch):
+    """Products read memory, as the Hopper kernel does: what has none shows."""
+    by_torch = gemm._by_torch
+
+    def reading(problem, a, b, bias, **options):
+        assert options or (a.data_ptr() and b.data_ptr())
+        return by_torch(problem, a, b, bias, **options)
+
+    monkeypatch.setattr(gemm, "_by_torch", reading)
+
+
+@pytest.mark.parametrize("activation", [None, "swiglu"])
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_batched_output_gradients(opaque, activation, create_graph):
+    a, b = torch.randn(5, 7, requires_grad=True), torch.randn(7, 6, requires_grad=True)
+    out = flashcore.matmul(a, b, activation=activation)
+    douts = torch.randn(3, *out.shape)
+    options = {"retain_graph": True, "create_graph": create_graph}
+    batched = torch.autograd.grad(out, (a, b), douts, is_grads_batched=True, **options)
+    one_by_one = [torch.autograd.grad(out, (a, b), dout, **options) for dout in douts]
+    torch.testing.assert_close(batched, tuple(map(torch.stack, zip(*one_by_one, strict=True))))
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (2, 3, 0), (0, 0), (2, 0, 4), (0, 3, 4)], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_linear_with_nothing_to_multiply(shape, bias, device):
+    """No features leave the bias, in any number of dimensions and where the operands are."""
+
+    def leaves():
+        tensors = torch.ones(shape), torch.ones(2, shape[-1]), *([torch.tensor([1.0, -2.0])] if bias else [])
+        return [t.to(device, torch.bfloat16).requires_grad_() for t in tensors]
+
+    ours, theirs = leaves(), leaves()
+    out, expected = flashcore.linear(*ours), F.linear(*theirs)
+    assert torch.equal(out, expected)
+    assert out.device == expected.device
+    out.sum().backward()
+    expected.sum().backward()
+    for x, y in zip(ours, theirs, strict=True):
+        assert torch.equal(x.grad, y.grad)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("shapes", SHAPES)
+@pytest.mark.parametrize("wide", [False, True])
+def test_the_fallback_is_one_product(shapes, wide, device):
+    """With the bias inside; on a GPU it makes float32 out of 16 bits without copies of the operands."""
+    a, b, bias = (torch.randn(shape, device=device).bfloat16() for shape in (*SHAPES[shapes], (6,)))
+    options = {"out_dtype": torch.float32} if wide else {}
+    with torch.profiler.profile() as profile:
+        out = gemm._by_torch(GemmProblem.from_tensors(a, b, bias=bias, **options), a, b, bias)
+    exact = product(a, b, bias, None, torch.float64)
+    assert_as_good_as(product(a, b, bias, None, out.dtype), out, exact, shapes, factor=2)
+    called = [event.name for event in profile.events()]
+    assert not {"aten::add", "aten::add_"} & set(called)
+    if device == "cuda":
+        assert called.count("aten::_to_copy") == wide, "of the bias alone"
+
+
 # ---- errors ----
 
 A, B = torch.zeros(4, 6), torch.zeros(6, 8)
@@ -165,6 +235,20 @@ def test_error_where_a_gradient_is_needed(name, monkeypatch):
 
 
 # ---- plans ----
+
+
+def test_explain_under_autocast():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert flashcore.explain_matmul(A, B).problem.dtype == "bfloat16"
+
+
+def test_explain_shows_copies(monkeypatch):
+    monkeypatch.setattr(gemm, "plan_gemm", lambda problem: gemm.GemmPlan(problem, "hopper", None, None, "fake", ()))
+    a, b = (torch.zeros(16, 16, dtype=torch.bfloat16) for _ in "ab")
+    assert flashcore.explain_matmul(a, b).copied == ()
+    plan = flashcore.explain_matmul(a[:, 1:9], b[:8, ::2])
+    assert [name for name, _ in plan.copied] == ["a", "b"]
+    assert "copied    a: its data is not aligned to 16 bytes\ncopied    b: neither of its last two" in str(plan)
 
 
 def test_explain_on_the_cpu():

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import flashcore
 from flashcore import gradients, ops
 from flashcore.backends import reference
 from flashcore.compat.flash_attn import flash_attn_func, flash_attn_qkvpacked_func
+from flashcore.errors import UnsupportedError
 from flashcore.integrations import sdpa
 from flashcore.plan import override
 from tests.cases import BY_NAME
@@ -273,12 +275,87 @@ def test_backward_operator(backend, name):
         torch.library.opcheck(torch.ops.flashcore.attention_backward, (dout, q, k, v, out, lse, *rest))
 
 
-def test_second_derivative_is_refused():
+@pytest.mark.parametrize("loss", [torch.sum, lambda out: out.square().sum()])
+def test_second_derivative_is_refused(loss):
     tensors = inputs(requires_grad=True)
-    out, _ = ops.attention(*tensors, False, None, False, "auto")
-    (dq,) = torch.autograd.grad(out.square().sum(), tensors[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative"):
+    out, lse = ops.attention(*tensors, False, None, False, "auto")
+    with pytest.raises(UnsupportedError, match="second derivatives are not there"):
+        torch.autograd.grad(loss(out), tensors[0], create_graph=True)
+    (dq, _, _) = ops.attention_backward(torch.ones_like(out), *tensors, out, lse, False, None, True, False, "auto")
+    with pytest.raises(UnsupportedError, match="second derivatives are not there"):
         dq.sum().backward()
+
+
+def test_batched_output_gradients():
+    q, k, v = inputs(requires_grad=True)
+    out, _ = ops.attention(q, k, v, True, None, False, "auto")
+    douts = torch.randn(3, *out.shape)
+    batched = torch.autograd.grad(out, (q, k, v), douts, is_grads_batched=True, retain_graph=True)
+    one_by_one = [torch.autograd.grad(out, (q, k, v), dout, retain_graph=True) for dout in douts]
+    torch.testing.assert_close(batched, tuple(map(torch.stack, zip(*one_by_one, strict=True))))
+
+
+def test_compiled_autograd_over_an_eager_forward(add_backend):
+    """The backward pass is an operator in its graph: a compiler that traced into a launch would find no code in it."""
+    ran = []
+
+    def backward(problem, config, *tensors):
+        assert not torch.compiler.is_compiling()
+        ran.append(all(t.data_ptr() for t in tensors))
+        return tuple(grad.clone() for grad in gradients.recompute("reference", problem, *tensors))
+
+    add_backend("fake", HAS_BACKWARD=True, backward=backward)
+    weight = torch.randn(6, 16, requires_grad=True)
+
+    def run():
+        tensors = [t.detach().requires_grad_() for t in plain]
+        return [*tensors, weight], flashcore.linear(flashcore.attention(*tensors, causal=True, scale=0.3), weight)
+
+    plain = inputs()
+    dout = torch.randn(2, 5, 4, 6)
+    leaves, out = run()
+    expected = torch.autograd.grad(out, leaves, dout)
+    leaves, out = run()
+    weight.grad = None
+    compile = partial(torch.compile, backend="aot_eager", fullgraph=True)
+    with torch._dynamo.compiled_autograd._enable(compile):
+        out.backward(dout)
+    torch.testing.assert_close([leaf.grad for leaf in leaves], list(expected))
+    assert ran == [True, True]
+
+
+PACKAGE = """
+import sys, torch, flashcore
+from torch._inductor import aoti_compile_and_package
+
+class Layer(torch.nn.Module):
+    def forward(self, q, k, v):
+        return flashcore.attention(q * 2, k, v, causal=True) + 1
+
+device, path = sys.argv[1:]
+tensors = tuple(torch.ones(2, 5, 4, 16, device=device, dtype=torch.bfloat16) for _ in range(3))
+dynamic = ({1: torch.export.Dim("seqlen")},) * 3
+aoti_compile_and_package(torch.export.export(Layer(), tensors, dynamic_shapes=dynamic), package_path=path)
+"""
+
+LOAD = """
+import sys, torch, flashcore.ops
+from torch._inductor import aoti_load_package
+
+device, path = sys.argv[1:]
+q, k, v = torch.randn(3, 2, 9, 4, 16, device=device, dtype=torch.bfloat16)
+expected = flashcore.attention(q * 2, k, v, causal=True) + 1
+torch.testing.assert_close(aoti_load_package(path)(q, k, v), expected)
+"""
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_aot_inductor_package(tmp_path, device):
+    """Made by one program and loaded by another, which imports the operators first."""
+    for program in (PACKAGE, LOAD):
+        command = [sys.executable, "-W", "ignore", "-c", program, device, str(tmp_path / "layer.pt2")]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
 
 
 # ---- the same through other names ---------------------------------------------------------------------------------

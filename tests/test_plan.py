@@ -36,8 +36,16 @@ def test_first_backend_that_can(add_backend):
 
 
 def test_unavailable_backend(add_backend):
-    add_backend("broken", unavailable=lambda: "its library is missing", rejects=lambda problem: "everything")
+    add_backend("broken", unavailable=lambda: "its library is missing")
     assert plan(PROBLEM).rejected[0] == ("broken", "its library is missing")
+
+
+def test_the_machine_is_asked_after_the_problem(add_backend):
+    def unavailable():
+        raise AssertionError("looked for a GPU")
+
+    add_backend("absent", unavailable=unavailable, rejects=lambda problem: "everything")
+    assert plan(PROBLEM).rejected[0] == ("absent", "everything")
 
 
 def test_one_warning_when_the_gpu_could_do_better(add_backend):
@@ -229,6 +237,29 @@ def test_unknown_backend(problem):
 @pytest.mark.parametrize("change", [{"batch": 0}, {"seqlen_q": 0}, {"seqlen_k": 0}])
 def test_nothing_to_multiply(change):
     assert plan(replace(PROBLEM, **change)).backend == "empty"
+
+
+def test_lengths_that_do_not_fit_32_bits_are_refused():
+    """By whoever has kernels of its own, before anything is launched."""
+    for change in ({"seqlen_k": 2**31}, {"seqlen_q": 2**31}, {"seqlen_q": 2**31 - 2**16 + 1}):
+        problem = replace(ON_HOPPER, heads_q=1, heads_k=1, **change)
+        rejected = dict(plan(problem, anywhere=True).rejected)
+        for backend in ("hopper", "triton", "sdpa"):
+            assert rejected[backend] == f"seqlen {max(problem.seqlen_q, problem.seqlen_k)} > {2**31 - 2**16}"
+            with pytest.raises(UnsupportedError, match=rejected[backend]):
+                plan(problem, backend, anywhere=True)
+    assert plan(replace(ON_HOPPER, batch=1, seqlen_k=2**31 - 2**16), anywhere=True).backend in ("hopper", "triton")
+
+
+def test_a_plan_of_another_scale_is_about_that_scale(add_backend):
+    asked = []
+    add_backend("fake", rejects=asked.append)
+    for scale in (0.125, 0.3, 2.0):
+        assert plan(replace(PROBLEM, scale=scale)).problem.scale == scale
+    assert len(asked) == 1
+    add_backend("none", rejects=lambda problem: "all")
+    with pytest.raises(UnsupportedError, match=r"scale 0\.3"):
+        plan(replace(PROBLEM, scale=0.3), "none")
 
 
 def test_memoised(add_backend):

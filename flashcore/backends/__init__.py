@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 BACKENDS: tuple[str, ...] = ("hopper", "triton", "sdpa", "reference")
 
-# (q, k, v, *extras) -> (out, lse); extras: the tensors that the problem's score brings, in the order of its names.
+# (q, k, v, scale, *extras) -> (out, lse). A scale of None is the default one; extras are the tensors that the problem's
+# score brings, in the order of its names.
 Run = Callable[..., "tuple[torch.Tensor, torch.Tensor | None]"]
 
 # What a problem may ask for beyond the plain case (AttentionProblem.features), in words.
@@ -62,7 +63,10 @@ class Backend(Protocol):
         """
 
     def prepare(self, problem: AttentionProblem, config: Any) -> Run:
-        """Optional: ``forward`` as a callable (q, k, v, *extras) -> (out, lse), with all done that needs no tensor."""
+        """Optional: ``forward`` as a :data:`Run`, with all done that needs neither tensors nor the scale.
+
+        Of the problem's scale it may use whether it is at least ``LEAST_SCALE``; of others, all.
+        """
 
     def backward(
         self,
@@ -101,8 +105,12 @@ def refusal(name: str, problem: AttentionProblem) -> str | None:
 
 
 def prepare(name: str, problem: AttentionProblem, config: Any) -> Run:
-    """A callable (q, k, v, *extras) -> (out, lse) for tensors of this problem."""
+    """How to run problems that differ from this one in the size of a positive scale alone."""
     backend = load(name)
     if hasattr(backend, "prepare"):
         return backend.prepare(problem, config)
-    return partial(backend.forward, problem, config)
+    return partial(_forward, backend.forward, problem, config)
+
+
+def _forward(forward: Callable, problem: AttentionProblem, config: Any, q, k, v, scale: float | None, *extras):
+    return forward(problem.scaled(scale), config, q, k, v, *extras)

@@ -19,7 +19,7 @@ from torch._C._nn import (
     scaled_dot_product_attention,  # PyTorch's own, whatever F's name stands for at the moment
 )
 
-from flashcore.problem import AttentionProblem
+from flashcore.problem import LONGEST, AttentionProblem
 
 FEATURES = frozenset({"window", "head_dim_v"})
 NATIVE_GRAD = True
@@ -47,6 +47,8 @@ def unavailable() -> str | None:
 def rejects(problem: AttentionProblem) -> str | None:
     if problem.return_lse:
         return "return_lse=True (PyTorch's SDPA returns no LSE)"
+    if problem.device == "cuda" and max(problem.seqlen_q, problem.seqlen_k) > LONGEST:
+        return f"seqlen {max(problem.seqlen_q, problem.seqlen_k)} > {LONGEST}"
     return None
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from flashcore.backends.hopper.configs import ForwardConfig, choose_forward
 from flashcore.backends.hopper.decode_configs import CLUSTERS, DecodeConfig, choose_decode
-from flashcore.problem import AttentionProblem
+from flashcore.problem import LONGEST, AttentionProblem
 
 if TYPE_CHECKING:
     import torch
@@ -77,6 +77,8 @@ def rejects(problem: AttentionProblem) -> str | None:
             return f"{name} {head_dim} > 256"
         if head_dim % 8:
             return f"{name} {head_dim} is not a multiple of 8"
+    if max(problem.seqlen_q, problem.seqlen_k) > LONGEST:
+        return f"seqlen {max(problem.seqlen_q, problem.seqlen_k)} > {LONGEST}"
     if problem.batch * problem.heads_q * math.ceil(problem.seqlen_q / 64) >= 2**31:
         return "more than 2^31 query tiles"
     return None
@@ -115,7 +117,7 @@ def configure(problem: AttentionProblem) -> ForwardConfig | DecodeConfig:
 
 
 def prepare(problem: AttentionProblem, config: ForwardConfig | DecodeConfig) -> Run:
-    """A callable (q, k, v) -> (out, lse) with everything that does not depend on the tensors done."""
+    """A callable (q, k, v, scale, *extras) -> (out, lse) with everything that does not depend on these done."""
     if isinstance(config, DecodeConfig):
         from flashcore.backends.hopper.decode import DecodeLauncher
 
@@ -130,4 +132,4 @@ def forward(
     *extras: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Output (B, Sq, Hq, D) and LSE (B, Hq, Sq); see :class:`flashcore.backends.Backend`."""
-    return prepare(problem, config)(q, k, v, *extras)
+    return prepare(problem, config)(q, k, v, problem.scale, *extras)

@@ -15,6 +15,7 @@ from flashcore.backends.hopper.launch import (
     diagonals,
     exponent_scale,
     extra_arguments,
+    scale_log2,
 )
 from flashcore.problem import AttentionProblem
 
@@ -40,13 +41,14 @@ class ForwardLauncher:
         else:
             paired = paired_heads(config, problem, self._grid)
             paired_rounds = -(-(paired // 2 * m_blocks) // self._grid)
-        # The entry's parameters after the LSE pointer, in order.
+        # The entry's parameters after the scale, in order.
         self._scalars = (
-            exponent_scale(problem), numpy.int32(problem.batch), numpy.int32(problem.heads_q),
+            numpy.int32(problem.batch), numpy.int32(problem.heads_q),
             divisor(problem.heads_q), divisor(problem.group_size), numpy.int32(problem.seqlen_q),
             numpy.int32(problem.seqlen_k), *diagonals(problem), numpy.int32(m_blocks), divisor(units),
             numpy.int32(paired), numpy.int32(paired_rounds), divisor(max(1, heads - paired)),
         )  # fmt: skip
+        self._default_scale, self._exponent_scale = problem.head_dim**-0.5, exponent_scale(problem)
         self._out_shape = problem.out_shape
         self._extra_arguments = extra_arguments(problem)
         self._map_sets: dict[tuple, tuple] = {}  # all addresses and strides -> the four tensor maps
@@ -54,7 +56,7 @@ class ForwardLauncher:
         self._loaded: dict[int, tuple] = {}  # device index -> (cuda.core.launch, kernel, launch config)
 
     def __call__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *extras: torch.Tensor
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None, *extras: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         out, lse, lse_address = allocate(q, self._out_shape, self._lse_shape)
         key = (
@@ -66,9 +68,11 @@ class ForwardLauncher:
             maps, _copies = self._make_maps(key, q, k, v, out)
         device = out.device.index
         launch, kernel, launch_config = self._loaded.get(device) or self._load(device)
+        if scale is None:
+            scale = self._default_scale
         launch(
-            current_stream(device), launch_config, kernel, *maps, lse_address, *self._scalars,
-            *self._extra_arguments(extras),
+            current_stream(device), launch_config, kernel, *maps, lse_address,
+            self._exponent_scale or scale_log2(scale), *self._scalars, *self._extra_arguments(scale, extras),
         )  # fmt: skip
         return out, lse
 

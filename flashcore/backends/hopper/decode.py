@@ -15,6 +15,7 @@ from flashcore.backends.hopper.launch import (
     diagonals,
     exponent_scale,
     extra_arguments,
+    scale_log2,
 )
 from flashcore.problem import AttentionProblem
 
@@ -27,11 +28,12 @@ class DecodeLauncher:
         self._kernel = compile_kernel(config.variant)
         self._lse_shape = (problem.batch, problem.heads_q, problem.seqlen_q) if problem.needs_lse else None
         self._clusters = problem.batch * problem.heads_k
-        # The entry's parameters after the strides, in order.
+        # The entry's parameters after the scale, in order.
         self._scalars = (
-            exponent_scale(problem), numpy.int32(problem.heads_k), numpy.int32(problem.group_size),
+            numpy.int32(problem.heads_k), numpy.int32(problem.group_size),
             numpy.int32(problem.seqlen_q), numpy.int32(problem.seqlen_k), *diagonals(problem),
         )  # fmt: skip
+        self._default_scale, self._exponent_scale = problem.head_dim**-0.5, exponent_scale(problem)
         self._out_shape = problem.out_shape
         self._extra_arguments = extra_arguments(problem)
         # Strides that the kernel can read: of q, k and v -> the entry's parameters, (batch, row, head) of each.
@@ -39,7 +41,7 @@ class DecodeLauncher:
         self._loaded: dict[int, tuple] = {}  # device index -> (cuda.core.launch, kernel, launch config)
 
     def __call__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *extras: torch.Tensor
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None, *extras: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         out, lse, lse_address = allocate(q, self._out_shape, self._lse_shape)
         addresses = q.data_ptr(), k.data_ptr(), v.data_ptr()
@@ -51,9 +53,11 @@ class DecodeLauncher:
             strides = self._learn(q, k, v)
         device = out.device.index
         launch, kernel, launch_config = self._loaded.get(device) or self._load(device)
+        if scale is None:
+            scale = self._default_scale
         launch(
             current_stream(device), launch_config, kernel, *addresses, out.data_ptr(), lse_address, *strides,
-            *self._scalars, *self._extra_arguments(extras),
+            self._exponent_scale or scale_log2(scale), *self._scalars, *self._extra_arguments(scale, extras),
         )  # fmt: skip
         return out, lse
 

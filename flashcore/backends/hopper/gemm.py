@@ -17,6 +17,8 @@ _LEAST_FLAGS = 1024  # more than any kernel on 132 SMs needs
 
 def rejects(problem: GemmProblem) -> str | None:
     """The one feature of the problem that the kernel lacks; None if it has all."""
+    if problem.device != "cuda":
+        return f"device {problem.device} is not a GPU"
     if problem.arch != (9, 0):
         return f"device {problem.device} with compute capability {problem.arch} is not Hopper (9, 0)"
     if problem.dtype not in HALF_TYPES:
@@ -91,11 +93,7 @@ class GemmLauncher:
         found = maps.get(key)
         if found is not None:
             return found, tensor
-        matrix = tensor if tensor.dim() == 3 else tensor[None]
-        if shared:
-            matrix = matrix[:1]
-        if transposed:
-            matrix = matrix.transpose(1, 2)
+        matrix = _matrix(tensor, shared, transposed)
         addressed = tma.addressable_matrix(matrix, "ab"[operand])
         made = tma.matrix_map(addressed, self._box_rows[operand])
         if addressed is matrix:  # a copy's address means nothing for the next call
@@ -127,6 +125,22 @@ class GemmLauncher:
         )
         self._loaded[device] = loaded = (self._kernel.load(device), launch_config)
         return loaded
+
+
+def _matrix(tensor: torch.Tensor, shared: bool, transposed: bool) -> torch.Tensor:
+    """The operand as TMA is to read it, (batch, rows, columns)."""
+    matrix = tensor if tensor.dim() == 3 else tensor[None]
+    matrix = matrix[:1] if shared else matrix
+    return matrix.transpose(1, 2) if transposed else matrix
+
+
+def copied(problem: GemmProblem, a: torch.Tensor, b: torch.Tensor) -> tuple[tuple[str, str], ...]:
+    """The operands that each call copies before it multiplies them, and why."""
+    matrices = {
+        "a": _matrix(a, problem.a_shared, problem.a_mn_major), "b": _matrix(b, problem.b_shared, not problem.b_mn_major)
+    }  # fmt: skip
+    reasons = {name: tma.matrix_obstacle(matrix) for name, matrix in matrices.items()}
+    return tuple((name, reason) for name, reason in reasons.items() if reason is not None)
 
 
 def _paired(bias: torch.Tensor) -> torch.Tensor:

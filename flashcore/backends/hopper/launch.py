@@ -13,13 +13,22 @@ import torch
 from flashcore.problem import AttentionProblem
 from flashcore.score import PLAIN
 
-LOG2_E = 1 / math.log(2)
+_LOG2_E = 1 / math.log(2)
 
 
-def exponent_scale(problem: AttentionProblem) -> numpy.float32:
-    """What a kernel multiplies scores with in the exponent: of changed ones, their scale is applied already."""
+@functools.lru_cache(maxsize=1024)
+def scale_log2(scale: float) -> numpy.float32:
+    """The scale of scores whose exponentials are powers of two, as a kernel takes it."""
+    return numpy.float32(scale * _LOG2_E)
+
+
+def exponent_scale(problem: AttentionProblem) -> numpy.float32 | None:
+    """What a kernel multiplies scores with in the exponent, whatever the scale of a call; None: that scale.
+
+    Of changed scores, the scale is applied already.
+    """
     score = problem.kernel_score
-    return numpy.float32((score.factor if score.change is not None else problem.scale) * LOG2_E)
+    return None if score.change is None else scale_log2(score.factor)
 
 
 def diagonals(problem: AttentionProblem) -> tuple[numpy.int32, numpy.int32]:
@@ -30,15 +39,15 @@ def diagonals(problem: AttentionProblem) -> tuple[numpy.int32, numpy.int32]:
     return numpy.int32(left), numpy.int32(min(right, 2**31 - 2**20))
 
 
-def extra_arguments(problem: AttentionProblem) -> Callable[[tuple[torch.Tensor, ...]], tuple]:
-    """From the tensors that the problem's score brings to the entry's SCORE_PARAMETERS (``jit.score_source``)."""
+def extra_arguments(problem: AttentionProblem) -> Callable[[float, tuple[torch.Tensor, ...]], tuple]:
+    """From the scale and the tensors that the problem's score brings to the entry's SCORE_PARAMETERS
+    (``jit.score_source``)."""
     score = problem.kernel_score
     if score == PLAIN:
-        return lambda extras: ()
-    scale = () if score.change is None else (numpy.float32(problem.scale),)
+        return lambda scale, extras: ()
 
-    def arguments(extras: tuple[torch.Tensor, ...]) -> tuple:
-        found = list(scale)
+    def arguments(scale: float, extras: tuple[torch.Tensor, ...]) -> tuple:
+        found = [] if score.change is None else [numpy.float32(scale)]
         for name, tensor in zip(score.tensors, extras, strict=True):
             if name == "sink":
                 found.append((tensor if tensor.stride(0) == 1 else tensor.contiguous()).data_ptr())

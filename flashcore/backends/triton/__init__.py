@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from flashcore import env
 from flashcore.backends.triton.configs import MAX_HEAD_DIM, TritonConfig, choose
-from flashcore.problem import AttentionProblem
+from flashcore.problem import LONGEST, AttentionProblem
 
 if TYPE_CHECKING:
     import torch
@@ -129,6 +129,8 @@ def rejects(problem: AttentionProblem) -> str | None:
         return f"head_dim_v {problem.head_dim_v} differs from head_dim {problem.head_dim}"
     if problem.head_dim > MAX_HEAD_DIM:
         return f"head_dim {problem.head_dim} > {MAX_HEAD_DIM}"
+    if max(problem.seqlen_q, problem.seqlen_k) > LONGEST:
+        return f"seqlen {max(problem.seqlen_q, problem.seqlen_k)} > {LONGEST}"
     if problem.batch * problem.heads_q * math.ceil(max(problem.seqlen_q, problem.seqlen_k) / 16) >= 2**31:
         return "more than 2^31 tiles of 16 rows"
     return None
@@ -156,16 +158,18 @@ def forward(
     problem: AttentionProblem, config: TritonConfig, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output (B, Sq, Hq, D) and LSE (B, Hq, Sq); see :class:`flashcore.backends.Backend`."""
-    return prepare(problem, config)(q, k, v)
+    return prepare(problem, config)(q, k, v, problem.scale)
 
 
 def prepare(problem: AttentionProblem, config: TritonConfig) -> Run:
-    """`forward` as a callable (q, k, v) -> (out, lse)."""
+    """`forward` as a callable (q, k, v, scale) -> (out, lse)."""
     from flashcore.backends.triton import attention
 
-    run = attention.prepare_forward(problem, config)
+    run, default = attention.prepare_forward(problem.of_any_scale, config), problem.head_dim**-0.5
     # Kernels read what is in memory; of a negated view, such as ``z.conj().imag``, that has another sign.
-    return lambda q, k, v: run(q.resolve_neg(), k.resolve_neg(), v.resolve_neg())
+    return lambda q, k, v, scale: run(
+        q.resolve_neg(), k.resolve_neg(), v.resolve_neg(), default if scale is None else scale
+    )
 
 
 def backward(

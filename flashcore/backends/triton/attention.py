@@ -22,15 +22,15 @@ from flashcore.problem import AttentionProblem
 LOG2E = math.log2(math.e)
 
 Tensor = torch.Tensor
-Forward = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+Forward = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]
 
 
 def forward(
     problem: AttentionProblem, config: TritonConfig, q: Tensor, k: Tensor, v: Tensor
 ) -> tuple[Tensor, Tensor]:
     """out (B, Sq, Hq, D) in q's dtype and lse (B, Hq, Sq) float32, both contiguous."""
-    return prepare_forward(problem, config)(q, k, v)
+    return prepare_forward(problem.of_any_scale, config)(q, k, v, problem.scale)
 
 
 def backward(
@@ -38,12 +38,12 @@ def backward(
     dout: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv), contiguous, in the inputs' dtype. ``out`` and ``lse`` are what a forward returned: contiguous."""
-    return prepare_backward(problem, config)(q, k, v, out, lse, dout)
+    return prepare_backward(problem.of_any_scale, config)(q, k, v, out, lse, dout, problem.scale)
 
 
 @lru_cache(maxsize=1024)
 def prepare_forward(problem: AttentionProblem, config: TritonConfig) -> Forward:
-    """`forward` as a callable (q, k, v) -> (out, lse)."""
+    """`forward` as a callable (q, k, v, scale) -> (out, lse), for all scales of the problem's sign."""
     tile, splits = config.forward, config.splits
     block_d = padded_head_dim(problem.head_dim)
     members = problem.group_size if config.pack_gqa else 1
@@ -55,8 +55,8 @@ def prepare_forward(problem: AttentionProblem, config: TritonConfig) -> Forward:
     launch = Launch(
         attention_fwd, (tiles * batch_heads, splits, 1),
         (
-            abs(problem.scale) * LOG2E if sign else 1.0, batch_heads, heads_per_section(problem, batch_heads),
-            problem.seqlen_q, problem.seqlen_k, problem.heads_k,
+            batch_heads, heads_per_section(problem, batch_heads), problem.seqlen_q, problem.seqlen_k,
+            problem.heads_k,
         ),
         dict(
             GROUP=problem.group_size, PACK=config.pack_gqa, CAUSAL=problem.causal, SIGN=sign,
@@ -66,10 +66,13 @@ def prepare_forward(problem: AttentionProblem, config: TritonConfig) -> Forward:
         _options(tile), ((1, 2), tile.tile_n, block_d),
     )  # fmt: skip
 
-    def unsplit(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def scale_log2(scale: float) -> float:
+        return abs(float(scale)) * LOG2E if sign else 1.0
+
+    def unsplit(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         out = torch.empty(out_shape, dtype=q.dtype, device=q.device)
         lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device)
-        launch((q, k, v, out, lse), (q.stride(), k.stride(), v.stride(), strides_out))
+        launch((q, k, v, out, lse), (q.stride(), k.stride(), v.stride(), strides_out), scale_log2(scale))
         return out, lse
 
     if splits == 1:
@@ -82,11 +85,11 @@ def prepare_forward(problem: AttentionProblem, config: TritonConfig) -> Forward:
         dict(num_warps=1 if splits <= 16 else 4),
     )  # fmt: skip
 
-    def split(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def split(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         device = q.device
         parts = torch.empty((splits, *out_shape), dtype=torch.float32, device=device)
         parts_lse = torch.empty((splits, *lse_shape), dtype=torch.float32, device=device)
-        launch((q, k, v, parts, parts_lse), (q.stride(), k.stride(), v.stride(), strides_out))
+        launch((q, k, v, parts, parts_lse), (q.stride(), k.stride(), v.stride(), strides_out), scale_log2(scale))
         out = torch.empty(out_shape, dtype=q.dtype, device=device)
         lse = torch.empty(lse_shape, dtype=torch.float32, device=device)
         merge((parts, parts_lse, out, lse), ())
@@ -97,7 +100,7 @@ def prepare_forward(problem: AttentionProblem, config: TritonConfig) -> Forward:
 
 @lru_cache(maxsize=1024)
 def prepare_backward(problem: AttentionProblem, config: TritonConfig) -> Backward:
-    """`backward` as a callable (q, k, v, out, lse, dout) -> (dq, dk, dv)."""
+    """`backward` as a callable (q, k, v, out, lse, dout, scale) -> (dq, dk, dv)."""
     stats_shape = stats_shape_of(problem, config)
     rows = stats_shape[3]
     launch_dq = prepare_dq(problem, config.dq, rows)
@@ -109,12 +112,12 @@ def prepare_backward(problem: AttentionProblem, config: TritonConfig) -> Backwar
             prepare_dkdv(problem, config.dv, rows, dk=False),
         ]
 
-    def run(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor):
+    def run(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, scale: float):
         dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
         stats = torch.empty(stats_shape, dtype=torch.float32, device=q.device)
-        launch_dq(q, k, v, out, dout, lse, stats, dq)
+        launch_dq(q, k, v, out, dout, lse, stats, dq, scale)
         for launch in passes:
-            launch(q, k, v, dout, stats, dk, dv)
+            launch(q, k, v, dout, stats, dk, dv, scale)
         return dq, dk, dv
 
     return run
@@ -127,14 +130,13 @@ def stats_shape_of(problem: AttentionProblem, config: TritonConfig) -> tuple[int
 
 
 def prepare_dq(problem: AttentionProblem, tile: Tile, rows: int) -> Callable[..., None]:
-    """A callable (q, k, v, out, dout, lse, stats, dq) that fills dq and stats, (2, B, Hq, `rows`)."""
+    """A callable (q, k, v, out, dout, lse, stats, dq, scale) that fills dq and stats, (2, B, Hq, `rows`)."""
     block_d = padded_head_dim(problem.head_dim)
     heads = problem.batch * problem.heads_q
     launch = Launch(
         attention_bwd_dq, (rows // tile.tile_m * heads, 1, 1),
         (
-            problem.scale, heads, heads_per_section(problem, heads), problem.seqlen_q, problem.seqlen_k,
-            problem.heads_k, rows,
+            heads, heads_per_section(problem, heads), problem.seqlen_q, problem.seqlen_k, problem.heads_k, rows,
         ),
         dict(
             GROUP=problem.group_size, CAUSAL=problem.causal, HEAD_DIM=problem.head_dim, BLOCK_D=block_d,
@@ -143,9 +145,9 @@ def prepare_dq(problem: AttentionProblem, tile: Tile, rows: int) -> Callable[...
         _options(tile), ((1, 2), tile.tile_n, block_d),
     )  # fmt: skip
 
-    def run(q, k, v, out, dout, lse, stats, dq) -> None:
+    def run(q, k, v, out, dout, lse, stats, dq, scale) -> None:
         strides = (q.stride(), k.stride(), v.stride(), out.stride(), dout.stride())
-        launch((q, k, v, out, dout, lse, stats, dq), strides)
+        launch((q, k, v, out, dout, lse, stats, dq), strides, float(scale))
 
     return run
 
@@ -153,14 +155,13 @@ def prepare_dq(problem: AttentionProblem, tile: Tile, rows: int) -> Callable[...
 def prepare_dkdv(
     problem: AttentionProblem, tile: Tile, rows: int, dk: bool = True, dv: bool = True
 ) -> Callable[..., None]:
-    """A callable (q, k, v, dout, stats, dk, dv) that fills dk, dv or both from the stats that dq's kernel wrote."""
+    """A callable (q, k, v, dout, stats, dk, dv, scale) that fills dk, dv or both from the stats of dq's kernel."""
     block_d = padded_head_dim(problem.head_dim)
     heads = problem.batch * problem.heads_k
     launch = Launch(
         attention_bwd_dkdv, (triton.cdiv(problem.seqlen_k, tile.tile_n) * heads, 1, 1),
         (
-            problem.scale, heads, heads_per_section(problem, heads), problem.seqlen_q, problem.seqlen_k,
-            problem.heads_k, rows,
+            heads, heads_per_section(problem, heads), problem.seqlen_q, problem.seqlen_k, problem.heads_k, rows,
         ),
         dict(
             GROUP=problem.group_size, CAUSAL=problem.causal, HEAD_DIM=problem.head_dim, BLOCK_D=block_d,
@@ -169,9 +170,9 @@ def prepare_dkdv(
         _options(tile), ((0, 3), tile.tile_m, block_d),
     )  # fmt: skip
 
-    def run(q, k, v, dout, stats, dk, dv) -> None:
+    def run(q, k, v, dout, stats, dk, dv, scale) -> None:
         strides = (q.stride(), k.stride(), v.stride(), dout.stride(), dk.stride())
-        launch((q, k, v, dout, stats, dk, dv), strides)
+        launch((q, k, v, dout, stats, dk, dv), strides, float(scale))
 
     return run
 

@@ -20,8 +20,8 @@ _MAX_KNOWN = 64  # sets of strides that one problem is expected to come with
 class Launch:
     """A kernel with all arguments but its tensors and their strides.
 
-    :param function: takes tensors, tuples of strides, scalars and constants, in this order. Its integer scalars must
-        be marked ``do_not_specialize``.
+    :param function: takes tensors, tuples of strides, the floats of a call, scalars and constants, in this order. Its
+        integer scalars must be marked ``do_not_specialize``.
     :param constants: its constexpr arguments, in its order.
     :param options: Triton's own, such as ``num_warps``.
     :param streams: the positions of the tensors that the copy engine reads where constants["TMA"] is true and these
@@ -35,10 +35,12 @@ class Launch:
         self._function, self._grid, self._scalars, self._constants = function, grid, scalars, constants
         self._options = options
         self._streams, *self._block = streams
-        # (device, strides) -> a compiled kernel on its grid, descriptors of streams by position, what follows strides
+        # (device, strides) -> a compiled kernel on its grid, descriptors of streams by position, what follows floats
         self._known: dict[tuple, tuple] = {}
 
-    def __call__(self, tensors: tuple[torch.Tensor, ...], strides: tuple[tuple[int, ...], ...]) -> None:
+    def __call__(
+        self, tensors: tuple[torch.Tensor, ...], strides: tuple[tuple[int, ...], ...], *floats: float
+    ) -> None:
         """Launch on the current stream. Tensors must be on the current device."""
         key = tensors[0].get_device(), strides
         known = self._known.get(key)
@@ -47,14 +49,14 @@ class Launch:
         for address in arguments:
             bits |= address
         if known is None or bits % 16:
-            self._by_jit(key, tensors, strides, remember=bits % 16 == 0)
+            self._by_jit(key, tensors, strides, floats, remember=bits % 16 == 0)
             return
         run, descriptors, rest = known
         for position, descriptor in descriptors:
             arguments[position] = _moved(descriptor, tensors[position])
-        run(*arguments, *strides, *rest)
+        run(*arguments, *strides, *floats, *rest)
 
-    def _by_jit(self, key: tuple, tensors: tuple, strides: tuple, remember: bool) -> None:
+    def _by_jit(self, key: tuple, tensors: tuple, strides: tuple, floats: tuple, remember: bool) -> None:
         constants = dict(self._constants)
         descriptors = []
         if constants.get("TMA"):
@@ -65,7 +67,7 @@ class Launch:
         for position, one in descriptors:
             arguments[position] = one
         compiled = self._function[self._grid](
-            *arguments, *strides, *self._scalars, **constants, **self._options
+            *arguments, *strides, *floats, *self._scalars, **constants, **self._options
         )
         if remember and compiled is not None:  # the interpreter compiles nothing
             if len(self._known) >= _MAX_KNOWN:

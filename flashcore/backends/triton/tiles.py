@@ -69,7 +69,8 @@ def store_rows(target, tile, batch, head, start, stop, strides, HEAD_DIM: tl.con
     cols = tl.arange(0, BLOCK_D)[None, :]
     base = head_base(target, batch, head, strides, False) + tl.cast(start, tl.int64) * strides[1]
     inside = (rows < stop - start) & (cols < HEAD_DIM)
-    tl.store(base + (rows * strides[1] + cols * strides[3]), tile.to(target.dtype.element_ty), mask=inside)
+    offsets = rows.to(tl.int64) * strides[1] + cols.to(tl.int64) * strides[3]
+    tl.store(base + offsets, tile.to(target.dtype.element_ty), mask=inside)
 
 
 @triton.jit

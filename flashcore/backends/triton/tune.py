@@ -180,16 +180,17 @@ class Tensors:
             self.problem, self.q, self.k, self.v, self.out, self.lse, self.dout,
         )  # fmt: skip
         if kernel == "forward":
-            return partial(attention.prepare_forward(problem, config), q, k, v)
+            return partial(attention.prepare_forward(problem, config), q, k, v, problem.scale)
         shape = attention.stats_shape_of(problem, config)
         stats = torch.empty(shape, dtype=torch.float32, device=DEVICE)
         dq = torch.empty_like(q)
-        fill = partial(attention.prepare_dq(problem, config.dq, shape[3]), q, k, v, out, dout, lse, stats, dq)
+        launch = attention.prepare_dq(problem, config.dq, shape[3])
+        fill = partial(launch, q, k, v, out, dout, lse, stats, dq, problem.scale)
         if kernel == "dq":
             return fill
         fill()
         launch = attention.prepare_dkdv(problem, tile, shape[3], dk=kernel != "dv", dv=kernel != "dk")
-        return partial(launch, q, k, v, dout, stats, torch.empty_like(k), torch.empty_like(v))
+        return partial(launch, q, k, v, dout, stats, torch.empty_like(k), torch.empty_like(v), problem.scale)
 
 
 # --- is a candidate right?

@@ -114,7 +114,7 @@ def test_growing_maxima(scale):
         for cluster in (1, 8):
             problem = AttentionProblem.from_tensors(q.abs(), keys, v, causal=False, scale=scale, return_lse=True)
             config = dataclasses.replace(choose_decode(problem), cluster=cluster)
-            out, lse = DecodeLauncher(problem, config)(q.abs(), keys, v)
+            out, lse = DecodeLauncher(problem, config)(q.abs(), keys, v, scale)
             assert_forward(out, lse, q.abs(), keys, v, scale=scale)
 
 
@@ -123,7 +123,7 @@ def test_an_unchanged_maximum_changes_nothing():
     q, k, v = random_inputs(1, 1, 131072, 4, 1, 64)
     q, k = torch.full_like(q, 8.0), k / 64 - 1.0  # scores near -64 * 8 * scale
     problem = AttentionProblem.from_tensors(q, k, v, causal=False, scale=1.0, return_lse=True)
-    out, lse = DecodeLauncher(problem, dataclasses.replace(choose_decode(problem), cluster=1))(q, k, v)
+    out, lse = DecodeLauncher(problem, dataclasses.replace(choose_decode(problem), cluster=1))(q, k, v, 1.0)
     scores = torch.einsum("bqhd,bkd->bhqk", q.double(), k[:, :, 0].double())
     assert (lse - scores.logsumexp(-1)).abs().max() < 2e-4
     assert_forward(out, lse, q, k, v, scale=1.0)

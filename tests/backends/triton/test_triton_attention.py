@@ -253,7 +253,7 @@ def test_later_calls_read_their_own_tensors(config, device):
     run = backend.prepare(problem, config)
     for q, k, v in inputs:
         with poisoned_outputs():
-            out, lse = run(q, k, v)
+            out, lse = run(q, k, v, None)
         assert_forward(out, lse, q, k, v, causal=True)
         dout = torch.randn_like(out)
         grads = backend.backward(problem, config, q, k, v, out, lse, dout)

@@ -160,5 +160,8 @@ def test_constants_come_last_and_in_order(name, monkeypatch):
     tail = names[-len(constants) :]
     assert tail == list(constants)
     before = names[-len(constants) - len(scalars) : -len(constants)]
-    assert not any(n.startswith("strides") for n in before)
-    assert names[-len(constants) - len(scalars) - 1].startswith("strides") or name == "combine"
+    assert not any(n.startswith(("strides", "scale")) for n in before)
+    if name != "combine":  # which has neither
+        strides, scale = names[-len(constants) - len(scalars) - 2 : -len(constants) - len(scalars)]
+        assert strides.startswith("strides")
+        assert scale.startswith("scale")
