@@ -357,7 +357,7 @@ def opaque(add_backend):
         return reference.forward(problem, config, q, k, v)
 
     def backward(problem, config, *tensors):
-        assert all(t.data_ptr() for t in tensors)
+        assert all(t.data_ptr() for t in tensors if t is not None)
         return tuple(grad.clone() for grad in gradients.recompute("reference", problem, *tensors))
 
     add_backend("opaque", forward=forward, HAS_BACKWARD=True, backward=backward)
