@@ -51,7 +51,7 @@ def exact_backward(problem, config, q, k, v, out, lse, dout, dlse):
     """A backward of a backend's own; it fails if it is not fed with the forward's output and LSE."""
     expected = reference.forward(problem, None, q, k, v)
     torch.testing.assert_close((out, lse), expected)
-    return gradients.recompute("reference", problem, q, k, v, out, lse, dout)
+    return gradients.recompute("reference", problem, q, k, v, out, lse, dout, dlse)
 
 
 @pytest.fixture(params=["recomputed", "own_backward", "sdpa", "reference"])
