@@ -70,10 +70,6 @@ class Shape:
         return 1 / SAME_ORDER < self.anchor["ms"]["cudnn"] / cudnn < SAME_ORDER
 
     @property
-    def has_fa3(self) -> bool:
-        return any("ms_p50" in self.rows.get(impl, {}) for impl in ("fa3", "fa3-varlen"))
-
-    @property
     def ratio(self) -> float | None:
         """FlashCore's speed over the best peer's: above 1 is faster. None if either is unknown."""
         if self.ours is None or self.best_ms is None:
@@ -93,15 +89,18 @@ def shapes(data: dict, anchors: dict[tuple, dict]) -> list[Shape]:
 
 
 def unanchored(found: list[Shape]) -> list[str]:
-    """A sentence on the shapes whose ratio says nothing about FlashAttention-3: no run and no anchor has it there."""
+    """A sentence on the shapes whose ratio says nothing about FlashAttention-3: neither the run nor an anchor has it.
+
+    Its packed op is slower, and no stand-in.
+    """
     compared = [shape for shape in found if shape.ratio is not None]
-    without = [shape for shape in compared if not shape.anchored and not shape.has_fa3]
+    without = [shape for shape in compared if not shape.anchored and "ms_p50" not in shape.rows.get("fa3", {})]
     if not without:
         return []
     which = "any shape" if len(without) == len(compared) else ", ".join(shape.case.name for shape in without)
     return [
-        f"FlashAttention-3 was not measured, and there is no anchor of it, for {which}: the best peer there is the "
-        "best one in the table."
+        f"FlashAttention-3's dense path was not measured, and there is no anchor of it, for {which}: the best peer "
+        "there is the best one in the table."
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import subprocess
 
 import pytest
@@ -167,6 +168,16 @@ def test_records_with_triton_name_its_sources_too():
     assert digests["forward"] == digests["backward"]
     assert digests["decode"] == digests["e2e"]
     assert len({digests[suite] for suite in ("forward", "decode", "gemm", "startup")}) == 4
+
+
+def test_records_of_score_functions_name_what_prints_them(monkeypatch, tmp_path):
+    shutil.copytree(record.PACKAGE, tmp_path / "flashcore", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(record, "PACKAGE", tmp_path / "flashcore")
+    before = {suite: record.kernel_digest(suite) for suite in ("forward", "window")}
+    printer = tmp_path / "flashcore" / "score.py"
+    printer.write_text(printer.read_text().replace("__expf", "expf"))
+    assert record.kernel_digest("forward") == before["forward"]
+    assert record.kernel_digest("window") != before["window"]
 
 
 def part(data: dict, rows: slice) -> dict:
