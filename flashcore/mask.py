@@ -46,16 +46,19 @@ class Visible:
         """How far the diagonal ``i = j`` is shifted to the right."""
         return self.seqlen_k - self.seqlen_q
 
-    # Neither of these two ever falls from one query to the next.
-    def begin(self, i: int) -> int:
+    # Neither of these two ever falls from one query to the next. They take ints, or integer tensors or arrays.
+    def begin(self, i):
         """The first key that query `i` sees, if it sees any."""
         left = self.mask.left
-        return 0 if left is None else min(max(i + self.offset - left, 0), self.seqlen_k)
+        return 0 * i if left is None else self._key(i + self.offset - left)
 
-    def end(self, i: int) -> int:
+    def end(self, i):
         """One past the last key that query `i` sees, if it sees any."""
         right = self.mask.right
-        return self.seqlen_k if right is None else min(max(i + self.offset + right + 1, 0), self.seqlen_k)
+        return 0 * i + self.seqlen_k if right is None else self._key(i + self.offset + right + 1)
+
+    def _key(self, j):
+        return min(max(j, 0), self.seqlen_k) if isinstance(j, int) else j.clip(0, self.seqlen_k)
 
     def keep(self, i, j):
         """Whether query ``i`` sees key ``j``. Takes ints, or integer tensors or arrays that broadcast together."""

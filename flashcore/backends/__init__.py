@@ -7,6 +7,7 @@ imported when a plan first considers it. Adding one takes the module and its nam
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -92,16 +93,15 @@ class Backend(Protocol):
 
 def load(name: str) -> Backend:
     """Import the backend called `name`."""
-    return importlib.import_module(f"{__name__}.{name}")
+    path = f"{__name__}.{name}"
+    return sys.modules.get(path) or importlib.import_module(path)
 
 
 def refusal(name: str, problem: AttentionProblem) -> str | None:
     """The one feature of this problem that the backend called `name` lacks; None if it can compute it."""
     backend = load(name)
-    for feature, words in FEATURES.items():
-        if feature in problem.features - backend.FEATURES:
-            return words
-    return backend.rejects(problem)
+    missing = problem.features - backend.FEATURES
+    return next((FEATURES[name] for name in FEATURES if name in missing), None) or backend.rejects(problem)
 
 
 def prepare(name: str, problem: AttentionProblem, config: Any) -> Run:

@@ -6,10 +6,13 @@ Pure arithmetic: needs neither torch nor CUDA. A config becomes `struct Config` 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar
+
+import numpy
 
 from flashcore.problem import AttentionProblem
 from flashcore.score import PLAIN, Score
@@ -205,68 +208,89 @@ def tile_head_dim(head_dim: int) -> int:
 
 def choose_forward(problem: AttentionProblem) -> ForwardConfig:
     """The config for a problem that the backend accepts: that of the row with the least work for its busiest CTA."""
-    best, best_time = None, math.inf
     visible = problem.visible
-    facts = dict(
-        window=visible.bounded_left,
-        head_dims=(tile_head_dim(problem.head_dim), tile_head_dim(problem.head_dim_v)),
-        score=problem.kernel_score,
-    )
-    for row in FORWARD_TABLE:
-        if row.head_dim != row_head_dim(problem.head_dim, problem.head_dim_v):
-            continue
-        config = row.config(problem.dtype, visible.bounded_right, **facts)
-        if config.infeasible() is not None:
-            continue
+    best, best_time = None, math.inf
+    for row, config, one_tile in _variants(
+        problem.dtype, row_head_dim(problem.head_dim, problem.head_dim_v), visible.bounded_right, visible.bounded_left,
+        (tile_head_dim(problem.head_dim), tile_head_dim(problem.head_dim_v)), problem.kernel_score,
+    ):  # fmt: skip
         tiles = -(-problem.seqlen_q // config.tile_m) * problem.batch * problem.heads_q
         if config.one_tile and tiles > problem.sm_count:
             continue
-        blocks = -(-max(blocks_per_cta(config, problem)) // config.key_parts)
+        blocks = -(-float(blocks_per_cta(config, problem).max()) // config.key_parts)
         time = blocks * config.tile_n * 64 * config.consumers * row.weight
         if time < best_time:
-            best = row.config(problem.dtype, visible.bounded_right, one_tile=tiles <= problem.sm_count, **facts)
-            best_time = time
+            best, best_time = one_tile if tiles <= problem.sm_count else config, time
     if best is None:
         raise LookupError(f"no row of FORWARD_TABLE serves head_dim {problem.head_dim}, {problem.head_dim_v}")
     return best
 
 
+@functools.lru_cache(maxsize=1024)
+def _variants(
+    dtype: str, head_dim: int, causal: bool, window: bool, head_dims: tuple[int, int], score: Score
+) -> tuple[tuple[ForwardRow, ForwardConfig, ForwardConfig], ...]:
+    """The rows that serve such problems, with their configs: for any launch, and for one with a CTA for every tile."""
+    rows = [row for row in FORWARD_TABLE if row.head_dim == head_dim]
+    facts = dict(window=window, head_dims=head_dims, score=score)
+    found = ((row, *(row.config(dtype, causal, one_tile, **facts) for one_tile in (False, True))) for row in rows)
+    return tuple(variant for variant in found if variant[1].infeasible() is None)
+
+
 def tile_blocks(config: ForwardConfig, problem: AttentionProblem) -> list[int]:
     """Key blocks of a head's tiles (``TileScheduler::set``)."""
-    visible, blocks = problem.visible, []
+    return _tile_blocks(config, problem).tolist()
+
+
+def _tile_blocks(config: ForwardConfig, problem: AttentionProblem) -> numpy.ndarray:
+    visible = problem.visible
     m_blocks = -(-problem.seqlen_q // config.tile_m)
+    if not config.bounded_left and not config.bounded_right:
+        return numpy.full(m_blocks, -(-problem.seqlen_k // config.tile_n))
     # With a right bound the tiles end with the last row.
     first_row = -(-problem.seqlen_q // 64) * 64 - m_blocks * config.tile_m if config.bounded_right else 0
-    for row in range(first_row, first_row + m_blocks * config.tile_m, config.tile_m):
-        end = max(1, -(-visible.end(row + config.tile_m - 1) // config.tile_n))
-        begin = min(visible.begin(row) // config.tile_n if config.bounded_left else 0, end - 1)
-        blocks.append(end - begin)
-    return blocks
+    rows = numpy.arange(first_row, first_row + m_blocks * config.tile_m, config.tile_m)
+    ends = numpy.maximum(1, -(-visible.end(rows + config.tile_m - 1) // config.tile_n))
+    if not config.bounded_left:
+        return ends
+    return ends - numpy.minimum(visible.begin(rows) // config.tile_n, ends - 1)
 
 
-def blocks_per_cta(config: ForwardConfig, problem: AttentionProblem) -> list[float]:
+def blocks_per_cta(config: ForwardConfig, problem: AttentionProblem) -> numpy.ndarray:
     """Key blocks that each CTA processes; the mean for all where a CTA has so many tiles that they even out."""
-    blocks, heads = tile_blocks(config, problem), problem.batch * problem.heads_q
+    blocks, heads = _tile_blocks(config, problem), problem.batch * problem.heads_q
     m_blocks, tiles = len(blocks), len(blocks) * problem.batch * problem.heads_q
     ctas = min(tiles, problem.sm_count)
     if config.bounded_left:  # its first product of scores and its last one of values hide nothing
         units = m_blocks - window_ramp(config, problem) // 2
         rounds = -(-units * heads // ctas)
-        return [rounds * (max(blocks) + _EXPOSED_BLOCKS)] * ctas
+        return numpy.full(ctas, rounds * (blocks.max() + _EXPOSED_BLOCKS))
     if not config.longest_first:
-        return [-(-(tiles - cta) // ctas) * blocks[0] for cta in range(ctas)]
+        return -(-(tiles - numpy.arange(ctas)) // ctas) * blocks[0]
     if tiles > 32 * ctas:
-        return [sum(blocks) * heads / ctas] * ctas
-    paired = paired_heads(config, problem, ctas)
-    return [sum(blocks[m] for _, m in deal_tiles(m_blocks, heads, paired, ctas, cta)) for cta in range(ctas)]
+        return numpy.full(ctas, blocks.sum() * heads / ctas)
+    return dealt_blocks(blocks, heads, paired_heads(config, problem, ctas), ctas)
+
+
+def dealt_blocks(blocks: numpy.ndarray, heads: int, paired: int, ctas: int) -> numpy.ndarray:
+    """The sums over each CTA's tiles (:func:`deal_tiles`) of their blocks."""
+    m_blocks, rest = len(blocks), heads - paired
+    backwards, rank = blocks[::-1], numpy.arange(m_blocks) // 2
+    units = paired // 2 * m_blocks
+    rounds = numpy.zeros((-(-(units + rest * m_blocks) // ctas), ctas), blocks.dtype)
+    tiles = rounds.reshape(-1)
+    tiles[:units].reshape(-1, m_blocks)[:] = backwards[rank] + blocks[rank]
+    tiles[units : units + rest * m_blocks].reshape(m_blocks, rest)[:] = backwards[:, None]
+    first = -(-units // ctas)
+    rounds[first::2] = rounds[first::2, ::-1]
+    return rounds.sum(axis=0)
 
 
 def window_ramp(config: ForwardConfig, problem: AttentionProblem) -> int:
     """How many tiles of a head, from its first on, go out two at a time (``AttentionParams.paired``)."""
     if config.one_tile:
         return 0
-    blocks = tile_blocks(config, problem)
-    return next((m for m, n in enumerate(blocks) if n == max(blocks)), 0)
+    return int(_tile_blocks(config, problem).argmax())
 
 
 def deal_window_tiles(m_blocks: int, heads: int, ramp: int, ctas: int, cta: int) -> list[tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,6 +16,7 @@ from flashcore.backends.hopper.configs import (
     choose_forward,
     deal_tiles,
     deal_window_tiles,
+    dealt_blocks,
     declared_configs,
     row_head_dim,
     tile_blocks,
@@ -110,6 +112,11 @@ def test_causal_tiles_are_dealt_out_once(m_blocks, heads, sms, data):
     paired = data.draw(st.integers(0, heads // 2)) * 2
     dealt = [tile for cta in range(ctas) for tile in deal_tiles(m_blocks, heads, paired, ctas, cta)]
     assert sorted(dealt) == [(head, block) for head in range(heads) for block in range(m_blocks)]
+    blocks = numpy.array(data.draw(st.lists(st.integers(1, 500), min_size=m_blocks, max_size=m_blocks)))
+    expected = [
+        sum(blocks[m] for _, m in deal_tiles(m_blocks, heads, paired, ctas, cta)) for cta in range(ctas)
+    ]
+    assert dealt_blocks(blocks, heads, paired, ctas).tolist() == expected
 
 
 @given(m_blocks=st.integers(1, 40), heads=st.integers(1, 20), sms=st.integers(1, 132), data=st.data())
