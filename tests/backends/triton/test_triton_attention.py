@@ -66,7 +66,7 @@ def gradients(case: Case, config: TritonConfig, device: str):
     out, lse = backend.forward(problem, config, q, k, v)
     dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
     with poisoned_outputs():
-        grads = backend.backward(problem, config, q, k, v, out, lse, dout)
+        grads = backend.backward(problem, config, q, k, v, out, lse, dout, None)
     return q, k, v, dout, grads
 
 
@@ -205,7 +205,7 @@ def test_rows_far_apart(device):
         out, lse = backend.forward(problem, config, *inputs)
         assert_forward(out, lse, q, k, v, causal=False)
         dout = torch.randn_like(out)
-        grads = backend.backward(problem, config, *inputs, out, lse, dout)
+        grads = backend.backward(problem, config, *inputs, out, lse, dout, None)
         assert_gradients(grads, q, k, v, dout, causal=False)
 
 
@@ -232,7 +232,7 @@ def test_same_bits_every_time(config, device):
     runs = []
     for _ in range(2 if INTERPRET else 20):
         out, lse = backend.forward(problem, config, q, k, v)
-        runs.append((out, lse, *backend.backward(problem, config, q, k, v, out, lse, dout)))
+        runs.append((out, lse, *backend.backward(problem, config, q, k, v, out, lse, dout, None)))
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
 
@@ -256,7 +256,7 @@ def test_later_calls_read_their_own_tensors(config, device):
             out, lse = run(q, k, v, None)
         assert_forward(out, lse, q, k, v, causal=True)
         dout = torch.randn_like(out)
-        grads = backend.backward(problem, config, q, k, v, out, lse, dout)
+        grads = backend.backward(problem, config, q, k, v, out, lse, dout, None)
         assert_gradients(grads, q, k, v, dout, causal=True)
 
 
@@ -269,7 +269,7 @@ def test_gradient_of_an_expanded_tensor(device, negated):
     dout = torch.ones((), dtype=q.dtype, device=device).expand(problem.out_shape)
     dout = torch._neg_view(dout) if negated else dout
     out, lse = backend.forward(problem, AHEAD, q, k, v)
-    grads = backend.backward(problem, AHEAD, q, k, v, out, lse, dout)
+    grads = backend.backward(problem, AHEAD, q, k, v, out, lse, dout, None)
     assert_gradients(grads, q, k, v, dout, causal=True)
 
 
@@ -281,7 +281,7 @@ def test_backward_of_another_backends_forward(device):
     with torch.no_grad():
         out, lse = reference.forward(problem, None, q, k, v)
     dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
-    grads = backend.backward(problem, None, q, k, v, out, lse, dout)
+    grads = backend.backward(problem, None, q, k, v, out, lse, dout, None)
     assert_gradients(grads, q, k, v, dout, causal=True)
 
 
