@@ -71,7 +71,8 @@ def test_one_warning_when_the_gpu_could_do_better(add_backend):
 
 def test_real_backends_on_the_cpu():
     assert plan(PROBLEM).backend == "sdpa"
-    with_lse = plan(replace(PROBLEM, return_lse=True))
+    assert plan(replace(PROBLEM, return_lse=True)).backend == "sdpa"
+    with_lse = plan(replace(PROBLEM, return_lse=True, head_dim_v=32))
     assert with_lse.backend == "reference"
     before = backends.BACKENDS[: backends.BACKENDS.index("reference")]
     assert tuple(name for name, _ in with_lse.rejected) == before
@@ -211,12 +212,12 @@ def test_requested_backend():
 
 def test_requested_backend_that_cannot():
     with pytest.raises(UnsupportedError) as caught:
-        plan(replace(PROBLEM, return_lse=True), "sdpa")
+        plan(replace(PROBLEM, return_lse=True, head_dim_v=32), "sdpa")
     message = str(caught.value)
     assert message.startswith(
         "attention: backend='sdpa' cannot compute this: bfloat16 on cpu, q (2, 128, 8, 64)"
     )
-    assert "\n  sdpa: return_lse=True (PyTorch's SDPA returns no LSE)" in message
+    assert "\n  sdpa: return_lse=True with head_dim_v 32 != head_dim 64" in message
     assert 'Use backend="auto"' in message
 
 

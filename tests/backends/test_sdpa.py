@@ -1,6 +1,8 @@
 """How problems are put to PyTorch's SDPA. That the answers are right is shown by the cases."""
 
+import itertools
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -10,24 +12,23 @@ from hypothesis import strategies as st
 import flashcore
 from flashcore.backends import sdpa
 from flashcore.mask import CAUSAL
-from flashcore.problem import AttentionProblem
 from tests.cases import BY_NAME, VALUES, Case
-from tests.tolerance import assert_forward
+from tests.tolerance import assert_forward, assert_gradients
 
 GROUPED = replace(Case("", heads_q=8, heads_k=2).problem(), device="cuda", arch=(9, 0), sm_count=132)
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What reaches PyTorch's scaled_dot_product_attention."""
+    """What reaches PyTorch's scaled_dot_product_attention, or its CPU kernel."""
     seen = []
-    original = sdpa.scaled_dot_product_attention
 
-    def record(q, k, v, **options):
+    def record(original, q, k, v, **options):
         seen.append({"q": q, "k": k, "v": v, **options})
         return original(q, k, v, **options)
 
-    monkeypatch.setattr(sdpa, "scaled_dot_product_attention", record)
+    for name in ("scaled_dot_product_attention", "_cpu_kernel"):
+        monkeypatch.setattr(sdpa, name, partial(record, getattr(sdpa, name)))
     return seen
 
 
@@ -63,7 +64,7 @@ def test_no_mask_where_none_is_needed(calls):
     for name in (
         "causal_128",
         "causal_empty_rows",
-        "causal_all_but_one_row_empty",
+        "causal_empty_tiles",
         "causal_one_query",
         "full_64x193",
     ):
@@ -99,11 +100,150 @@ def test_scale_is_positive_when_it_reaches_sdpa(calls):
     assert all(call["scale"] > 0 for call in calls)
 
 
-def test_lse_is_rejected():
-    q, k, v = Case("").inputs()
-    problem = AttentionProblem.from_tensors(q, k, v, return_lse=True)
-    assert sdpa.rejects(problem).startswith("return_lse=True")
-    assert sdpa.rejects(replace(problem, return_lse=False)) is None
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"mask": CAUSAL, "seqlen_q": 256}, None),
+        ({"head_dim": 80, "head_dim_v": 80}, None),
+        ({"head_dim": 264, "head_dim_v": 264}, None),
+        ({"head_dim_v": 32}, None),
+        ({"dtype": "float32"}, None),
+        ({"dtype": "float32", "arch": (7, 5)}, None),
+        ({"dtype": "float32", "head_dim": 36, "head_dim_v": 36}, None),
+        ({"mask": CAUSAL, "seqlen_q": 64}, "a mask that is not its own"),
+        ({"head_dim": 36, "head_dim_v": 36}, "head_dim 36, not a multiple of 8"),
+        ({"head_dim_v": 36}, "head_dim_v 36, not a multiple of 8"),
+        ({"dtype": "float32", "head_dim": 37, "head_dim_v": 37}, "head_dim 37, not a multiple of 4"),
+        ({"dtype": "float64"}, "dtype float64"),
+        ({"device": "cpu", "arch": None}, None),
+        ({"device": "cpu", "arch": None, "dtype": "float64", "mask": CAUSAL, "seqlen_q": 64}, None),
+        ({"device": "cpu", "arch": None, "seqlen_k": 3}, None),
+        ({"device": "cpu", "arch": None, "head_dim_v": 32}, "head_dim_v 32 != head_dim 64"),
+    ],
+)
+def test_where_pytorch_gives_the_lse(change, reason):
+    problem = replace(GROUPED, **change)
+    assert sdpa.rejects(problem) is None
+    expected = reason and f"return_lse=True with {reason}: PyTorch gives the LSE by its fused kernels alone"
+    assert sdpa.rejects(replace(problem, return_lse=True)) == expected
+
+
+def test_amd_gives_no_lse(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert "return_lse=True with an AMD GPU" in sdpa.rejects(replace(GROUPED, return_lse=True))
+
+
+def test_the_lse_costs_no_second_attention():
+    """On a CPU it comes from the kernel that computes the output; the reference holds every score."""
+    with torch.profiler.profile() as profile:
+        flashcore.attention(*Case("", dtype="float32").inputs(), causal=True, return_lse=True)
+    operators = {event.key for event in profile.key_averages()}
+    assert "aten::_scaled_dot_product_flash_attention_for_cpu" in operators
+    assert "aten::logsumexp" not in operators
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+@pytest.mark.parametrize(
+    "change", [{}, {"heads_k": 1}, {"causal": True}, {"causal": True, "seqlen_q": 65}, {"causal": True, "seqlen_k": 65}]
+)
+def test_lse_and_the_gradients_beside_it(change, dtype):
+    case = replace(Case("", batch=1, heads_q=2, heads_k=2, dtype=dtype), **change)
+    q, k, v = (t.requires_grad_() for t in case.inputs())
+    out, lse = flashcore.attention(q, k, v, causal=case.causal, return_lse=True, backend="sdpa")
+    assert_forward(out.detach(), lse, q, k, v, causal=case.causal)
+    assert not lse.requires_grad
+    dout = torch.randn_like(out)
+    assert_gradients(torch.autograd.grad(out, (q, k, v), dout), q, k, v, dout, causal=case.causal)
+
+
+def test_lse_of_masks_in_chunks(monkeypatch):
+    monkeypatch.setattr(sdpa, "CHUNK_MASK", 257 * 10)
+    q, k, v = BY_NAME["causal_more_keys"].inputs()
+    out, lse = flashcore.attention(q, k, v, causal=True, return_lse=True, backend="sdpa")
+    assert_forward(out, lse, q, k, v, causal=True)
+
+
+def test_lse_of_zero_and_of_nothing_to_see():
+    """PyTorch's CPU kernel gives 0 for both: one key with a score of 0, and scores that are all -inf."""
+    q, k, v = torch.ones(1, 20, 2, 8), torch.randn(1, 20, 1, 8), torch.randn(1, 20, 1, 8)
+    k[:, 0] = 0
+    out, lse = flashcore.attention(q, k, v, causal=True, return_lse=True, backend="sdpa")
+    assert_forward(out, lse, q, k, v, causal=True)
+    assert not lse[..., 0].any()
+    k[:] = -torch.inf
+    q[:, :, 1] = -torch.inf
+    out, lse = flashcore.attention(q, k, v, return_lse=True, backend="sdpa")
+    assert not out[:, :, 0].any()
+    assert lse[:, 0].isneginf().all()
+    assert out[:, :, 1].isnan().all()
+
+
+# ---- what PyTorch's CPU kernel gets wrong ------------------------------------------------------------------------
+
+SPECIAL = {
+    "nan_query": lambda q, k: q[:, 1].fill_(torch.nan),
+    "nan_in_a_query": lambda q, k: q[:, 1, :, 3].fill_(torch.nan),
+    "inf_in_a_query": lambda q, k: q[:, 1, :, 3].fill_(torch.inf),
+    "minus_inf_in_a_query": lambda q, k: q[:, 1, :, 3].fill_(-torch.inf),
+    "nan_keys": lambda q, k: k.fill_(torch.nan),
+    "nan_in_the_first_key": lambda q, k: k[:, 0].fill_(torch.nan),
+    "inf_in_a_key": lambda q, k: k[:, 0, :, 3].fill_(torch.inf),
+    "scores_of_minus_inf": lambda q, k: (q.abs_(), k.fill_(-torch.inf)),
+    "scores_of_inf": lambda q, k: (q.abs_(), k.fill_(torch.inf)),
+}
+
+
+@pytest.mark.parametrize("return_lse", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+@pytest.mark.parametrize("special", SPECIAL)
+def test_what_is_not_finite_is_not_lost(special, dtype, return_lse):
+    """The NaN, and the zeros, of the reference: with few keys, with whole vectors of keys, with more than a block."""
+    for seqlen_q, seqlen_k, causal in (
+        *((3, seqlen_k, False) for seqlen_k in (1, 2, 7, 8, 9, 15, 16, 17, 32, 33, 513)),
+        *((3, seqlen_k, True) for seqlen_k in (2, 3, 5, 16, 17, 32)), (20, 16, True), (16, 16, True),
+    ):  # fmt: skip
+        case = Case("", seqlen_q=seqlen_q, seqlen_k=seqlen_k, heads_k=2, head_dim=8, dtype=dtype)
+        q, k, v = (t.clone() for t in case.inputs())
+        SPECIAL[special](q, k)
+        options = {"causal": causal, "return_lse": return_lse}
+        result, expected = (flashcore.attention(q, k, v, backend=name, **options) for name in ("sdpa", "reference"))
+        out, right = (r[0] if return_lse else r for r in (result, expected))
+        torch.testing.assert_close(out, right, rtol=0.05, atol=0.05, equal_nan=True)
+        if return_lse:  # of what is NaN it may be NaN or inf
+            lse, right_lse = (torch.where(r[1].isposinf(), torch.nan, r[1]) for r in (result, expected))
+            torch.testing.assert_close(lse, right_lse, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+def test_infinite_scores_of_finite_inputs():
+    q, k, v = (t.abs() for t in Case("", seqlen_q=3, seqlen_k=32, head_dim=8).inputs())
+    assert flashcore.attention(q * 1e30, k * 1e30, v, backend="sdpa").isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_rows_that_overlap(dtype, return_lse):
+    """Any of q, k, v may be a window that slides over memory, in any of its dimensions."""
+
+    def attend(inputs):
+        inputs = [t.detach().requires_grad_() for t in inputs]
+        out = flashcore.attention(*inputs, causal=True, return_lse=return_lse, backend="sdpa")
+        out, lse = out if return_lse else (out, None)
+        return out, lse, *torch.autograd.grad(out, inputs, dout)
+
+    memory, dout = torch.randn(400).to(dtype), torch.randn(2, 20, 3, 8).to(dtype)
+    for strides, place in itertools.product(itertools.product((0, 1, 8), repeat=3), range(3)):
+        inputs = [torch.randn(2, 20, 3, 8).to(dtype) for _ in range(3)]
+        inputs[place] = memory.as_strided((2, 20, 3, 8), (*strides, 1))
+        copied = [t.contiguous() for t in inputs]
+        torch.testing.assert_close(attend(inputs), attend(copied))
+
+
+def test_the_sliding_window_of_a_signal():
+    q = torch.randn(1, 1, 10).unfold(2, 8, 1).transpose(1, 2)
+    assert q.stride() == (10, 1, 10, 1)
+    k = torch.randn(1, 20, 1, 8)
+    assert_forward(flashcore.attention(q, k, k), None, q, k, k)
 
 
 sizes = st.integers(1, 20)
