@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Literal, overload
 
 import torch
 
-from flashcore import backends, gradients
+from flashcore import gradients
 from flashcore import plan as planning
-from flashcore.backends import Run
-from flashcore.calls import Runs, on_its_device
+from flashcore.backends import ATTENTION, Run
+from flashcore.calls import Runs, autocast, on_its_device, operators
 from flashcore.errors import UnsupportedError
 from flashcore.plan import Plan
-from flashcore.problem import DEVICES, LEAST_SCALE, AttentionProblem, check_tensors, checked_scale
+from flashcore.problem import LEAST_SCALE, AttentionProblem, check_tensors, checked_scale
 from flashcore.score import bind
 from flashcore.watching import answers_itself, is_batched, is_recorded, is_transformed, is_watched
 
@@ -108,7 +109,7 @@ def attention(
         value would.
     :param return_lse: also return the natural logarithm of each query's softmax denominator. No gradient flows
         through it.
-    :param backend: ``"auto"``, or the name of one in ``flashcore.backends.BACKENDS``. See :func:`explain`.
+    :param backend: ``"auto"``, or the name of one in ``flashcore.backends.ATTENTION.providers``. See :func:`explain`.
     :returns: out, contiguous (batch, seqlen_q, heads_q, head_dim_v) in q's dtype, and with `return_lse` also lse,
         float32 (batch, heads_q, seqlen_q). A query that sees no key gives zeros and -inf.
 
@@ -163,51 +164,41 @@ def explain(
     raise.
     """
     q, k, v = autocast(q, k, v)
+    problem, extras = _problem(q, k, v, causal, window, scale, score, sink, return_lse)
+    plan = planning.plan(problem, backend)
+    copied = getattr(ATTENTION.load(plan.backend), "copied", None)
+    if copied is None or any(map(answers_itself, (q, k, v))):  # these have no addresses
+        return plan
+    return replace(plan, copied=copied(problem, plan.config, q, k, v, *extras))
+
+
+def _problem(q, k, v, causal, window, scale, score, sink, return_lse) -> tuple[AttentionProblem, tuple]:
+    """The checked problem, and the tensors that its score brings."""
     spec, extras = bind(score, sink)
     problem = AttentionProblem.from_tensors(
         q, k, v, causal=causal, window=window, scale=scale, score=spec, extras=extras, return_lse=return_lse
     )
-    return planning.plan(problem, backend)
-
-
-def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The tensors as autocast wants them: where it is enabled, all but float64 ones in its dtype."""
-    return tuple(map(_autocast_one, tensors))
-
-
-def _autocast_one(tensor: torch.Tensor) -> torch.Tensor:
-    if not isinstance(tensor, torch.Tensor) or tensor.device.type not in DEVICES:
-        return tensor  # validation has a word on it
-    device = tensor.device.type
-    if (
-        not torch.is_autocast_enabled(device)
-        or tensor.dtype is torch.float64
-        or not tensor.is_floating_point()
-    ):
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(device))
+    return problem, extras
 
 
 def _by_operator(causal, return_lse, backend, q, k, v, scale):
     """(out, lse) by the operator, for those who record operators or answer them."""
-    from flashcore import ops
-
     if not torch.compiler.is_compiling():  # which checks the operator's arguments as it traces
         check_tensors(q, k, v)
         checked_scale(scale, q.shape[3])
-    return ops.attention(q, k, v, causal, scale, return_lse, backend)
+    return operators().attention(q, k, v, causal, scale, return_lse, backend)
 
 
 def _by_operations(causal, return_lse, backend, q, k, v, scale):
     """(out, lse) by a backend that is made of PyTorch's operations, which transforms see through."""
-    plan = explain(q, k, v, causal=causal, scale=scale, return_lse=return_lse, backend=backend)
-    module = backends.load(plan.backend)
-    if not module.NATIVE_GRAD:
+    problem, _ = _problem(q, k, v, causal, None, scale, None, None, return_lse)
+    plan = planning.prepared_plan(problem, backend)
+    if not ATTENTION.load(plan.backend).NATIVE_GRAD:
         raise UnsupportedError(
             f"attention: backend {plan.backend!r} cannot be transformed by torch.func (grad, vjp, vmap, ...) or "
             'forward-mode differentiation. Pass backend="sdpa".'
         )
-    return _detach_lse(backends.prepare(plan.backend, plan.problem, plan.config), q, k, v, scale)
+    return _detach_lse(plan.run, q, k, v, scale)
 
 
 def _with_features(q, k, v, causal, window, scale, score, sink, return_lse, backend):
@@ -229,11 +220,8 @@ def _with_features(q, k, v, causal, window, scale, score, sink, return_lse, back
     except (AttributeError, TypeError, RuntimeError):
         key = run = None
     if run is None:
-        plan = explain(
-            q, k, v, causal=causal, window=window, scale=scale, score=score, sink=sink, return_lse=return_lse,
-            backend=backend,
-        )  # fmt: skip
-        run = on_its_device(q, _runner(plan))
+        problem, _ = _problem(q, k, v, causal, window, scale, score, sink, return_lse)
+        run = on_its_device(q, _runner(planning.prepared_plan(problem, backend)))
         if key is not None:
             runs.remember(key, run)
     return run(q, k, v, scale, *extras)
@@ -246,19 +234,18 @@ def _prepare(key: tuple | None, q, k, v, causal, scale, return_lse, backend) -> 
         return run
     if any(map(answers_itself, (q, k, v))):
         return partial(_by_operator, causal, return_lse, backend)
-    plan = explain(q, k, v, causal=causal, scale=scale, return_lse=return_lse, backend=backend)
-    run = on_its_device(q, _runner(plan))
+    problem, _ = _problem(q, k, v, causal, None, scale, None, None, return_lse)
+    run = on_its_device(q, _runner(planning.prepared_plan(problem, backend)))
     return run if key is None else runs.remember(key, run)
 
 
 def _runner(plan: Plan) -> Run:
     """The shortest way from q, k, v, the scale and extras to (out, lse)."""
-    forward = backends.prepare(plan.backend, plan.problem, plan.config)
-    if plan.backward == planning.NO_GRAD:
-        return forward
-    if plan.backward == planning.AUTOGRAD:
-        return partial(_detach_lse, forward)
-    return partial(_Attention.apply, plan, forward)
+    if plan.backward is None:
+        return plan.run
+    if plan.backward.backend == planning.AUTOGRAD:
+        return partial(_detach_lse, plan.run)
+    return partial(_Attention.apply, plan)
 
 
 def _detach_lse(forward: Run, *arguments):
@@ -270,12 +257,12 @@ class _Attention(torch.autograd.Function):
     """Ties a forward that autograd cannot see through to the backward that the plan chose."""
 
     @staticmethod
-    def forward(plan: Plan, forward: Run, *arguments):
-        return forward(*arguments)
+    def forward(plan: Plan, *arguments):
+        return plan.run(*arguments)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.plan, _, q, k, v, ctx.scale, *extras = inputs
+        ctx.plan, q, k, v, ctx.scale, *extras = inputs
         out, lse = output
         ctx.save_for_backward(q, k, v, out, lse, *extras)
         ctx.mark_non_differentiable(lse)
@@ -289,7 +276,7 @@ class _Attention(torch.autograd.Function):
         of_extras = [None] * len(extras)
         if ctx.plan.problem.score.sink is not None and ctx.needs_input_grad[-1]:
             of_extras[-1] = gradients.of_sinks(extras[-1], out, lse, dout)
-        return None, None, dq, dk, dv, None, *of_extras
+        return None, dq, dk, dv, None, *of_extras
 
 
 def refuse_second_derivative(*_):
@@ -310,15 +297,13 @@ def _gradients(plan: Plan, scale: float | None, q, k, v, out, lse, dout, *extras
                 "attention: the gradients of a window, a score function and sinks cannot be recorded or batched."
             )
         return _gradients_by_operator(plan, scale, *tensors)
-    return differentiate(plan, scale, *tensors)
+    return plan.backward.run(q, k, v, out, lse, dout, None, scale, *extras)  # None: no gradient of the LSE yet
 
 
 def _gradients_by_operator(plan: Plan, scale: float | None, q, k, v, out, lse, dout) -> tuple[torch.Tensor, ...]:
-    from flashcore import ops
-
-    problem = plan.problem
-    backend = plan.backend if plan.backend in backends.BACKENDS else "auto"
-    return ops.attention_backward(dout, q, k, v, out, lse, problem.causal, scale, True, problem.return_lse, backend)
+    backend = plan.backend if plan.backend in ATTENTION.providers else "auto"
+    options = plan.problem.causal, scale, True, plan.problem.return_lse, backend
+    return operators().attention_backward(dout, q, k, v, out, lse, *options)
 
 
 class _TransformedGradients(torch.autograd.Function):
@@ -342,20 +327,3 @@ class _TransformedGradients(torch.autograd.Function):
         return tuple(map(torch.stack, grads)), (0, 0, 0)
 
     backward = jvp = staticmethod(refuse_second_derivative)
-
-
-def differentiate(
-    plan: Plan, scale: float | None, q, k, v, out, lse, dout, *extras
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dq, dk, dv) by the backward pass that the plan chose."""
-    problem = plan.problem.scaled(scale)
-    tensors = q, k, v, out, lse, dout, None, *extras  # None: no gradient of the LSE yet
-    if plan.backward == planning.TORCH_FLASH:
-        return gradients.torch_flash(problem, *tensors)
-    if plan.backward == planning.SDPA_RECOMPUTE:
-        return gradients.recompute("sdpa", problem, *tensors)
-    if plan.backward == planning.REFERENCE_RECOMPUTE:
-        return gradients.recompute("reference", problem, *tensors)
-    if plan.backward == planning.AUTOGRAD:  # not from an eager call: autograd saw through that
-        return gradients.recompute(plan.backend, problem, *tensors)
-    return backends.load(plan.backward).backward(problem, plan.config, *tensors)

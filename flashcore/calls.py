@@ -1,4 +1,4 @@
-"""What all operations do with a call: remember how its kind is run, and run it on its GPU."""
+"""What all operations do with a call: cast it, remember how its kind is run, run it on its GPU, or record it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from functools import partial
 from typing import Any
 
 import torch
+
+from flashcore.problem import DEVICES
 
 MAX_RUNS = 4096
 
@@ -40,6 +42,34 @@ class Runs:
 
     def __len__(self) -> int:
         return len(self.recent) + len(self._older)
+
+
+def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors as autocast wants them: where it is enabled, all but float64 ones in its dtype."""
+    return tuple(map(_autocast_one, tensors))
+
+
+def _autocast_one(tensor: torch.Tensor) -> torch.Tensor:
+    if not isinstance(tensor, torch.Tensor) or tensor.device.type not in DEVICES:
+        return tensor  # validation has a word on it
+    device = tensor.device.type
+    if (
+        not torch.is_autocast_enabled(device)
+        or tensor.dtype is torch.float64
+        or not tensor.is_floating_point()
+    ):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))
+
+
+def operators():
+    """The operators for those who record calls or answer them, defined when they are first asked for.
+
+    The one import that points upwards: ``flashcore.ops`` is made of what asks for it.
+    """
+    from flashcore import ops
+
+    return ops
 
 
 def on_its_device(tensor: torch.Tensor, run: Callable) -> Callable:

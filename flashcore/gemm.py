@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import lru_cache, partial
-from typing import Any
+from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from flashcore.api import autocast
-from flashcore.calls import Runs, on_its_device
+from flashcore import plan as planning
+from flashcore.backends import MATMUL, torch_matmul
+from flashcore.calls import Runs, autocast, on_its_device, operators
 from flashcore.errors import InvalidInputError
 from flashcore.gemm_problem import GemmProblem, check_arguments
-from flashcore.plan import warn_that_the_gpu_could_do_better
+from flashcore.plan import Plan
 from flashcore.watching import answers_itself, is_batched, is_recorded, is_transformed, is_watched
 
 Run = Callable[[torch.Tensor, torch.Tensor, "torch.Tensor | None"], torch.Tensor]
@@ -22,6 +22,9 @@ Run = Callable[[torch.Tensor, torch.Tensor, "torch.Tensor | None"], torch.Tensor
 _runs = Runs()  # a kind has everything that a plan depends on: strides are part of it
 _recent = _runs.recent.get
 
+GemmPlan = Plan  # of a product: `config` holds the variant and its schedule
+
+_active_override = planning.active_override.get
 _is_grad_enabled = torch.is_grad_enabled
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 
@@ -59,7 +62,7 @@ def matmul(
     if is_watched():
         if is_transformed(a, b, bias):
             problem = GemmProblem.from_tensors(a, b, out_dtype=out_dtype, bias=bias, activation=activation)
-            return _by_torch(problem, a, b, bias, seen_through=True)
+            return torch_matmul.multiply(problem, a, b, bias, seen_through=True)
         if is_recorded():
             return _by_operator(out_dtype, activation, a, b, bias)
     if _needs_grad(a, b, bias):
@@ -89,27 +92,6 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return out if x.dim() == 2 else out.view(*x.shape[:-1], weight.shape[0])
 
 
-@dataclass(frozen=True)
-class GemmPlan:
-    """What a call of :func:`matmul` with this problem does. ``print`` it, or read the fields."""
-
-    problem: GemmProblem
-    backend: str  # "hopper" or "torch"
-    config: Any  # GemmConfig, or None where there is no choice
-    schedule: Any  # GemmSchedule, or None
-    why: str  # of the backend
-    rejected: tuple[tuple[str, str], ...]
-    copied: tuple[tuple[str, str], ...] = ()  # (operand that each call copies first, what makes it unreadable)
-
-    def __str__(self) -> str:
-        lines = [("problem", str(self.problem)), ("backend", f"{self.backend}: {self.why}")]
-        if self.config is not None:
-            lines += [("config", f"{self.config}: {self.config.why}"), ("schedule", str(self.schedule))]
-        lines += [("copied", f"{name}: {reason}") for name, reason in self.copied]
-        lines += [("rejected", f"{name}: {reason}") for name, reason in self.rejected]
-        return "\n".join(f"{label:<9} {text}" for label, text in lines)
-
-
 def explain_matmul(
     a: torch.Tensor,
     b: torch.Tensor,
@@ -117,7 +99,7 @@ def explain_matmul(
     out_dtype: torch.dtype | None = None,
     bias: torch.Tensor | None = None,
     activation: str | None = None,
-) -> GemmPlan:
+) -> Plan:
     """The plan that :func:`matmul` would follow for these arguments: print it. Launches nothing.
 
     Under ``torch.autocast`` it is that of the cast operands.
@@ -126,32 +108,11 @@ def explain_matmul(
     problem = GemmProblem.from_tensors(a, b, out_dtype=out_dtype, bias=bias, activation=activation)
     if _folds(a, b, problem):
         problem, a = _problem_of_rows(a, b, bias, out_dtype, activation), _rows(a)
-    plan = plan_gemm(problem)
-    if plan.backend != "hopper" or any(map(answers_itself, (a, b))):  # these have no addresses
+    plan = planning.plan(problem)
+    copied = getattr(MATMUL.load(plan.backend), "copied", None)
+    if copied is None or any(map(answers_itself, (a, b))):  # these have no addresses
         return plan
-    from flashcore.backends.hopper import gemm
-
-    return replace(plan, copied=gemm.copied(problem, a, b))
-
-
-@lru_cache(maxsize=4096)
-def plan_gemm(problem: GemmProblem, anywhere: bool = False) -> GemmPlan:
-    """Who computes a problem, and how: here, or `anywhere` that has all libraries. Memoised."""
-    from flashcore.backends import hopper
-    from flashcore.backends.hopper import gemm
-
-    reason = gemm.rejects(problem)
-    if reason is None and not anywhere:
-        reason = hopper.unavailable()
-        if reason is not None:
-            warn_that_the_gpu_could_do_better("matmul", "hopper", reason)
-    if reason is not None:
-        return GemmPlan(
-            problem, "torch", None, None, "torch's matmul takes everything", (("hopper", reason),)
-        )
-    from flashcore.backends.hopper.gemm_configs import choose_gemm
-
-    return GemmPlan(problem, "hopper", *choose_gemm(problem), "the first choice", ())
+    return replace(plan, copied=copied(problem, plan.config, a, b, bias))
 
 
 # ---- running -------------------------------------------------------------------------------------------------------
@@ -166,7 +127,7 @@ def _matmul(a, b, bias, out_dtype, activation) -> torch.Tensor:
         key = (
             a.shape, a.stride(), a.dtype, a.device, b.shape, b.stride(), b.dtype, b.device,
             None if bias is None else (bias.shape, bias.dtype, bias.device, type(bias)), out_dtype, activation,
-            type(a), type(b),
+            type(a), type(b), _active_override(),
         )  # fmt: skip
         run = _recent(key)
     except (AttributeError, TypeError, RuntimeError):  # not tensors, sparse ones, unhashable values:
@@ -188,13 +149,7 @@ def _prepare(key: tuple | None, a, b, bias, out_dtype, activation) -> Run:
     folds = _folds(a, b, problem)
     if folds:
         problem = _problem_of_rows(a, b, bias, out_dtype, activation)
-    plan = plan_gemm(problem)
-    if plan.backend == "torch":
-        run = partial(_by_torch, problem)
-    else:
-        from flashcore.backends.hopper.gemm import GemmLauncher
-
-        run = GemmLauncher(problem, plan.config, plan.schedule)
+    run = planning.plan(problem).run
     if folds:
         run = partial(_on_rows, run)
     run = on_its_device(a, run)
@@ -206,9 +161,7 @@ def _by_operator(out_dtype, activation, a, b, bias) -> torch.Tensor:
 
 
 def _operator(a, b, bias, out_dtype, activation) -> torch.Tensor:
-    from flashcore import ops
-
-    return ops.matmul(a, b, bias, out_dtype, activation)
+    return operators().matmul(a, b, bias, out_dtype, activation)
 
 
 def _folds(a: torch.Tensor, b: torch.Tensor, problem: GemmProblem) -> bool:
@@ -230,40 +183,6 @@ def _problem_of_rows(a, b, bias, out_dtype, activation) -> GemmProblem:
 def _on_rows(run: Run, a, b, bias) -> torch.Tensor:
     out = run(_rows(a), b, bias)
     return out.view(a.shape[0], a.shape[1], out.shape[1])
-
-
-def _by_torch(problem: GemmProblem, a, b, bias, *, seen_through: bool = False) -> torch.Tensor:
-    """By PyTorch's operations; where transforms see through them, by those that have derivatives."""
-    with torch.autocast(problem.device, enabled=False):
-        wide = {} if problem.out_dtype == problem.dtype else {"out_dtype": torch.float32}
-        if wide and (seen_through or problem.device != "cuda" or "dtype" not in torch.ops.aten.addmm.overloads()):
-            wide, a, b = {}, a.float(), b.float()
-        if bias is not None and problem.out_dtype != problem.dtype:
-            bias = bias.float()
-        sums = _sums(a, b, bias, wide)
-    return _activate(problem.activation, sums).contiguous()
-
-
-def _sums(a, b, bias, wide: dict[str, torch.dtype]) -> torch.Tensor:
-    """``a @ b + bias`` in one product of PyTorch's; `wide` holds its out_dtype if the operands' is another."""
-    if a.dim() == 3 and b.dim() == 2:
-        return _sums(a.flatten(0, 1), b, bias, wide).unflatten(0, a.shape[:2])
-    if a.dim() == 2 and b.dim() == 3:
-        a = a.expand(b.shape[0], -1, -1)
-    if a.dim() == 2:
-        return torch.mm(a, b, **wide) if bias is None else torch.addmm(bias, a, b, **wide)
-    return torch.bmm(a, b, **wide) if bias is None else torch.baddbmm(bias, a, b, **wide)
-
-
-def _activate(activation: str | None, sums: torch.Tensor) -> torch.Tensor:
-    if activation == "gelu":
-        return F.gelu(sums, approximate="tanh")
-    if activation == "silu":
-        return F.silu(sums)
-    if activation == "swiglu":
-        gate, factor = sums.chunk(2, dim=-1)
-        return F.silu(gate) * factor
-    return sums
 
 
 # ---- gradients -----------------------------------------------------------------------------------------------------
@@ -316,7 +235,7 @@ def differentiate(multiply, a, b, bias, out_dtype, activation, needs, dout) -> t
 
 def _activation_gradient(activation: str, sums: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
     if _is_grad_enabled():  # a derivative of this one is wanted, too
-        return torch.autograd.grad(_activate(activation, sums), sums, dout, create_graph=True)[0]
+        return torch.autograd.grad(torch_matmul.activate(activation, sums), sums, dout, create_graph=True)[0]
     if activation == "gelu":
         return torch.ops.aten.gelu_backward(dout, sums, approximate="tanh")
     if activation == "silu":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 
@@ -19,6 +20,8 @@ class GemmProblem:
 
     a is (batch, m, k) and b (batch, k, n), or (batch, k, 2 n) for SwiGLU: the gate's columns, then their factors'.
     """
+
+    operation: ClassVar[str] = "matmul"
 
     dtype: str  # "bfloat16", "float16", "float32" or "float64": of a, b and bias
     out_dtype: str  # dtype, or "float32" for the half types
@@ -108,6 +111,16 @@ class GemmProblem:
     def b_columns(self) -> int:
         """Columns of b: two for one of the output where a gate and its factor make one."""
         return 2 * self.n if self.activation == "swiglu" else self.n
+
+    @property
+    def features(self) -> frozenset[str]:
+        """What a provider must name in its FEATURES to get this problem: nothing."""
+        return frozenset()
+
+    @property
+    def of_any_scale(self) -> GemmProblem:
+        """The problem itself: a product has no scale."""
+        return self
 
     @property
     def is_empty(self) -> bool:

@@ -18,14 +18,12 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from flashcore import api, backends, calls, gemm
+from flashcore import api, calls, gemm
 from flashcore import plan as planning
-from flashcore.backends import Run
 from flashcore.gemm_problem import check_arguments
 from flashcore.plan import Plan
 from flashcore.problem import LEAST_SCALE, AttentionProblem, check_tensors
@@ -61,8 +59,8 @@ def attention_backward(dout, q, k, v, out, lse, *options) -> tuple[torch.Tensor,
 
 @torch.library.impl(_FORWARD, "default")
 def _forward(q, k, v, causal, scale, needs_grad, return_lse, backend):
-    plan, run = _prepared(q, k, v, causal, scale, needs_grad, return_lse, backend)
-    out, lse = run(q, k, v, scale)
+    plan = _plan(q, k, v, causal, scale, needs_grad, return_lse, backend)
+    out, lse = calls.on_its_device(q, plan.run)(q, k, v, scale)
     if not plan.problem.needs_lse:
         lse = q.new_empty(0, dtype=torch.float32)
     elif lse is None:  # nobody reads it: autograd differentiates this backend without
@@ -80,13 +78,9 @@ def _(q, k, v, causal, scale, needs_grad, return_lse, backend):
 
 @torch.library.impl(_BACKWARD, "default")
 def _backward(dout, q, k, v, out, lse, causal, scale, needs_grad, return_lse, backend):
-    plan, _ = _prepared(q, k, v, causal, scale, needs_grad, return_lse, backend)
-    run = calls.on_its_device(q, partial(_gradients, plan, scale))
-    return run(q, k, v, out, lse, dout)
-
-
-def _gradients(plan: Plan, scale: float | None, *tensors) -> tuple[torch.Tensor, ...]:
-    return tuple(grad.contiguous() for grad in api.differentiate(plan, scale, *tensors))
+    plan = planning.recorded_backward(_plan(q, k, v, causal, scale, needs_grad, return_lse, backend))
+    grads = calls.on_its_device(q, plan.run)(q, k, v, out, lse, dout, None, scale)
+    return tuple(grad.contiguous() for grad in grads)
 
 
 @torch.library.register_fake(_BACKWARD)
@@ -126,8 +120,8 @@ torch.library.register_autograd(_FORWARD, _differentiate, setup_context=_setup_c
 torch.library.register_autograd(_BACKWARD, api.refuse_second_derivative)
 
 
-def _prepared(q, k, v, causal, scale, needs_grad, return_lse, backend) -> tuple[Plan, Run]:
-    """The plan for these arguments and how to run it, as an eager call would find them."""
+def _plan(q, k, v, causal, scale, needs_grad, return_lse, backend) -> Plan:
+    """The plan for these arguments, as an eager call would find it."""
     key = (
         q.shape, k.shape, v.shape, q.dtype, q.device, causal,
         scale is None or LEAST_SCALE <= scale <= sys.float_info.max or scale, needs_grad, return_lse, backend,
@@ -136,9 +130,8 @@ def _prepared(q, k, v, causal, scale, needs_grad, return_lse, backend) -> tuple[
     found = _runs.recent.get(key) or _runs.recall(key)
     if found is None:
         problem = AttentionProblem.from_tensors(q, k, v, causal=causal, scale=scale, return_lse=return_lse)
-        plan = planning.plan(replace(problem, needs_grad=needs_grad), backend)
-        run = calls.on_its_device(q, backends.prepare(plan.backend, plan.problem, plan.config))
-        found = _runs.remember(key, (plan, run))
+        plan = planning.prepared_plan(replace(problem, needs_grad=needs_grad), backend)
+        found = _runs.remember(key, plan)
     return found
 
 

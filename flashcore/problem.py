@@ -7,6 +7,7 @@ import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import ClassVar
 
 import torch
 
@@ -35,6 +36,8 @@ class AttentionProblem:
     Tensors are (batch, seqlen, heads, head_dim); ``heads_q`` is a multiple of ``heads_k``, and query head ``h`` reads
     key/value head ``h // group_size``.
     """
+
+    operation: ClassVar[str] = "attention"
 
     dtype: str  # "bfloat16", "float16", "float32" or "float64": of q, k, v and the output
     device: str  # "cuda" or "cpu"

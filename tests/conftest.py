@@ -59,14 +59,15 @@ def add_backend(monkeypatch):
         module = types.ModuleType(f"flashcore.backends.{name}")
         module.FEATURES = frozenset(backends.FEATURES)
         module.NATIVE_GRAD = False
-        module.HAS_BACKWARD = False
         module.unavailable = lambda: None
         module.rejects = lambda problem: None
         module.configure = lambda problem: None
         module.forward = reference.forward
         vars(module).update(functions)
         monkeypatch.setitem(sys.modules, module.__name__, module)
-        monkeypatch.setattr(backends, "BACKENDS", (name, *backends.BACKENDS))
+        operations = (backends.ATTENTION, *([backends.ATTENTION_BACKWARD] if "backward" in functions else []))
+        for operation in operations:
+            monkeypatch.setattr(operation, "providers", {name: name, **operation.providers})
         forget_plans()
         return module
 

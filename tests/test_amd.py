@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from flashcore import gemm, problem
-from flashcore.backends import BACKENDS, hopper, load, triton
+from flashcore import plan as planning
+from flashcore import problem
+from flashcore.backends import ATTENTION, hopper, triton
 from flashcore.gemm_problem import GemmProblem
 from flashcore.mask import CAUSAL
 from flashcore.plan import plan
@@ -23,7 +24,7 @@ def mi200(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *device: properties)
-    cached = hopper.unavailable, triton._no_gpu, problem._gpu, gemm.plan_gemm
+    cached = hopper.unavailable, triton._no_gpu, problem._gpu, planning._plan
     for function in cached:
         function.cache_clear()
     yield
@@ -36,7 +37,7 @@ def arch_and_sms():
 
 
 def test_no_kernel_of_ours_runs_there():
-    verdicts = {name: load(name).unavailable() for name in BACKENDS}
+    verdicts = {name: ATTENTION.load(name).unavailable() for name in ATTENTION.providers}
     assert "no CUDA device" in verdicts["hopper"]
     assert verdicts["triton"]
     assert verdicts["sdpa"] is None
@@ -52,4 +53,4 @@ def test_pytorch_computes_and_nobody_is_warned(grad, heads_k):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert plan(attention).backend == "sdpa"
-        assert gemm.plan_gemm(product).backend == "torch"
+        assert plan(product).backend == "torch"

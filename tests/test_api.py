@@ -10,8 +10,8 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 import flashcore
-from flashcore import api, backends, calls, gradients
-from flashcore.backends import reference
+from flashcore import api, backends, calls
+from flashcore.backends import recompute, reference
 from flashcore.compat import flash_attn
 from flashcore.errors import InvalidInputError, UnsupportedError
 from flashcore.plan import override
@@ -82,7 +82,7 @@ def test_validates_and_plans_once_per_kind_of_call(monkeypatch):
     def validate(*_, **__):
         raise AssertionError("validated again")
 
-    monkeypatch.setattr(api, "explain", validate)
+    monkeypatch.setattr(api, "_problem", validate)
     flashcore.attention(*inputs())
     q, k, v = inputs()
     flashcore.attention(q.transpose(1, 2).contiguous().transpose(1, 2), k, v)  # other strides: the same plan
@@ -179,7 +179,7 @@ def test_the_cpu_needs_no_gpu(monkeypatch):
                  "current_device", "is_current_stream_capturing"):  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, forked)
     for backend in ("hopper", "triton"):
-        for function in vars(backends.load(backend)).values():
+        for function in vars(backends.ATTENTION.load(backend)).values():
             if hasattr(function, "cache_clear"):
                 function.cache_clear()
     q, k, v = inputs(requires_grad=True)
@@ -299,7 +299,7 @@ def test_own_backward_gets_its_arguments(add_backend):
         got.update(problem=problem, config=config, q=q, out=out, lse=lse, dout=dout)
         return torch.full_like(q, 1), torch.full_like(k, 2), torch.full_like(v, 3)
 
-    add_backend("fake", HAS_BACKWARD=True, backward=backward, configure=lambda problem: "config")
+    add_backend("fake", backward=backward, configure=lambda problem: "config")
     q, k, v = inputs(requires_grad=True)
     out, lse = flashcore.attention(q, k, v, return_lse=True)
     dout = torch.randn_like(out)
@@ -358,9 +358,9 @@ def opaque(add_backend):
 
     def backward(problem, config, *tensors):
         assert all(t.data_ptr() for t in tensors if t is not None)
-        return tuple(grad.clone() for grad in gradients.recompute("reference", problem, *tensors))
+        return tuple(grad.clone() for grad in recompute.reference.backward(problem, None, *tensors))
 
-    add_backend("opaque", forward=forward, HAS_BACKWARD=True, backward=backward)
+    add_backend("opaque", forward=forward, backward=backward)
 
 
 def test_batched_output_gradients(opaque):

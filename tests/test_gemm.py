@@ -12,8 +12,11 @@ import torch.nn.functional as F
 
 import flashcore
 from flashcore import gemm
+from flashcore import plan as planning
+from flashcore.backends import torch_matmul
 from flashcore.errors import FlashCoreWarning
 from flashcore.gemm_problem import GemmProblem
+from flashcore.plan import Plan, _plan, plan
 from tests.gemm_cases import CASES, GemmCase, product
 from tests.poison import poisoned_outputs
 from tests.tolerance import assert_as_good_as
@@ -25,7 +28,7 @@ COPIES = "ignore:matmul.*is copied:flashcore.errors.FlashCoreWarning"
 def _no_memory_between_tests():
     yield
     gemm._runs.clear()
-    gemm.plan_gemm.cache_clear()
+    _plan.cache_clear()
 
 
 def check(case: GemmCase, device: str) -> None:
@@ -139,13 +142,13 @@ def test_second_derivatives(shapes, activation):
 @pytest.fixture
 def opaque(monkeypatch):
     """Products read memory, as the Hopper kernel does: what has none shows."""
-    by_torch = gemm._by_torch
+    by_torch = torch_matmul.multiply
 
     def reading(problem, a, b, bias, **options):
         assert options or (a.data_ptr() and b.data_ptr())
         return by_torch(problem, a, b, bias, **options)
 
-    monkeypatch.setattr(gemm, "_by_torch", reading)
+    monkeypatch.setattr(torch_matmul, "multiply", reading)
 
 
 @pytest.mark.parametrize("activation", [None, "swiglu"])
@@ -188,7 +191,7 @@ def test_the_fallback_is_one_product(shapes, wide, device):
     a, b, bias = (torch.randn(shape, device=device).bfloat16() for shape in (*SHAPES[shapes], (6,)))
     options = {"out_dtype": torch.float32} if wide else {}
     with torch.profiler.profile() as profile:
-        out = gemm._by_torch(GemmProblem.from_tensors(a, b, bias=bias, **options), a, b, bias)
+        out = torch_matmul.multiply(GemmProblem.from_tensors(a, b, bias=bias, **options), a, b, bias)
     exact = product(a, b, bias, None, torch.float64)
     assert_as_good_as(product(a, b, bias, None, out.dtype), out, exact, shapes, factor=2)
     called = [event.name for event in profile.events()]
@@ -243,7 +246,7 @@ def test_explain_under_autocast():
 
 
 def test_explain_shows_copies(monkeypatch):
-    monkeypatch.setattr(gemm, "plan_gemm", lambda problem: gemm.GemmPlan(problem, "hopper", None, None, "fake", ()))
+    monkeypatch.setattr(planning, "plan", lambda problem: Plan("matmul", problem, "hopper", None, "fake"))
     a, b = (torch.zeros(16, 16, dtype=torch.bfloat16) for _ in "ab")
     assert flashcore.explain_matmul(a, b).copied == ()
     plan = flashcore.explain_matmul(a[:, 1:9], b[:8, ::2])
@@ -262,7 +265,7 @@ def test_explain_names_config_and_schedule(monkeypatch):
 
     monkeypatch.setattr(hopper, "unavailable", lambda: None)
     problem = GemmProblem("bfloat16", "bfloat16", "cuda", (9, 0), 132, 1, 8192, 8192, 8192)
-    text = str(gemm.plan_gemm(problem))
+    text = str(plan(problem))
     assert "hopper" in text
     assert "tile 256 x 192" in text
     assert "66 clusters" in text
@@ -278,14 +281,14 @@ def test_one_warning_when_the_gpu_could_do_better(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for other in (replace(problem, arch=(8, 0)), replace(problem, dtype="float32", out_dtype="float32")):
-            assert gemm.plan_gemm(other).backend == "torch"
-        assert gemm.plan_gemm(problem, anywhere=True).backend == "hopper"
+            assert plan(other).backend == "torch"
+        assert plan(problem, anywhere=True).backend == "hopper"
     with pytest.warns(FlashCoreWarning, match="matmul: backend hopper would .* cannot: NVRTC cannot be loaded"):
-        assert gemm.plan_gemm(problem).rejected == (("hopper", reason),)
+        assert plan(problem).rejected == (("hopper", reason),)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        gemm.plan_gemm(replace(problem, m=144))
-    gemm.plan_gemm.cache_clear()
+        plan(replace(problem, m=144))
+    _plan.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import flashcore
-from flashcore import gradients
+from flashcore.backends import torch_flash
 from flashcore.plan import override
 from tests.cases import BY_NAME, Case
 from tests.tolerance import assert_gradients, attention_math
@@ -18,7 +18,7 @@ def run_torch_flash(case: Case, device: str = "cpu"):
     q, k, v = (t.to(device) for t in case.inputs())
     out, lse = attention_math(q, k, v, causal=case.causal, scale=case.scale)
     dout = torch.randn_like(out).to(device)
-    grads = gradients.torch_flash(case.problem(), q, k, v, out, lse, dout, None)
+    grads = torch_flash.backward(case.problem(), None, q, k, v, out, lse, dout, None)
     return grads, q, k, v, dout
 
 

@@ -13,8 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import flashcore
-from flashcore import gradients, ops
-from flashcore.backends import reference
+from flashcore import ops
+from flashcore.backends import recompute, reference
 from flashcore.compat.flash_attn import flash_attn_func, flash_attn_qkvpacked_func
 from flashcore.errors import UnsupportedError
 from flashcore.integrations import sdpa
@@ -51,14 +51,14 @@ def exact_backward(problem, config, q, k, v, out, lse, dout, dlse):
     """A backward of a backend's own; it fails if it is not fed with the forward's output and LSE."""
     expected = reference.forward(problem, None, q, k, v)
     torch.testing.assert_close((out, lse), expected)
-    return gradients.recompute("reference", problem, q, k, v, out, lse, dout, dlse)
+    return recompute.reference.backward(problem, None, q, k, v, out, lse, dout, dlse)
 
 
 @pytest.fixture(params=["recomputed", "own_backward", "sdpa", "reference"])
 def backend(request, add_backend):
     """One backend of each kind: autograd sees through the last two; only the second has a backward of its own."""
     if request.param == "own_backward":
-        add_backend(request.param, HAS_BACKWARD=True, backward=exact_backward)
+        add_backend(request.param, backward=exact_backward)
     elif request.param == "recomputed":
         add_backend(request.param)
     return request.param
@@ -302,9 +302,9 @@ def test_compiled_autograd_over_an_eager_forward(add_backend):
     def backward(problem, config, *tensors):
         assert not torch.compiler.is_compiling()
         ran.append(all(t.data_ptr() for t in tensors if t is not None))
-        return tuple(grad.clone() for grad in gradients.recompute("reference", problem, *tensors))
+        return tuple(grad.clone() for grad in recompute.reference.backward(problem, None, *tensors))
 
-    add_backend("fake", HAS_BACKWARD=True, backward=backward)
+    add_backend("fake", backward=backward)
     weight = torch.randn(6, 16, requires_grad=True)
 
     def run():

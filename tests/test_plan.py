@@ -11,6 +11,7 @@ from flashcore import backends
 from flashcore.bench.cases import SUITES
 from flashcore.bench.record import WITHOUT_TRITON
 from flashcore.errors import FlashCoreWarning, InvalidInputError, UnsupportedError
+from flashcore.gemm_problem import GemmProblem
 from flashcore.mask import CAUSAL, FULL
 from flashcore.plan import _plan, override, plan
 from flashcore.problem import AttentionProblem
@@ -74,7 +75,8 @@ def test_real_backends_on_the_cpu():
     assert plan(replace(PROBLEM, return_lse=True)).backend == "sdpa"
     with_lse = plan(replace(PROBLEM, return_lse=True, head_dim_v=32))
     assert with_lse.backend == "reference"
-    before = backends.BACKENDS[: backends.BACKENDS.index("reference")]
+    names = tuple(backends.ATTENTION.providers)
+    before = names[: names.index("reference")]
     assert tuple(name for name, _ in with_lse.rejected) == before
     assert "return_lse" in dict(with_lse.rejected)["sdpa"]
 
@@ -89,7 +91,7 @@ def usable(monkeypatch):
     def use(*names: str) -> None:
         for name in ("hopper", "triton"):
             reason = None if name in ("hopper", *names) else "its library is missing"
-            monkeypatch.setattr(backends.load(name), "unavailable", lambda reason=reason: reason)
+            monkeypatch.setattr(backends.ATTENTION.load(name), "unavailable", lambda reason=reason: reason)
         _plan.cache_clear()
 
     return use
@@ -109,7 +111,7 @@ def test_decoding_has_a_kernel(usable):
     chosen = plan(DECODING)
     assert (chosen.backend, chosen.rejected) == ("hopper", ())
     assert "4 rows for each key head" in str(chosen)
-    assert plan(replace(DECODING, needs_grad=True)).backward == "triton"
+    assert plan(replace(DECODING, needs_grad=True)).backward.backend == "triton"
 
 
 def test_wide_groups_go_to_triton(usable):
@@ -119,7 +121,7 @@ def test_wide_groups_go_to_triton(usable):
     assert chosen.why.startswith("hopper defers to it: triton is made for one query per sequence")
     assert chosen.config.pack_gqa
     assert "backend   triton: hopper defers to it" in str(chosen)
-    assert plan(replace(WIDE_GROUPS, needs_grad=True)).backward == "triton"
+    assert plan(replace(WIDE_GROUPS, needs_grad=True)).backward.backend == "triton"
 
 
 @pytest.mark.filterwarnings("error")
@@ -127,9 +129,9 @@ def test_wide_groups_stay_with_hopper_without_triton(usable, monkeypatch):
     usable()
     assert plan(WIDE_GROUPS).backend == "hopper"
     usable("triton")
-    monkeypatch.setattr(backends.load("triton"), "rejects", lambda problem: "head_dim 128")
+    monkeypatch.setattr(backends.ATTENTION.load("triton"), "rejects", lambda problem: "head_dim 128")
     assert plan(WIDE_GROUPS).backend == "hopper"
-    monkeypatch.setattr(backends, "BACKENDS", ("hopper", "sdpa", "reference"))
+    monkeypatch.setattr(backends.ATTENTION, "providers", {"hopper": "hopper", "sdpa": "sdpa"})
     _plan.cache_clear()
     assert plan(WIDE_GROUPS).backend == "hopper"
 
@@ -224,7 +226,7 @@ def test_requested_backend_that_cannot():
 def test_no_backend_can(add_backend, monkeypatch):
     add_backend("one", rejects=lambda problem: "head_dim 64 > 32")
     add_backend("two", unavailable=lambda: "no GPU")
-    monkeypatch.setattr(backends, "BACKENDS", ("two", "one"))
+    monkeypatch.setattr(backends.ATTENTION, "providers", {"two": "two", "one": "one"})
     with pytest.raises(UnsupportedError, match=r"no backend can .*\n  two: no GPU\n  one: head_dim 64 > 32$"):
         plan(PROBLEM)
 
@@ -292,10 +294,11 @@ def test_printed(add_backend, no_triton):
     assert text.splitlines() == [
         "problem   bfloat16 on cpu, q (2, 128, 8, 64), k (2, 128, 2, 64), v (2, 128, 2, 64), scale 0.125, causal, "
         "needs_grad",
-        f"backend   fake: the first of {', '.join(backends.BACKENDS)} that can",
+        f"backend   fake: the first of {', '.join(backends.ATTENTION.providers)} that can",
         "config    Config(tile=64, why='small tiles fill the machine'): small tiles fill the machine",
-        "backward  sdpa-recompute: fake has no backward of its own yet; PyTorch's flash backward does not take "
-        "a tensor that is not on an NVIDIA GPU",
+        "backward  sdpa-recompute: the first of torch-flash, sdpa-recompute, reference-recompute that can",
+        "          SdpaConfig(expand_heads=False): SDPA's flash kernel reads grouped heads where they are",
+        "          not torch-flash: a tensor that is not on an NVIDIA GPU",
         "rejected  shy: causal",
     ]
 
@@ -306,16 +309,19 @@ def test_printed(add_backend, no_triton):
 @pytest.fixture
 def no_triton(monkeypatch):
     """Whose backward would be taken on a machine with a GPU."""
-    monkeypatch.setattr(backends, "BACKENDS", tuple(name for name in backends.BACKENDS if name != "triton"))
+    for operation in (backends.ATTENTION, backends.ATTENTION_BACKWARD):
+        others = {name: module for name, module in operation.providers.items() if name != "triton"}
+        monkeypatch.setattr(operation, "providers", others)
 
 
 def backward(problem: AttentionProblem) -> str:
-    return plan(replace(problem, needs_grad=True)).backward
+    return plan(replace(problem, needs_grad=True)).backward.backend
 
 
 def test_no_backward_without_gradient(add_backend):
     add_backend("fake")
-    assert plan(ON_HOPPER).backward == "none"
+    assert plan(ON_HOPPER).backward is None
+    assert "backward  none: no input requires a gradient" in str(plan(ON_HOPPER))
 
 
 def test_autograd_for_torch_operations():
@@ -323,34 +329,35 @@ def test_autograd_for_torch_operations():
 
 
 def test_own_backward_first(add_backend, no_triton):
-    add_backend("other", HAS_BACKWARD=True)
-    add_backend("fake", HAS_BACKWARD=True)
+    add_backend("other", backward=None)
+    add_backend("fake", backward=None)
     chosen = plan(replace(ON_HOPPER, needs_grad=True))
-    assert (chosen.backward, chosen.backward_why) == ("fake", "the backend's own")
+    names = "fake, other, torch-flash, sdpa-recompute, reference-recompute"
+    assert (chosen.backward.backend, chosen.backward.why) == ("fake", f"the first of {names} that can")
 
 
 def test_the_backward_of_another_backend(add_backend, no_triton):
-    add_backend("next", HAS_BACKWARD=True)
-    add_backend("other", HAS_BACKWARD=True, rejects=lambda problem: "causal" if problem.causal else None)
+    add_backend("next", backward=None)
+    add_backend("other", backward=None, rejects=lambda problem: "causal" if problem.causal else None)
     add_backend("fake")
-    none = "fake has no backward of its own yet"
     chosen = plan(replace(ON_HOPPER, needs_grad=True, mask=FULL))
-    assert (chosen.backend, chosen.backward, chosen.backward_why) == ("fake", "other", none)
+    assert (chosen.backend, chosen.backward.backend, chosen.backward.rejected) == ("fake", "other", ())
     chosen = plan(replace(ON_HOPPER, needs_grad=True, mask=CAUSAL))
-    assert (chosen.backward, chosen.backward_why) == ("next", f"{none}; other cannot: causal")
+    assert (chosen.backward.backend, chosen.backward.rejected) == ("next", (("other", "causal"),))
     with override(backward="next"):
         assert backward(replace(ON_HOPPER, mask=FULL)) == "next"
-    with override(backward="other"), pytest.raises(UnsupportedError, match="other cannot: causal"):
+    with override(backward="other"), pytest.raises(UnsupportedError, match="\n  other: causal"):
         backward(replace(ON_HOPPER, mask=CAUSAL))
 
 
 def test_training_on_hopper_takes_the_backward_of_triton(monkeypatch):
-    hopper, triton = backends.load("hopper"), backends.load("triton")
+    hopper, triton = backends.ATTENTION.load("hopper"), backends.ATTENTION.load("triton")
     monkeypatch.setattr(hopper, "unavailable", lambda: None)
     monkeypatch.setattr(triton, "unavailable", lambda: None)
     chosen = plan(replace(ON_HOPPER, needs_grad=True))
-    assert (chosen.backend, chosen.backward) == ("hopper", "triton")
-    assert plan(replace(ON_HOPPER, needs_grad=True, arch=(8, 0))).backward == "triton"
+    assert (chosen.backend, chosen.backward.backend) == ("hopper", "triton")
+    assert chosen.backward.config == triton.configure(replace(ON_HOPPER, needs_grad=True))
+    assert plan(replace(ON_HOPPER, needs_grad=True, arch=(8, 0))).backward.backend == "triton"
 
 
 @pytest.mark.parametrize(
@@ -363,7 +370,7 @@ def test_training_on_hopper_takes_the_backward_of_triton(monkeypatch):
         ({"arch": (8, 6), "head_dim": 192, "head_dim_v": 192}, None),
         ({"seqlen_q": 5}, "causal with seqlen_q != seqlen_k"),
         ({"dtype": "float32"}, "dtype float32"),
-        ({"head_dim_v": 32}, "head_dim_v 32 != head_dim 64"),
+        ({"head_dim_v": 32}, "a head_dim of v that differs from q's"),
         ({"head_dim": 68, "head_dim_v": 68}, "head_dim 68, not a multiple of 8"),
         ({"head_dim": 264, "head_dim_v": 264}, "head_dim 264 > 256"),
         ({"arch": (8, 6), "head_dim": 256, "head_dim_v": 256}, "head_dim 256 > 192"),
@@ -375,12 +382,11 @@ def test_training_on_hopper_takes_the_backward_of_triton(monkeypatch):
 def test_torch_flash_where_it_can(add_backend, no_triton, change, reason):
     add_backend("fake")
     chosen = plan(replace(ON_HOPPER, needs_grad=True, **change))
-    why = "fake has no backward of its own yet"
     if reason is None:
-        assert (chosen.backward, chosen.backward_why) == ("torch-flash", why)
+        assert chosen.backward.backend == "torch-flash"
     else:
-        assert chosen.backward == "sdpa-recompute"
-        assert chosen.backward_why == f"{why}; PyTorch's flash backward does not take {reason}"
+        assert chosen.backward.backend == "sdpa-recompute"
+        assert chosen.backward.rejected == (("torch-flash", reason),)
 
 
 # ---- override ----------------------------------------------------------------------------------------------------
@@ -418,21 +424,32 @@ def test_override_backend():
 
 
 def test_override_backward(add_backend):
-    add_backend("fake", HAS_BACKWARD=True)
+    add_backend("fake", backward=None)
     for choice in ("fake", "torch-flash", "sdpa-recompute"):
         with override(backward=choice):
             assert backward(ON_HOPPER) == choice
 
 
 @pytest.mark.parametrize(
-    ("choice", "message"),
+    ("choice", "error", "message"),
     [
-        ("fake", "fake has no backward of its own yet"),
-        ("torch-flash", "does not take dtype float32"),
-        ("magic", "none of fake, torch-flash, sdpa-recompute, reference-recompute"),
+        ("fake", InvalidInputError, "attention_backward: backend='fake' does not exist"),
+        ("torch-flash", UnsupportedError, "\n  torch-flash: dtype float32"),
+        ("magic", InvalidInputError, "'magic' does not exist .*auto, torch-flash, sdpa-recompute, reference-recompute"),
     ],
 )
-def test_override_backward_that_cannot(add_backend, no_triton, choice, message):
+def test_override_backward_that_cannot(add_backend, no_triton, choice, error, message):
     add_backend("fake")
-    with override(backward=choice), pytest.raises(UnsupportedError, match=message):
+    with override(backward=choice), pytest.raises(error, match=message):
         backward(replace(ON_HOPPER, dtype="float32"))
+
+
+def test_override_of_another_operation():
+    product = GemmProblem("bfloat16", "bfloat16", "cuda", (9, 0), 132, 1, 64, 64, 64)
+    with override(backend="torch", operation="matmul"), override(backend="reference"):
+        assert plan(product, anywhere=True).backend == "torch"
+        assert plan(PROBLEM).backend == "reference"
+        with override(operation="matmul"):
+            assert plan(product, anywhere=True).backend == "hopper"
+    with pytest.raises(InvalidInputError, match=r"operation='conv' .*attention, matmul"), override(operation="conv"):
+        pass

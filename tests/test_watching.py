@@ -12,8 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 import flashcore
-from flashcore import gradients
-from flashcore.backends import reference
+from flashcore.backends import recompute, reference
 from flashcore.backends.sdpa import scaled_dot_product_attention as torch_sdpa
 from flashcore.errors import InvalidInputError, UnsupportedError
 from flashcore.integrations import sdpa
@@ -44,9 +43,9 @@ def opaque(add_backend):
         return made
 
     def backward(problem, config, *tensors):
-        return tuple(grad.clone() for grad in gradients.recompute("reference", problem, *tensors))
+        return tuple(grad.clone() for grad in recompute.reference.backward(problem, None, *tensors))
 
-    return add_backend("opaque", forward=forward, HAS_BACKWARD=True, backward=backward)
+    return add_backend("opaque", forward=forward, backward=backward)
 
 
 def test_opaque_backend(opaque):

@@ -1,7 +1,7 @@
-"""Who can compute attention, in order of preference.
+"""What is computed and who can: operations, and their providers in order of preference.
 
-A backend is a module ``flashcore.backends.<name>`` with the functions of :class:`Backend` at module level; it is
-imported when a plan first considers it. Adding one takes the module and its name in :data:`BACKENDS`.
+A provider of an operation is a module of this package with the functions of :class:`Provider` at module level; it is
+imported when a plan first considers it. Adding one takes the module and its name in the operation's `providers`.
 """
 
 from __future__ import annotations
@@ -9,21 +9,11 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    import torch
-
-    from flashcore.problem import AttentionProblem
-
-BACKENDS: tuple[str, ...] = ("hopper", "triton", "sdpa", "reference")
-
-# (q, k, v, scale, *extras) -> (out, lse). A scale of None is the default one; extras are the tensors that the problem's
-# score brings, in the order of its names.
-Run = Callable[..., "tuple[torch.Tensor, torch.Tensor | None]"]
-
-# What a problem may ask for beyond the plain case (AttentionProblem.features), in words.
+# What a problem may ask for beyond the plain case (its `features`), in words.
 FEATURES: dict[str, str] = {
     "window": "a sliding window",
     "score": "a score function",
@@ -31,86 +21,110 @@ FEATURES: dict[str, str] = {
     "head_dim_v": "a head_dim of v that differs from q's",
 }
 
+Run = Callable[..., Any]  # what an operation's `run` says
 
-class Backend(Protocol):
-    """What every backend module provides. Shapes are those of :class:`~flashcore.problem.AttentionProblem`."""
 
-    FEATURES: frozenset[str]  # of FEATURES: those that the forward has; a problem with another one is refused
-    NATIVE_GRAD: bool  # forward is made of torch operations, so autograd differentiates it as it stands
-    HAS_BACKWARD: bool  # the module has a `backward` of its own, with all its FEATURES
+class Provider(Protocol):
+    """What every provider's module has. Shapes are those of the operation's problem."""
+
+    FEATURES: frozenset[str]  # of FEATURES: a problem that has another one is refused
 
     def unavailable(self) -> str | None:
-        """Why this backend cannot run on this machine at all; None if it can. Cached."""
+        """Why this provider cannot run on this machine at all; None if it can. Cached."""
 
-    def rejects(self, problem: AttentionProblem) -> str | None:
-        """The one feature of this problem that the backend lacks, such as ``head_dim 520 > 256``; None if it can."""
+    def rejects(self, problem: Any) -> str | None:
+        """What else of this problem the provider lacks, such as ``head_dim 520 > 256``; None if it can compute it."""
 
-    def defers(self, problem: AttentionProblem) -> tuple[str, str] | None:
-        """Optional: another backend that is faster at this problem, which is not rejected, and why; None: go ahead.
+    def defers(self, problem: Any) -> tuple[str, str] | None:
+        """Optional: another provider that is faster at this problem, which is not rejected, and why; None: go ahead.
 
-        It gets the problem if it can compute it and the caller named no backend.
+        It gets the problem if it can compute it and the caller named nobody.
         """
 
-    def configure(self, problem: AttentionProblem) -> Any:
+    def configure(self, problem: Any) -> Any:
         """The frozen config for this problem, with a ``why`` and a readable ``str()``; None if there is no choice."""
 
-    def forward(
-        self, problem: AttentionProblem, config: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *extras
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Compute ``out``, contiguous (B, Sq, Hq, Dv) in q's dtype, and ``lse``, contiguous float32 (B, Hq, Sq).
+    def prepare(self, problem: Any, config: Any) -> Run:
+        """The operation's `run`, with all done that needs neither tensors nor the scale.
 
-        The LSE is the natural logarithm, -inf for a query that sees no key; its output row is 0. It may be None
-        unless ``problem.needs_lse`` (with NATIVE_GRAD: unless ``problem.return_lse``).
+        Of a scale it may use whether it is at least ``LEAST_SCALE``; of a smaller one, all.
         """
 
-    def prepare(self, problem: AttentionProblem, config: Any) -> Run:
-        """Optional: ``forward`` as a :data:`Run`, with all done that needs neither tensors nor the scale.
-
-        Of the problem's scale it may use whether it is at least ``LEAST_SCALE``; of others, all.
-        """
-
-    def backward(
-        self,
-        problem: AttentionProblem,
-        config: Any,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        dout: torch.Tensor,
-        dlse: torch.Tensor | None,
-        *extras: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Optional, see HAS_BACKWARD: compute ``(dq, dk, dv)``, shaped like q, k and v.
-
-        ``dlse`` is None, or the gradient of the LSE, like it in shape.
-
-        ``out`` and ``lse`` may be another backend's, and ``config`` is that one's then. ``dout`` may have any strides,
-        0 included.
-        """
+    def copied(self, problem: Any, config: Any, *tensors) -> tuple[tuple[str, str], ...]:
+        """Optional: the operands that each call copies before it computes, and why."""
 
 
-def load(name: str) -> Backend:
-    """Import the backend called `name`."""
-    path = f"{__name__}.{name}"
-    return sys.modules.get(path) or importlib.import_module(path)
+@dataclass(eq=False)
+class Operation:
+    """One computation: how it is called, and who can do it.
+
+    A provider that has no ``prepare`` has the operation's `function`, which takes problem, config and all that `run`
+    takes but the scale: that is the problem's. Only such a one can serve two operations.
+    """
+
+    name: str  # as messages have it
+    function: str
+    run: str  # the arguments and results of a prepared provider
+    providers: dict[str, str]  # by preference: name -> module of this package, or module:object
+    empty: str | None = None  # the module for problems with nothing to multiply
+    gradient: Operation | None = None  # for a provider that autograd does not see through (its NATIVE_GRAD)
+
+    def load(self, name: str) -> Provider:
+        """The provider called `name`."""
+        module, _, inner = self.providers.get(name, name).partition(":")
+        path = f"{__name__}.{module}"
+        found = sys.modules.get(path) or importlib.import_module(path)
+        return getattr(found, inner) if inner else found
+
+    def refusal(self, name: str, problem: Any) -> str | None:
+        """What of this problem the provider called `name` lacks; None if it can compute it."""
+        provider = self.load(name)
+        missing = problem.features - provider.FEATURES
+        return next((words for name, words in FEATURES.items() if name in missing), None) or provider.rejects(problem)
+
+    def prepare(self, name: str, problem: Any, config: Any) -> Run:
+        """How to run problems that differ from this one in the size of a positive scale alone."""
+        provider = self.load(name)
+        if hasattr(provider, "prepare"):
+            return provider.prepare(problem, config)
+        at = self.run.split("(")[1].split(")")[0].split(", ").index("scale")
+        return partial(_of_scale, getattr(provider, self.function), problem, config, at)
 
 
-def refusal(name: str, problem: AttentionProblem) -> str | None:
-    """The one feature of this problem that the backend called `name` lacks; None if it can compute it."""
-    backend = load(name)
-    missing = problem.features - backend.FEATURES
-    return next((FEATURES[name] for name in FEATURES if name in missing), None) or backend.rejects(problem)
+def _of_scale(function: Callable, problem: Any, config: Any, at: int, *arguments):
+    return function(problem.scaled(arguments[at]), config, *arguments[:at], *arguments[at + 1 :])
 
 
-def prepare(name: str, problem: AttentionProblem, config: Any) -> Run:
-    """How to run problems that differ from this one in the size of a positive scale alone."""
-    backend = load(name)
-    if hasattr(backend, "prepare"):
-        return backend.prepare(problem, config)
-    return partial(_forward, backend.forward, problem, config)
+# In all of these: a scale of None is the default one, and extras are the tensors that the problem's score brings, in
+# the order of its names.
 
+# dq, dk and dv are shaped like q, k and v. `out` and `lse` may be any provider's. `dout` may have any strides, 0
+# included; dlse is None, or the gradient of the LSE.
+ATTENTION_BACKWARD = Operation(
+    "attention_backward",
+    "backward",
+    "(q, k, v, out, lse, dout, dlse, scale, *extras) -> (dq, dk, dv)",
+    {
+        "triton": "triton.backward",
+        "torch-flash": "torch_flash",
+        "sdpa-recompute": "recompute:sdpa",
+        "reference-recompute": "recompute:reference",
+    },
+    empty="empty",
+)
 
-def _forward(forward: Callable, problem: AttentionProblem, config: Any, q, k, v, scale: float | None, *extras):
-    return forward(problem.scaled(scale), config, q, k, v, *extras)
+# `out` is contiguous (B, Sq, Hq, Dv) in q's dtype, `lse` contiguous float32 (B, Hq, Sq): the natural logarithm, -inf
+# for a query that sees no key; its output row is 0. It may be None unless the problem needs it (where autograd sees
+# through the provider: unless the caller wants it).
+ATTENTION = Operation(
+    "attention",
+    "forward",
+    "(q, k, v, scale, *extras) -> (out, lse)",
+    {"hopper": "hopper", "triton": "triton", "sdpa": "sdpa", "reference": "reference"},
+    empty="empty",
+    gradient=ATTENTION_BACKWARD,
+)
+
+MATMUL = Operation("matmul", "multiply", "(a, b, bias) -> out", {"hopper": "hopper.gemm", "torch": "torch_matmul"})
+
+OPERATIONS = {operation.name: operation for operation in (ATTENTION, ATTENTION_BACKWARD, MATMUL)}

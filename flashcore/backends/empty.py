@@ -8,7 +8,6 @@ from flashcore.problem import AttentionProblem
 
 FEATURES = frozenset({"window", "score", "sink", "head_dim_v"})
 NATIVE_GRAD = False
-HAS_BACKWARD = True
 
 
 def unavailable() -> str | None:

@@ -17,7 +17,6 @@ from flashcore.problem import AttentionProblem
 
 FEATURES = frozenset({"window", "score", "sink", "head_dim_v"})
 NATIVE_GRAD = True
-HAS_BACKWARD = False
 
 # Scores held at once. 2**26 of them are 256 MiB in float32, a few times over; queries are processed in chunks of that.
 CHUNK_SCORES = 2**26

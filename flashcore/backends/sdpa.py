@@ -27,7 +27,6 @@ from flashcore.watching import is_transformed
 
 FEATURES = frozenset({"window", "head_dim_v"})
 NATIVE_GRAD = True
-HAS_BACKWARD = False
 
 # Mask entries held at once when lengths differ: 2**24 are 16 MiB as bool, 32 MiB when SDPA widens them to half.
 CHUNK_MASK = 2**24

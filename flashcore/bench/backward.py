@@ -59,7 +59,7 @@ def plan(case: Case, q, k, v, dout) -> dict:
     with torch.enable_grad():
         inputs = (x.detach().requires_grad_() for x in (q, k, v))
         chosen = flashcore.explain(*inputs, causal=case.causal, **options(case, q.device))
-    found = {"backend": chosen.backend, "backward": chosen.backward}
+    found = {"backend": chosen.backend, "backward": chosen.backward.backend}
     return found | ({"config": str(chosen.config)} if chosen.config is not None else {})
 
 

@@ -429,7 +429,7 @@ def _plan(case: ModelCase, device: torch.device) -> dict:
     found = {"backend": plan.backend}
     if plan.config is not None:
         found["config"] = str(plan.config)
-    return found | ({"backward": plan.backward} if train else {})
+    return found | ({"backward": plan.backward.backend} if train else {})
 
 
 def _too_large(case: ModelCase, device: torch.device) -> str | None:

@@ -55,7 +55,7 @@ def plan(case: GemmCase, a: torch.Tensor, b: torch.Tensor) -> dict:
     chosen = explain_matmul(a, b, out_dtype=getattr(torch, case.out_dtype), activation=case.activation)
     found = {"backend": chosen.backend}
     if chosen.config is not None:
-        found |= {"config": str(chosen.config), "schedule": str(chosen.schedule)}
+        found |= {"config": str(chosen.config.config), "schedule": str(chosen.config.schedule)}
     return found
 
 

@@ -77,16 +77,16 @@ def _backend_rejects(name: str, case: Case) -> str | None:
     from flashcore import backends
 
     needed = {{"softcap": "score", "alibi": "score"}.get(feature, feature) for feature in case.features}
-    absent = sorted(needed - backends.load(name).FEATURES)
+    absent = sorted(needed - backends.ATTENTION.load(name).FEATURES)
     return f"{name} has no {', no '.join(absent)} yet" if absent else None
 
 
 def _backend_unavailable(name: str) -> str | None:
     from flashcore import backends
 
-    if name not in backends.BACKENDS:
+    if name not in backends.ATTENTION.providers:
         return f"there is no {name} backend yet"
-    return backends.load(name).unavailable()
+    return backends.ATTENTION.load(name).unavailable()
 
 
 # --- PyTorch

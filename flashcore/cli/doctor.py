@@ -40,9 +40,9 @@ def backends() -> dict[str, str]:
     except Exception as error:  # without torch, say
         return {"all": f"{type(error).__name__}: {error}"}
     verdicts = {}
-    for name in backends.BACKENDS:
+    for name in backends.ATTENTION.providers:
         try:
-            verdicts[name] = backends.load(name).unavailable() or "usable"
+            verdicts[name] = backends.ATTENTION.load(name).unavailable() or "usable"
         except Exception as error:
             verdicts[name] = f"{type(error).__name__}: {error}"
     return verdicts

@@ -22,8 +22,8 @@ def explain_matmul(
     ] = None,
 ) -> None:
     """Print the plan for a matrix product: backend, tile config and schedule. No tensor is made."""
-    from flashcore.gemm import plan_gemm
     from flashcore.gemm_problem import GemmProblem
+    from flashcore.plan import plan
 
     m, n, k = sizes(shape, "m,n,k")
     problem = GemmProblem.hypothetical(
@@ -37,4 +37,4 @@ def explain_matmul(
         activation=activation,
         weight=weight,
     )
-    print(plan_gemm(problem, anywhere=arch is not None))
+    print(plan(problem, anywhere=arch is not None))

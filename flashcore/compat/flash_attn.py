@@ -302,7 +302,8 @@ def _unpack(packed: torch.Tensor, name: str, layout: str) -> tuple[torch.Tensor,
 def _refuse_nondeterminism(q, k, v, options) -> None:
     """Raise unless the backward pass is one of FlashCore's own, or PyTorch has been told to be deterministic."""
     if not torch.compiler.is_compiling():  # which cannot trace the plan, nor whether PyTorch would only warn;
-        if api.explain(q, k, v, **options).backward in (*backends.BACKENDS, "empty"):
+        backward = api.explain(q, k, v, **options).backward
+        if backward is None or backward.backend in (*backends.ATTENTION.providers, "empty"):
             return
         warns_only = torch.is_deterministic_algorithms_warn_only_enabled()
     else:

@@ -15,12 +15,12 @@ from tests.tolerance import assert_forward
 def accepted(device: str) -> list:
     """The (backend, case) pairs to run on `device`; empty cases go to no backend and are run once, as "auto"."""
     pairs = []
-    for name in backends.BACKENDS:
-        backend = backends.load(name)
+    for name in backends.ATTENTION.providers:
+        backend = backends.ATTENTION.load(name)
         if backend.unavailable() is None:
             for case in CASES:
                 problem = case.problem(device)
-                if not problem.is_empty and backends.refusal(name, problem) is None:
+                if not problem.is_empty and backends.ATTENTION.refusal(name, problem) is None:
                     known = name == "triton" and case.values == "huge"
                     marks = [pytest.mark.xfail(reason="maxima whose rounding the exponent cannot bear")] * known
                     pairs.append(pytest.param(name, case, id=f"{name}-{case}", marks=marks))
@@ -34,7 +34,7 @@ def check(name: str, case: Case, device: str) -> None:
     """Run the case with poisoned outputs, with the LSE if the backend gives one, and hold it to the error rule."""
     q, k, v = case.inputs(device)
     options = case.options(device)
-    gives_lse = name == "auto" or backends.refusal(name, case.problem(device, return_lse=True)) is None
+    gives_lse = name == "auto" or backends.ATTENTION.refusal(name, case.problem(device, return_lse=True)) is None
     with poisoned_outputs():
         result = flashcore.attention(q, k, v, return_lse=gives_lse, backend=name, **options)
     out, lse = result if gives_lse else (result, None)

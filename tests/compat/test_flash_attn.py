@@ -294,7 +294,7 @@ def test_determinism_is_not_promised_for_nothing():
 @pytest.mark.parametrize("features", [{}, FEATURES["softcap_before_alibi"]])
 def test_a_backward_of_our_own_is_deterministic(add_backend, features):
     """The kernels' gradients have the same bits each time; PyTorch's behind the same forward may not."""
-    add_backend("fake", HAS_BACKWARD=True, backward=lambda problem, config, q, k, v, *_: (q, k, v))
+    add_backend("fake", backward=lambda problem, config, q, k, v, *_: (q, k, v))
     q, k, v = (t.requires_grad_() for t in inputs())
     flash_attn_func(q, k, v, deterministic=True, **features).sum().backward()
     assert torch.equal(q.grad, q)

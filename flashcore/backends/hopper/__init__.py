@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 FEATURES = frozenset({"window", "score", "sink", "head_dim_v"})
 NATIVE_GRAD = False
-HAS_BACKWARD = False
 
 # Keys from which on it matters that the clusters of so few heads leave SMs idle (docs/log/0018).
 _FEW_HEADS_KEYS = 65536
@@ -127,9 +126,15 @@ def prepare(problem: AttentionProblem, config: ForwardConfig | DecodeConfig) -> 
     return ForwardLauncher(problem, config)
 
 
-def forward(
+def copied(
     problem: AttentionProblem, config: ForwardConfig | DecodeConfig, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     *extras: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Output (B, Sq, Hq, D) and LSE (B, Hq, Sq); see :class:`flashcore.backends.Backend`."""
-    return prepare(problem, config)(q, k, v, problem.scale, *extras)
+) -> tuple[tuple[str, str], ...]:  # fmt: skip
+    """Which of q, k and v each call copies before it computes, and why."""
+    from flashcore.backends.hopper import tma
+
+    reasons = {
+        name: tma.obstacle(tensor, broadcast=isinstance(config, DecodeConfig))
+        for name, tensor in zip("qkv", (q, k, v), strict=True)
+    }
+    return tuple((name, reason) for name, reason in reasons.items() if reason is not None)

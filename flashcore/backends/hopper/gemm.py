@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy
 import torch
 
+from flashcore.backends import hopper
 from flashcore.backends.hopper import tma
 from flashcore.backends.hopper.gemm_configs import TILES, GemmConfig, GemmSchedule, choose_gemm, k_blocks
 from flashcore.backends.hopper.jit import compile_kernel
@@ -13,6 +16,49 @@ from flashcore.gemm_problem import HALF_TYPES, GemmProblem
 
 _MAX_MAPS = 1024  # tensor maps kept per operand: the caching allocator hands out the same few addresses
 _LEAST_FLAGS = 1024  # more than any kernel on 132 SMs needs
+
+
+FEATURES: frozenset[str] = frozenset()
+
+
+def unavailable() -> str | None:
+    return hopper.unavailable()
+
+
+@dataclass(frozen=True)
+class GemmChoice:
+    """What is compiled, and how its tiles are dealt out."""
+
+    config: GemmConfig
+    schedule: GemmSchedule
+
+    @property
+    def why(self) -> str:
+        return self.config.why
+
+    def __str__(self) -> str:
+        return f"{self.config}; {self.schedule}"
+
+
+def configure(problem: GemmProblem) -> GemmChoice:
+    """The variant and schedule for a problem that is not rejected."""
+    return GemmChoice(*choose_gemm(problem))
+
+
+def prepare(problem: GemmProblem, config: GemmChoice) -> GemmLauncher:
+    """A callable (a, b, bias) -> out."""
+    return GemmLauncher(problem, config.config, config.schedule)
+
+
+def copied(
+    problem: GemmProblem, config: GemmChoice, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[tuple[str, str], ...]:
+    """The operands that each call copies before it multiplies them, and why."""
+    matrices = {
+        "a": _matrix(a, problem.a_shared, problem.a_mn_major), "b": _matrix(b, problem.b_shared, not problem.b_mn_major)
+    }  # fmt: skip
+    reasons = {name: tma.matrix_obstacle(matrix) for name, matrix in matrices.items()}
+    return tuple((name, reason) for name, reason in reasons.items() if reason is not None)
 
 
 def rejects(problem: GemmProblem) -> str | None:
@@ -132,15 +178,6 @@ def _matrix(tensor: torch.Tensor, shared: bool, transposed: bool) -> torch.Tenso
     matrix = tensor if tensor.dim() == 3 else tensor[None]
     matrix = matrix[:1] if shared else matrix
     return matrix.transpose(1, 2) if transposed else matrix
-
-
-def copied(problem: GemmProblem, a: torch.Tensor, b: torch.Tensor) -> tuple[tuple[str, str], ...]:
-    """The operands that each call copies before it multiplies them, and why."""
-    matrices = {
-        "a": _matrix(a, problem.a_shared, problem.a_mn_major), "b": _matrix(b, problem.b_shared, not problem.b_mn_major)
-    }  # fmt: skip
-    reasons = {name: tma.matrix_obstacle(matrix) for name, matrix in matrices.items()}
-    return tuple((name, reason) for name, reason in reasons.items() if reason is not None)
 
 
 def _paired(bias: torch.Tensor) -> torch.Tensor:

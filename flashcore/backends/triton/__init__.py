@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 FEATURES: frozenset[str] = frozenset()
 NATIVE_GRAD = False
-HAS_BACKWARD = True
 
 USER_TABLE = "triton_tiles.json"  # in the cache directory
 # The first and the last release whose internals are as launch.py and compile.py use them. 3.4 is the first with tensor

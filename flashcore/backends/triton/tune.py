@@ -31,8 +31,8 @@ import torch
 import triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flashcore import env, gradients
-from flashcore.backends import reference
+from flashcore import env
+from flashcore.backends import reference, torch_flash
 from flashcore.backends import triton as backend
 from flashcore.backends.triton import attention
 from flashcore.backends.triton.compile import compile_kernel
@@ -334,7 +334,7 @@ def _flash_attention_2(t: Tensors) -> dict[str, Callable[[], object]]:
 
     return {
         "forward": forward,
-        "backward": partial(gradients.torch_flash, t.problem, t.q, t.k, t.v, t.out, t.lse, t.dout),
+        "backward": partial(torch_flash.backward, t.problem, None, t.q, t.k, t.v, t.out, t.lse, t.dout, None),
     }
 
 
