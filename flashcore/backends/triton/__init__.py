@@ -35,6 +35,7 @@ USER_TABLE = "triton_tiles.json"  # in the cache directory
 # descriptors that are made on the host.
 SUPPORTED_TRITON = (3, 4), (3, 8)
 INTERPRETER_IS_MENDED = False  # set by tests
+_INTERPRETED = "Triton runs in its interpreter here, which computes garbage with bfloat16: unset TRITON_INTERPRET"
 
 
 def unavailable() -> str | None:
@@ -45,7 +46,7 @@ def unavailable() -> str | None:
         return _no_gpu() or _no_compiler()
     if INTERPRETER_IS_MENDED:
         return None
-    return "Triton runs in its interpreter here, which computes garbage with bfloat16: unset TRITON_INTERPRET"
+    return _INTERPRETED
 
 
 def interpreted() -> bool:
@@ -119,7 +120,8 @@ def _no_compiler() -> str | None:
 def rejects(problem: AttentionProblem) -> str | None:
     """The one feature of the problem that the kernels lack; None if they have all."""
     if problem.arch is None and not (problem.device == "cpu" and INTERPRETER_IS_MENDED and interpreted()):
-        return f"device {problem.device} is not an NVIDIA GPU"
+        asked = f"; {_INTERPRETED}" if problem.device == "cpu" and interpreted() else ""
+        return f"device {problem.device} is not an NVIDIA GPU{asked}"
     if problem.arch is not None and problem.arch < (8, 0):
         return f"compute capability {problem.arch[0]}.{problem.arch[1]} < 8.0"
     if problem.dtype == "float64":
