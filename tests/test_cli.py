@@ -305,7 +305,7 @@ def test_explain_says_who_defers():
 
 def test_explain_says_why_not():
     out = flashcore(*SHAPE, "--arch", "8.0")
-    assert "backend   triton" in out
+    assert "backend   sdpa: triton defers to it: sdpa is known to be good" in out
     assert "not Hopper" in out
     assert "dtype float32" in flashcore(*SHAPE, "--arch", "9.0", "--dtype", "float32")
     too_long = ("explain", "--shape", "1,64,64,8,8,520", "--arch", "9.0", "--backend", "hopper")

@@ -1,6 +1,7 @@
 """Who is chosen, why, and what is said of the others."""
 
 import itertools
+import json
 import timeit
 import warnings
 from dataclasses import dataclass, replace
@@ -9,10 +10,10 @@ import pytest
 
 from flashcore import backends
 from flashcore.bench.cases import SUITES
-from flashcore.bench.record import WITHOUT_TRITON
+from flashcore.bench.record import RESULTS, WITHOUT_TRITON
 from flashcore.errors import FlashCoreWarning, InvalidInputError, UnsupportedError
 from flashcore.gemm_problem import GemmProblem
-from flashcore.mask import CAUSAL, FULL
+from flashcore.mask import CAUSAL, FULL, Mask
 from flashcore.plan import _plan, override, plan
 from flashcore.problem import AttentionProblem
 
@@ -192,6 +193,48 @@ def test_to_whom_hopper_defers(usable, change, reason):
         assert chosen.why.startswith(f"hopper defers to it: triton {reason}")
 
 
+FLOAT32 = replace(ON_HOPPER, dtype="float32")
+TENSOR_CORES = "multiplies float32 on tensor cores, and triton does not"
+
+
+@pytest.mark.parametrize(
+    ("problem", "reason"),
+    [
+        (FLOAT32, f"{TENSOR_CORES}: 512 rows for each key head"),
+        (replace(FLOAT32, return_lse=True), TENSOR_CORES),
+        (replace(FLOAT32, needs_grad=True), TENSOR_CORES),
+        (replace(FLOAT32, mask=CAUSAL, seqlen_q=128, seqlen_k=256), TENSOR_CORES),
+        # The LSE is not PyTorch's to give, or it would hold every score
+        (replace(FLOAT32, mask=CAUSAL, seqlen_q=128, seqlen_k=256, return_lse=True), None),
+        (replace(FLOAT32, head_dim=66, head_dim_v=66), None),
+        # Reading takes the time
+        (replace(FLOAT32, seqlen_q=4, seqlen_k=8192), None),
+        (replace(FLOAT32, seqlen_q=5, seqlen_k=8192), TENSOR_CORES),
+        # No record
+        *((replace(ON_HOPPER, arch=arch), "is known to be good") for arch in ((8, 0), (8, 9), (10, 0), (12, 0))),
+        (replace(ON_HOPPER, arch=(8, 0), seqlen_q=1), "triton has not been measured on sm_80"),
+        (replace(FLOAT32, arch=(8, 6), seqlen_q=1), "triton has not been measured on sm_86"),
+        (replace(ON_HOPPER, arch=(8, 0), head_dim=66, head_dim_v=66), "is known to be good"),
+    ],
+)
+def test_to_whom_triton_defers(problem, reason):
+    """PyTorch's kernels where float32 is multiplied much, and where nothing is recorded."""
+    chosen = plan(problem, anywhere=True)
+    assert chosen.backend == ("triton" if reason is None else "sdpa")
+    if reason is not None:
+        assert chosen.why.startswith("triton defers to it: sdpa ")
+        assert reason in chosen.why
+    assert plan(problem, "triton", anywhere=True).backend == "triton"
+    window = replace(problem, mask=Mask(7, 0), seqlen_q=128, seqlen_k=128)
+    assert backends.ATTENTION.load("triton").defers(window) is None  # PyTorch computes what it hides
+
+
+def test_measured_architectures_have_records():
+    records = (json.loads(path.read_text())["meta"] for path in RESULTS.glob("*/forward.json"))
+    measured = {tuple(map(int, meta["compute_capability"].split("."))) for meta in records}
+    assert measured == backends.ATTENTION.load("triton").MEASURED
+
+
 def test_the_suites_of_prefill_measure_hopper():
     for name in ("forward", "small", "long", "sustained", "gqa"):
         for case in SUITES[name].cases:
@@ -357,7 +400,9 @@ def test_training_on_hopper_takes_the_backward_of_triton(monkeypatch):
     chosen = plan(replace(ON_HOPPER, needs_grad=True))
     assert (chosen.backend, chosen.backward.backend) == ("hopper", "triton")
     assert chosen.backward.config == triton.configure(replace(ON_HOPPER, needs_grad=True))
-    assert plan(replace(ON_HOPPER, needs_grad=True, arch=(8, 0))).backward.backend == "triton"
+    ampere = replace(ON_HOPPER, needs_grad=True, arch=(8, 0))
+    assert plan(ampere, "triton").backward.backend == "triton"
+    assert (plan(ampere).backend, plan(ampere).backward.backend) == ("sdpa", "autograd")
 
 
 @pytest.mark.parametrize(

@@ -308,6 +308,15 @@ MATRIX = (
     Case(1, 4096, 4096, 32, 8, 128, True, label="Llama 3 8B, prompt of 4096"),
     Case(8, 1, 8192, 32, 8, 128, False, label="Llama 3 8B, decoding a batch of 8 at 8192"),
 )
+FLOAT32 = (
+    *(
+        square(16384 // seqlen, 2048 // head_dim, seqlen, head_dim, causal, "float32")
+        for head_dim in (64, 128)
+        for causal in MASKS
+        for seqlen in (512, 2048, 8192)
+    ),
+    *(Case(8, seqlen_q, 8192, 32, 8, 128, False, "float32") for seqlen_q in (1, 4, 16)),  # few rows for each key head
+)
 HOSTCALL = tuple(square(1, 8, 128, head_dim, False, "bfloat16") for head_dim in (64, 128))
 ACCURACY = tuple(
     square(1, 8, 2048, head_dim, causal, dtype, inputs=inputs)
@@ -398,6 +407,14 @@ SUITES = {
             "events",
             WINDOW,
             ("flashcore", "flashcore-triton", "cudnn", "fa2", "fa3", "fa3-varlen", "fa4", "flex"),
+        ),
+        Suite(
+            "float32",
+            "float32: 16,384 tokens, and few queries on top of a cache",
+            "attention_fwd",
+            "events",
+            FLOAT32,
+            ("flashcore", "flashcore-triton", "efficient", "math"),
         ),
         Suite(
             "decode",

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flashcore import env
+from flashcore.backends import sdpa
 from flashcore.backends.triton.configs import MAX_HEAD_DIM, TritonConfig, choose
 from flashcore.problem import LONGEST, AttentionProblem
 
@@ -36,6 +37,8 @@ USER_TABLE = "triton_tiles.json"  # in the cache directory
 SUPPORTED_TRITON = (3, 4), (3, 8)
 INTERPRETER_IS_MENDED = False  # set by tests
 _INTERPRETED = "Triton runs in its interpreter here, which computes garbage with bfloat16: unset TRITON_INTERPRET"
+MEASURED = frozenset({(9, 0)})  # the compute capabilities with records in benchmarks/results
+_FEW_ROWS = 16  # up to which reading the keys takes the time, not multiplying them
 
 
 def unavailable() -> str | None:
@@ -134,6 +137,22 @@ def rejects(problem: AttentionProblem) -> str | None:
         return f"seqlen {max(problem.seqlen_q, problem.seqlen_k)} > {LONGEST}"
     if problem.batch * problem.heads_q * math.ceil(max(problem.seqlen_q, problem.seqlen_k) / 16) >= 2**31:
         return "more than 2^31 tiles of 16 rows"
+    return None
+
+
+def defers(problem: AttentionProblem) -> tuple[str, str] | None:
+    """Who is to be preferred for a problem that is not rejected, and why; None: nobody.
+
+    PyTorch's fused kernels are, where float32 is multiplied much, and on GPUs for which there is no record that says
+    otherwise. Where they do not take the problem PyTorch would hold every score; what a window hides they compute.
+    """
+    if problem.arch is None or problem.visible.bounded_left or sdpa.unfused(problem) is not None:
+        return None
+    if problem.arch not in MEASURED:
+        return "sdpa", f"is known to be good, and triton has not been measured on sm_{problem.arch[0]}{problem.arch[1]}"
+    rows = problem.seqlen_q * problem.group_size
+    if problem.dtype == "float32" and rows > _FEW_ROWS:
+        return "sdpa", f"multiplies float32 on tensor cores, and triton does not: {rows} rows for each key head"
     return None
 
 
