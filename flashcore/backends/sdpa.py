@@ -6,7 +6,8 @@ SDPA's ``is_causal`` is aligned to the top left, ours to the bottom right; they 
 - More keys than queries, or a window: an explicit mask, built for a chunk of queries at a time so that it stays small.
 
 SDPA returns no LSE, but its fused kernels do, and are asked for it where they have it right. On a CPU they need help:
-NaN and infinite scores give zeros where keys are few or the dtype is half, and rows that overlap are read wrongly.
+NaN and infinite scores give zeros where keys are few or the dtype is half, those of keys that an explicit mask hides
+reach the output, and rows that overlap are read wrongly.
 """
 
 from __future__ import annotations
@@ -122,6 +123,8 @@ def forward(
     transformed = is_transformed(q, k, v)
     if _few_keys(problem) or (problem.return_lse and transformed):  # nobody has rules for kernels that give the LSE
         return reference.forward(problem, None, q, k, v)
+    if problem.device == "cpu" and _needs_mask(problem) and not (transformed or k.isfinite().all()):
+        return reference.forward(problem, None, q, k, v)  # PyTorch adds masks: of hidden keys NaN would stay
     if config.expand_heads:
         k, v = (t.repeat_interleave(problem.group_size, dim=2) for t in (k, v))
     scale = problem.scale

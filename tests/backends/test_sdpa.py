@@ -240,6 +240,18 @@ def test_what_is_not_finite_is_not_lost(special, dtype, return_lse):
             torch.testing.assert_close(lse, right_lse, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("options", [{"causal": True}, {"window": (3, 2)}, {"causal": True, "window": (18, 0)}])
+def test_hidden_keys_do_not_matter(options, value, dtype):
+    q, k, v = (t.clone() for t in Case("", seqlen_q=20, seqlen_k=40, head_dim=8, dtype=dtype).inputs())
+    expected = flashcore.attention(q, k, v, return_lse=True, backend="sdpa", **options)
+    k[:, -5:] = value
+    out, lse = flashcore.attention(q, k, v, return_lse=True, backend="sdpa", **options)
+    torch.testing.assert_close(out[:, :13], expected[0][:, :13], rtol=0.02, atol=0.02)
+    torch.testing.assert_close(lse[:, :, :13], expected[1][:, :, :13])
+
+
 def test_infinite_scores_of_finite_inputs():
     q, k, v = (t.abs() for t in Case("", seqlen_q=3, seqlen_k=32, head_dim=8).inputs())
     assert flashcore.attention(q * 1e30, k * 1e30, v, backend="sdpa").isnan().all()
