@@ -18,6 +18,9 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
+from torch.jit._builtins import _register_builtin
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from flashcore import api
 from flashcore.backends.sdpa import scaled_dot_product_attention as torch_sdpa
@@ -29,6 +32,7 @@ from flashcore.watching import is_recorded, is_transformed, is_watched, keeps_le
 __all__ = ["Choice", "explain", "replace_torch", "scaled_dot_product_attention"]
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+_is_function_mode_enabled = torch._C._is_torch_function_mode_enabled
 
 
 def scaled_dot_product_attention(
@@ -49,9 +53,9 @@ def scaled_dot_product_attention(
     a key is seen, dropout whenever `dropout_p` is positive.
 
     PyTorch computes calls with an attn_mask, with dropout, causal ones with more queries than keys, inside of
-    ``torch.func``'s transforms and forward-mode differentiation, and inputs that FlashCore does not know;
-    :func:`explain` tells. ``torch.nn.attention.sdpa_kernel`` reaches only those. What FlashCore computes has no second
-    derivative.
+    ``torch.func``'s transforms, forward-mode differentiation, a ``TorchFunctionMode`` (but for
+    ``torch.set_default_device``) and TorchScript, and inputs that FlashCore does not know; :func:`explain` tells.
+    ``torch.nn.attention.sdpa_kernel`` reaches only those. What FlashCore computes has no second derivative.
     """
     out = computed(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if out is not None:
@@ -67,6 +71,9 @@ def computed(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_g
         except InvalidInputError:
             pass  # perhaps PyTorch knows better; else its error is the one that the caller expects
     return None
+
+
+_register_builtin(scaled_dot_product_attention, "aten::scaled_dot_product_attention")  # what TorchScript makes of it
 
 
 @dataclass(frozen=True)
@@ -163,9 +170,13 @@ def _declines(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa) ->
         return "a transform of torch.func, or forward-mode differentiation"
     if dropout_p:
         return f"dropout_p={dropout_p}: dropout"
+    if _is_function_mode_enabled() and any(type(m) is not DeviceContext for m in _get_current_function_mode_stack()):
+        return "a TorchFunctionMode, which is to see PyTorch's own call"
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if type(tensor) not in _PLAIN:
             return f"{name} is a {type(tensor).__name__}, no plain torch.Tensor"
+        if tensor.is_nested:
+            return f"{name} is a nested tensor"
         if tensor.dim() != 4:
             return f"{name} has {tensor.dim()} dimensions: only (batch, heads, seqlen, head_dim)"
     if query.shape[1] != key.shape[1] and not enable_gqa:

@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 import flashcore
 from flashcore.backends.sdpa import scaled_dot_product_attention as torch_sdpa
@@ -111,6 +112,20 @@ def test_inputs_that_only_pytorch_knows(kernel, name):
     if out.is_nested:
         out, expected = out.unbind()[0], expected.unbind()[0]
     assert torch.equal(out, expected)
+    assert kernel == []
+
+
+def test_strided_nested_tensors(kernel):
+    """Of another length each: PyTorch computes them one by one."""
+    tensors = [torch.nested.nested_tensor([torch.randn(4, s, 16) for s in (5, 7)]) for _ in range(3)]
+    assert sdpa.explain(*tensors).declined == "query is a nested tensor"
+    plain = torch.randn(2, 4, 5, 16)
+    assert sdpa.explain(plain, *tensors[1:]).declined == "key is a nested tensor"
+    for function in (sdpa.scaled_dot_product_attention, F.scaled_dot_product_attention):
+        with sdpa.replace_torch():
+            out = function(*tensors)
+        for one, *parts in zip(out.unbind(), *(t.unbind() for t in tensors), strict=True):
+            torch.testing.assert_close(one, torch_sdpa(*(part[None] for part in parts))[0])
     assert kernel == []
 
 
@@ -296,3 +311,71 @@ def test_fallbacks_do_not_come_back_here():
         q, k, v = (t.requires_grad_() for t in tensors)
         F.scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward()
     assert q.grad is not None
+
+
+# ---- who looks at calls of PyTorch's functions -------------------------------------------------------------------
+
+
+class Recorder(TorchFunctionMode):
+    """Sees functions called, and takes the place of PyTorch's attention if told to."""
+
+    def __init__(self, instead=None):
+        super().__init__()
+        self.instead, self.seen = instead, []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.seen.append(function)
+        if function is torch_sdpa and self.instead is not None:
+            return self.instead
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True, "scale": 0.3}])
+def test_a_function_mode_sees_the_call(kernel, options):
+    tensors, instead = inputs(), torch.zeros(1)
+    with sdpa.replace_torch():
+        with Recorder() as recorder:
+            out = F.scaled_dot_product_attention(*tensors, **options)
+            assert "TorchFunctionMode" in sdpa.explain(*tensors, **options).declined
+        with Recorder(instead):
+            assert F.scaled_dot_product_attention(*tensors, **options) is instead
+        with torch.device("cpu"), Recorder(instead), torch.device("cpu"):
+            assert F.scaled_dot_product_attention(*tensors, **options) is instead
+    assert torch_sdpa in recorder.seen
+    torch.testing.assert_close(out, torch_sdpa(*tensors, **options))
+    assert kernel == []
+
+
+def test_a_function_mode_sees_the_call_when_compiled(kernel):
+    tensors = inputs()
+    torch._dynamo.reset()
+    with sdpa.replace_torch(), Recorder(torch.zeros(1)):
+        out = torch.compile(lambda *args: F.scaled_dot_product_attention(*args), backend="eager")(*tensors)
+    assert out.shape == (1,)
+
+
+def test_a_default_device_is_no_reason(kernel):
+    """It is a function mode too, which programs leave on."""
+    with sdpa.replace_torch(), torch.device("cpu"):
+        F.scaled_dot_product_attention(*inputs())
+    assert len(kernel) == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_torchscript_gets_pytorchs():
+    def program(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3)
+
+    def ours(q, k, v):
+        return flashcore.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3)
+
+    attention, x = torch.nn.MultiheadAttention(32, 4, batch_first=True).eval(), torch.randn(2, 5, 32)
+    expected = attention(x, x, x, need_weights=False)[0]
+    with sdpa.replace_torch():
+        scripted = torch.jit.script(attention)
+        scripted_program = torch.jit.script(program)
+    torch.testing.assert_close(scripted(x, x, x, need_weights=False)[0], expected)
+    q, k, v = inputs()
+    for function in (scripted_program, torch.jit.script(ours)):
+        assert torch.equal(function(q, k, v), torch_sdpa(q, k, v, is_causal=True, scale=0.3))
+    assert "aten::scaled_dot_product_attention" in str(scripted_program.graph)
