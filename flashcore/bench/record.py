@@ -37,9 +37,11 @@ OPERATIONS = {
 
 def kernel_digest(suite: str) -> str:
     """Names the kernel sources that the suite measures, as this package would compile them; a record keeps it."""
-    from flashcore.backends.hopper import jit
+    from flashcore.backends.hopper.jit import source_digest
+    from flashcore.backends.hopper.kernels import KERNELS
 
-    digest = "\0".join(map(jit.source_digest, OPERATIONS.get(suite, ("attention",))))
+    kernels = (KERNELS[name] for name in OPERATIONS.get(suite, ("attention",)))
+    digest = "\0".join(source_digest(kernel.source, kernel.table) for kernel in kernels)
     if suite in WITHOUT_TRITON:
         return digest
     sources = sorted((PACKAGE / "backends" / "triton").glob("attention*.py"))

@@ -59,16 +59,11 @@ def nvrtc_missing() -> str | None:
 
 def declared(head_dims: Sequence[int] | None) -> list[tuple[str, Any]]:
     """Name and config of every kernel, or of those that serve these head_dims."""
-    from flashcore.backends.hopper import configs, decode_configs, gemm_configs
+    from flashcore.backends.hopper import kernels
 
-    forward = configs.declared_configs()
-    if not head_dims:
-        return forward + decode_configs.declared_configs() + gemm_configs.declared_configs()
-    wanted = {configs.row_head_dim(head_dim, head_dim) for head_dim in head_dims}
-    found = [(name, config) for name, config in forward if config.head_dim in wanted]
-    if missing := wanted - {config.head_dim for _, config in found}:
+    if missing := [d for d in head_dims or () if not kernels.declared([d])]:
         raise fail(f"no kernel serves head_dim {', '.join(map(str, sorted(missing)))}")
-    return found + decode_configs.declared_configs(sorted({d for d in head_dims if d % 8 == 0}))
+    return kernels.declared(head_dims)
 
 
 def compile_all(kernels: Sequence[tuple[str, Any]], jobs: int | None) -> list[dict]:

@@ -117,13 +117,9 @@ def configure(problem: AttentionProblem) -> ForwardConfig | DecodeConfig:
 
 def prepare(problem: AttentionProblem, config: ForwardConfig | DecodeConfig) -> Run:
     """A callable (q, k, v, scale, *extras) -> (out, lse) with everything that does not depend on these done."""
-    if isinstance(config, DecodeConfig):
-        from flashcore.backends.hopper.decode import DecodeLauncher
+    from flashcore.backends.hopper.kernels import kernel_of
 
-        return DecodeLauncher(problem, config)
-    from flashcore.backends.hopper.attention import ForwardLauncher
-
-    return ForwardLauncher(problem, config)
+    return kernel_of(config).launch(problem, config)
 
 
 def copied(

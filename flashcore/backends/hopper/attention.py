@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy
 import torch
 
@@ -9,38 +11,37 @@ from flashcore.backends.hopper import tma
 from flashcore.backends.hopper.configs import ForwardConfig, paired_heads, window_ramp
 from flashcore.backends.hopper.jit import compile_kernel
 from flashcore.backends.hopper.launch import (
+    Launcher,
+    TensorMaps,
     allocate,
-    cuda_launch,
     current_stream,
     diagonals,
     exponent_scale,
     extra_arguments,
+    keep,
     scale_log2,
 )
 from flashcore.problem import AttentionProblem
 
-_MAX_MAPS = 1024  # tensor maps kept per operand: the caching allocator hands out the same few addresses
 
-
-class ForwardLauncher:
+class ForwardLauncher(Launcher):
     """One forward variant for one problem. Calling it allocates the outputs and launches."""
 
     def __init__(self, problem: AttentionProblem, config: ForwardConfig):
-        self._config = config
-        self._kernel = compile_kernel(config)
         self._lse_shape = (problem.batch, problem.heads_q, problem.seqlen_q) if problem.needs_lse else None
         m_blocks = -(-problem.seqlen_q // config.tile_m)
-        self._grid = min(m_blocks * problem.heads_q * problem.batch, problem.sm_count)
-        if config.one_tile and m_blocks * problem.heads_q * problem.batch > self._grid:
-            raise ValueError(f"{config}: more tiles than the {self._grid} CTAs of the launch")
+        grid = min(m_blocks * problem.heads_q * problem.batch, problem.sm_count)
+        if config.one_tile and m_blocks * problem.heads_q * problem.batch > grid:
+            raise ValueError(f"{config}: more tiles than the {grid} CTAs of the launch")
+        super().__init__(compile_kernel(config), grid)
         heads = problem.batch * problem.heads_q
         units = m_blocks  # of a head
         if config.bounded_left:
             paired, paired_rounds = window_ramp(config, problem), 0
             units -= paired // 2
         else:
-            paired = paired_heads(config, problem, self._grid)
-            paired_rounds = -(-(paired // 2 * m_blocks) // self._grid)
+            paired = paired_heads(config, problem, grid)
+            paired_rounds = -(-(paired // 2 * m_blocks) // grid)
         # The entry's parameters after the scale, in order.
         self._scalars = (
             numpy.int32(problem.batch), numpy.int32(problem.heads_q),
@@ -52,8 +53,8 @@ class ForwardLauncher:
         self._out_shape = problem.out_shape
         self._extra_arguments = extra_arguments(problem)
         self._map_sets: dict[tuple, tuple] = {}  # all addresses and strides -> the four tensor maps
-        self._maps: tuple[dict, ...] = ({}, {}, {}, {})  # of q, k, v, out: (address, strides) -> tensor map
-        self._loaded: dict[int, tuple] = {}  # device index -> (cuda.core.launch, kernel, launch config)
+        rows = {"q": 64, "k": config.tile_n, "v": config.tile_n, "out": 64}  # of a box
+        self._maps = [TensorMaps(partial(_map, name, n)) for name, n in rows.items()]
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None, *extras: torch.Tensor
@@ -78,37 +79,16 @@ class ForwardLauncher:
 
     def _make_maps(self, key: tuple, *tensors: torch.Tensor) -> tuple[tuple, list[torch.Tensor]]:
         """The tensor maps of q, k, v and out, and the tensors that they point into."""
-        pairs = [self._map(operand, tensor) for operand, tensor in enumerate(tensors)]
+        pairs = [find(tensor) for find, tensor in zip(self._maps, tensors, strict=True)]
         maps, addressed = tuple(made for made, _ in pairs), [tensor for _, tensor in pairs]
         if all(a is b for a, b in zip(addressed, tensors, strict=True)):  # a copy's address means nothing next time
-            if len(self._map_sets) >= _MAX_MAPS:
-                self._map_sets.clear()
-            self._map_sets[key] = maps
+            keep(self._map_sets, key, maps)
         return maps, addressed
 
-    def _map(self, operand: int, tensor: torch.Tensor):
-        """The operand's tensor map, and the tensor that it points into."""
-        maps = self._maps[operand]
-        key = (tensor.data_ptr(), tensor.stride())
-        found = maps.get(key)
-        if found is not None:
-            return found, tensor
-        addressed = tma.addressable(tensor, "qkvo"[operand])
-        rows = self._config.tile_n if operand in (1, 2) else 64
-        made = tma.tensor_map(addressed, rows)
-        if addressed is tensor:  # a copy's address means nothing for the next call
-            if len(maps) >= _MAX_MAPS:
-                maps.clear()
-            maps[key] = made
-        return made, addressed
 
-    def _load(self, device: int) -> tuple:
-        from cuda.core import LaunchConfig
-
-        config = self._config
-        launch_config = LaunchConfig(grid=self._grid, block=config.threads, shmem_size=config.smem_bytes)
-        self._loaded[device] = loaded = (cuda_launch(), self._kernel.load(device), launch_config)
-        return loaded
+def _map(name: str, rows: int, tensor: torch.Tensor):
+    addressed = tma.addressable(tensor, name)
+    return tma.tensor_map(addressed, rows), addressed
 
 
 def divisor(d: int) -> numpy.uint64:

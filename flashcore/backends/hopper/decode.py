@@ -9,8 +9,8 @@ from flashcore.backends.hopper import tma
 from flashcore.backends.hopper.decode_configs import DecodeConfig
 from flashcore.backends.hopper.jit import compile_kernel
 from flashcore.backends.hopper.launch import (
+    Launcher,
     allocate,
-    cuda_launch,
     current_stream,
     diagonals,
     exponent_scale,
@@ -20,14 +20,13 @@ from flashcore.backends.hopper.launch import (
 from flashcore.problem import AttentionProblem
 
 
-class DecodeLauncher:
+class DecodeLauncher(Launcher):
     """One variant for one problem. Calling it allocates the outputs and launches."""
 
     def __init__(self, problem: AttentionProblem, config: DecodeConfig):
-        self._config = config
-        self._kernel = compile_kernel(config.variant)
+        clusters = problem.batch * problem.heads_k
+        super().__init__(compile_kernel(config.variant), clusters, cluster=config.cluster)
         self._lse_shape = (problem.batch, problem.heads_q, problem.seqlen_q) if problem.needs_lse else None
-        self._clusters = problem.batch * problem.heads_k
         # The entry's parameters after the scale, in order.
         self._scalars = (
             numpy.int32(problem.heads_k), numpy.int32(problem.group_size),
@@ -38,7 +37,6 @@ class DecodeLauncher:
         self._extra_arguments = extra_arguments(problem)
         # Strides that the kernel can read: of q, k and v -> the entry's parameters, (batch, row, head) of each.
         self._strides: dict[tuple, tuple[int, ...]] = {}
-        self._loaded: dict[int, tuple] = {}  # device index -> (cuda.core.launch, kernel, launch config)
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None, *extras: torch.Tensor
@@ -66,14 +64,3 @@ class DecodeLauncher:
         learned = tuple(stride for tensor in (q, k, v) for stride in tensor.stride()[:3])
         self._strides[q.stride(), k.stride(), v.stride()] = learned
         return learned
-
-    def _load(self, device: int) -> tuple:
-        from cuda.core import LaunchConfig
-
-        config = self._config
-        launch_config = LaunchConfig(
-            grid=self._clusters, cluster=config.cluster, block=config.threads, shmem_size=config.smem_bytes
-        )
-        kernel = self._kernel.load(device)
-        self._loaded[device] = loaded = (cuda_launch(), kernel, launch_config)
-        return loaded

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy
 import torch
@@ -11,10 +12,10 @@ from flashcore.backends import hopper
 from flashcore.backends.hopper import tma
 from flashcore.backends.hopper.gemm_configs import TILES, GemmConfig, GemmSchedule, choose_gemm, k_blocks
 from flashcore.backends.hopper.jit import compile_kernel
-from flashcore.backends.hopper.launch import cuda_launch, current_stream
+from flashcore.backends.hopper.kernels import kernel_of
+from flashcore.backends.hopper.launch import Launcher, TensorMaps, current_stream
 from flashcore.gemm_problem import HALF_TYPES, GemmProblem
 
-_MAX_MAPS = 1024  # tensor maps kept per operand: the caching allocator hands out the same few addresses
 _LEAST_FLAGS = 1024  # more than any kernel on 132 SMs needs
 
 
@@ -47,7 +48,7 @@ def configure(problem: GemmProblem) -> GemmChoice:
 
 def prepare(problem: GemmProblem, config: GemmChoice) -> GemmLauncher:
     """A callable (a, b, bias) -> out."""
-    return GemmLauncher(problem, config.config, config.schedule)
+    return kernel_of(config.config).launch(problem, config.config, config.schedule)
 
 
 def copied(
@@ -81,7 +82,7 @@ def rejects(problem: GemmProblem) -> str | None:
     return None
 
 
-class GemmLauncher:
+class GemmLauncher(Launcher):
     """One variant and schedule for one problem. Calling it allocates the output and launches."""
 
     def __init__(
@@ -91,7 +92,7 @@ class GemmLauncher:
             config, schedule = choose_gemm(problem)
         self.config, self.schedule = config, schedule
         self._problem = problem
-        self._kernel = compile_kernel(config)
+        super().__init__(compile_kernel(config), schedule.clusters * config.cluster_size)
         self._out_dtype = getattr(torch, problem.out_dtype)
         self._integers = tuple(
             map(
@@ -104,9 +105,9 @@ class GemmLauncher:
             )
         )  # fmt: skip
         self._out_strides = (numpy.uint64(problem.n), numpy.uint64(problem.m * problem.n))
-        self._box_rows = (config.a_box_rows, config.b_box_rows)
-        self._maps: tuple[dict, ...] = ({}, {}, {})  # of a, b, out: (address, strides) -> tensor map
-        self._loaded: dict[int, tuple] = {}  # device index -> (kernel, launch config)
+        self._map_a = TensorMaps(partial(_map, "a", config.a_box_rows, problem.a_shared, problem.a_mn_major))
+        self._map_b = TensorMaps(partial(_map, "b", config.b_box_rows, problem.b_shared, not problem.b_mn_major))
+        self._map_out = TensorMaps(lambda out: (tma.matrix_map(out, 64, 128 // out.element_size()), out))
 
     def __call__(self, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """The output, (m, n) or (batch, m, n) if an operand has a batch, contiguous."""
@@ -114,9 +115,8 @@ class GemmLauncher:
         batched = a.dim() == 3 or b.dim() == 3
         out = torch.empty((problem.batch, problem.m, problem.n), dtype=self._out_dtype, device=a.device)
         # Copies and workspace live until the launch is queued; the allocator orders their reuse after it.
-        a_map, a = self._operand(0, a, problem.a_shared, problem.a_mn_major)
-        b_map, b = self._operand(1, b, problem.b_shared, not problem.b_mn_major)
-        out_map = self._out_map(out) if config.tma_store else a_map
+        (a_map, a), (b_map, b) = self._map_a(a), self._map_b(b)
+        out_map = self._map_out(out)[0] if config.tma_store else a_map
         bias_address = 0
         if bias is not None:
             bias = _paired(bias)
@@ -125,52 +125,18 @@ class GemmLauncher:
         partials = flags = None
         if config.split:
             partials, flags = _workspace(config, self.schedule.parts, device)
-        kernel, launch_config = self._loaded.get(device) or self._load(device)
-        cuda_launch()(
+        launch, kernel, launch_config = self._loaded.get(device) or self._load(device)
+        launch(
             current_stream(device), launch_config, kernel, a_map, b_map, out_map, out.data_ptr(), bias_address,
             _address(partials), _address(flags), *self._out_strides, *self._integers,
         )  # fmt: skip
         return out if batched else out[0]
 
-    def _operand(self, operand: int, tensor: torch.Tensor, shared: bool, transposed: bool):
-        """The operand's tensor map, and the tensor that it points into."""
-        maps = self._maps[operand]
-        key = (tensor.data_ptr(), tensor.stride())
-        found = maps.get(key)
-        if found is not None:
-            return found, tensor
-        matrix = _matrix(tensor, shared, transposed)
-        addressed = tma.addressable_matrix(matrix, "ab"[operand])
-        made = tma.matrix_map(addressed, self._box_rows[operand])
-        if addressed is matrix:  # a copy's address means nothing for the next call
-            self._keep(operand, key, made)
-        return made, addressed
 
-    def _out_map(self, out: torch.Tensor):
-        key = (out.data_ptr(), None)
-        made = self._maps[2].get(key)
-        if made is None:
-            made = tma.matrix_map(out, 64, 128 // out.element_size())
-            self._keep(2, key, made)
-        return made
-
-    def _keep(self, operand: int, key: tuple, made) -> None:
-        maps = self._maps[operand]
-        if len(maps) >= _MAX_MAPS:
-            maps.clear()
-        maps[key] = made
-
-    def _load(self, device: int) -> tuple:
-        from cuda.core import LaunchConfig
-
-        config = self.config
-        launch_config = LaunchConfig(
-            grid=self.schedule.clusters * config.cluster_size,
-            block=config.threads,
-            shmem_size=config.smem_bytes,
-        )
-        self._loaded[device] = loaded = (self._kernel.load(device), launch_config)
-        return loaded
+def _map(name: str, rows: int, shared: bool, transposed: bool, tensor: torch.Tensor):
+    matrix = _matrix(tensor, shared, transposed)
+    addressed = tma.addressable_matrix(matrix, name)
+    return tma.matrix_map(addressed, rows), tensor if addressed is matrix else addressed
 
 
 def _matrix(tensor: torch.Tensor, shared: bool, transposed: bool) -> torch.Tensor:

@@ -177,18 +177,9 @@ struct Config {{
 """
 
 
-# The kernel file and the tile table of each operation.
-_OPERATIONS = {
-    "attention": ("attention/forward_sm90.cuh", "configs.py"),
-    "decode": ("attention/decode_sm90.cuh", "decode_configs.py"),
-    "gemm": ("gemm/gemm_sm90.cuh", "gemm_configs.py"),
-}
-
-
-def source_digest(operation: str = "attention") -> str:
-    """SHA-256 over the device code and the tile table of an operation's kernels: names what was measured."""
-    kernel, table = _OPERATIONS[operation]
-    parts = (_flatten("ptx/types.cuh"), _flatten(kernel), Path(__file__).with_name(table).read_text())
+def source_digest(kernel: str, table: Path) -> str:
+    """SHA-256 over a kernel's device code and its table of tiles: names what was measured."""
+    parts = (_flatten("ptx/types.cuh"), _flatten(kernel), table.read_text())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 

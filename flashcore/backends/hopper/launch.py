@@ -1,4 +1,4 @@
-"""What launches have in common: outputs, the stream, cuda.core's launch."""
+"""What launches have in common: the loaded kernel on its grid, tensor maps, outputs, the stream, cuda.core's launch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 import math
 import threading
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
@@ -13,13 +14,17 @@ import torch
 from flashcore.problem import AttentionProblem
 from flashcore.score import PLAIN
 
-_LOG2_E = 1 / math.log(2)
+if TYPE_CHECKING:
+    from flashcore.backends.hopper.jit import CompiledKernel
+
+_MAX_MAPS = 1024
+LOG2_E = 1 / math.log(2)
 
 
 @functools.lru_cache(maxsize=1024)
 def scale_log2(scale: float) -> numpy.float32:
     """The scale of scores whose exponentials are powers of two, as a kernel takes it."""
-    return numpy.float32(scale * _LOG2_E)
+    return numpy.float32(scale * LOG2_E)
 
 
 def exponent_scale(problem: AttentionProblem) -> numpy.float32 | None:
@@ -74,12 +79,51 @@ def allocate(
     return out, lse, lse.data_ptr()
 
 
-@functools.cache
-def cuda_launch():
-    """``cuda.core.launch``; importing cuda.core takes long, and a machine without a GPU never gets here."""
-    from cuda.core import launch
+class Launcher:
+    """A kernel on its grid, loaded once on each device. Subclasses are called with tensors, and launch it."""
 
-    return launch
+    def __init__(self, kernel: CompiledKernel, grid: int, **options: Any):
+        """:param options: those of ``cuda.core.LaunchConfig`` besides grid, block and shared memory."""
+        self._kernel, self._grid, self._options = kernel, grid, options
+        self._loaded: dict[int, tuple] = {}  # device index -> (cuda.core.launch, kernel, launch config)
+
+    def _load(self, device: int) -> tuple:
+        """What `_loaded` holds for a device that is asked for the first time."""
+        from cuda.core import LaunchConfig, launch  # which take long to import
+
+        config = self._kernel.config
+        shape = LaunchConfig(grid=self._grid, block=config.threads, shmem_size=config.smem_bytes, **self._options)
+        self._loaded[device] = loaded = (launch, self._kernel.load(device), shape)
+        return loaded
+
+
+class TensorMaps:
+    """Tensor maps of one operand, by address and strides: the caching allocator hands out the same few addresses.
+
+    :param make: from a tensor to its map, and the tensor that the map points into: a copy where it must be one.
+    """
+
+    def __init__(self, make: Callable[[torch.Tensor], tuple[Any, torch.Tensor]]):
+        self._make = make
+        self._maps: dict[tuple, Any] = {}
+
+    def __call__(self, tensor: torch.Tensor) -> tuple[Any, torch.Tensor]:
+        """The tensor's map, and the tensor that it points into."""
+        key = (tensor.data_ptr(), tensor.stride())
+        found = self._maps.get(key)
+        if found is not None:
+            return found, tensor
+        made, addressed = self._make(tensor)
+        if addressed is tensor:  # a copy's address means nothing for the next call
+            keep(self._maps, key, made)
+        return made, addressed
+
+
+def keep(maps: dict[tuple, Any], key: tuple, made: Any) -> None:
+    """Remember what was made for these addresses, of a bounded number of them."""
+    if len(maps) >= _MAX_MAPS:
+        maps.clear()
+    maps[key] = made
 
 
 _streams: dict[int, object] = {}  # by raw handle

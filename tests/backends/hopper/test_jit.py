@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -280,15 +281,15 @@ def test_an_error_names_config_source_and_log(sources, tmp_path):
     assert "undeclared" in kept[0].read_text()
 
 
-def test_source_digest_sees_every_included_file(sources, monkeypatch):
-    monkeypatch.setattr(jit, "_OPERATIONS", {"tiny": ("tiny.cuh", "configs.py"), "other": ("tiny.cuh", "tma.py")})
+def test_source_digest_sees_every_included_file(sources):
+    folder = Path(jit.__file__).parent
     (sources / "part.cuh").write_text("int part;\n")
     (sources / "tiny.cuh").write_text('#include "part.cuh"\n' + TINY)
-    digests = {jit.source_digest("tiny"), jit.source_digest("other")}
+    digests = {jit.source_digest("tiny.cuh", folder / table) for table in ("configs.py", "tma.py")}
     for file in ("part.cuh", "tiny.cuh", "ptx/types.cuh"):
         (sources / file).write_text((sources / file).read_text() + "// changed\n")
         jit._flatten.cache_clear()
-        digests.add(jit.source_digest("tiny"))
+        digests.add(jit.source_digest("tiny.cuh", folder / "configs.py"))
     assert len(digests) == 5
 
 

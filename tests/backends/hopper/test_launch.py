@@ -1,13 +1,20 @@
 """What a launch does on the host that needs no GPU: contexts of threads, and which tensors are read where they lie."""
 
+import math
+import re
 import threading
 
+import numpy
 import pytest
 import torch
 
 core = pytest.importorskip("cuda.core", reason="needs cuda-core (extra cu13 or cu12)")
 
-from flashcore.backends.hopper import launch, tma  # noqa: E402
+from flashcore.backends import hopper  # noqa: E402
+from flashcore.backends.hopper import attention, decode, gemm, jit, launch, tma  # noqa: E402
+from flashcore.backends.hopper.kernels import KERNELS, kernel_of  # noqa: E402
+from flashcore.gemm_problem import GemmProblem  # noqa: E402
+from flashcore.problem import AttentionProblem  # noqa: E402
 
 
 def test_a_thread_gets_the_context_of_each_device_before_it_launches(monkeypatch):
@@ -54,3 +61,92 @@ def test_what_the_decoding_kernel_reads_where_it_lies():
     assert not readable(packed[..., :64])
     assert readable(packed[:1, :1, :, :64])  # one row has no stride
     assert not readable(cache.transpose(1, 2)[..., ::2])
+
+
+# ---- every launcher hands over what its kernel takes ---------------------------------------------------------------
+
+TAKEN = {"int": numpy.int32, "u64": (numpy.uint64, int), "float": numpy.float32}  # else an address, or a tensor map
+
+
+def parameters(source: str, entry: str) -> list[str]:
+    """Types of the entry's parameters, but for those of a printed score."""
+    text = (jit.DEVICE_SOURCES / source).read_text()
+    found = re.search(rf"\n{entry}\((.*?)(?: SCORE_PARAMETERS)?\) \{{", text, re.DOTALL)[1]
+    return [" ".join(parameter.split()[:-1]) for parameter in found.split(",")]
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """What would have been launched, by launchers of tensors on the CPU."""
+    calls = []
+    monkeypatch.setattr(tma, "tensor_map", lambda tensor, rows: f"map of {tuple(tensor.shape)}")
+    monkeypatch.setattr(tma, "matrix_map", lambda tensor, *box: f"map of {tuple(tensor.shape)}")
+    for module in (attention, decode, gemm):
+        monkeypatch.setattr(module, "compile_kernel", lambda config: None)
+        monkeypatch.setattr(module, "current_stream", lambda device: "stream")
+    monkeypatch.setattr(launch.Launcher, "_load", lambda self, device: (lambda *a: calls.append(a), "kernel", "config"))
+    return calls
+
+
+def check_arguments(launched, config, extras: int = 0) -> list:
+    (_, _, _, *arguments) = launched[-1]
+    types = parameters(config.source, config.entry)
+    assert len(arguments) == len(types) + extras
+    for argument, kind in zip(arguments, types, strict=False):
+        expected = TAKEN.get(kind, str if "TensorMap" in kind else int)
+        assert isinstance(argument, expected), (kind, argument)
+    return arguments
+
+
+@pytest.mark.parametrize("scale", [None, 0.5, -0.5])
+@pytest.mark.parametrize("seqlen_q", [300, 1])
+def test_attention_hands_over_what_its_kernels_take(launched, seqlen_q, scale):
+    q, k, v = (torch.randn(2, n, 4, 64).bfloat16() for n in (seqlen_q, 300, 300))
+    problem = AttentionProblem.hypothetical(q.shape, k.shape, arch=(9, 0), causal=True, scale=scale)
+    config = hopper.configure(problem)
+    run = hopper.prepare(problem, config)
+    run(q, k, v, scale)
+    arguments = check_arguments(launched, config, extras=scale is not None and scale < 0)
+    of_scale = parameters(config.source, config.entry).index("float")
+    wanted = 1.0 if scale == -0.5 else 64**-0.5 if scale is None else scale  # one that is not positive changes scores
+    assert arguments[of_scale] == numpy.float32(wanted / math.log(2))
+    if scale == -0.5:
+        assert arguments[-1] == -0.5
+        return
+    run(q, k, v, 3.0)  # the same launcher
+    assert check_arguments(launched, config)[of_scale] == numpy.float32(3.0 / math.log(2))
+
+
+def test_products_hand_over_what_their_kernel_takes(launched):
+    problem = GemmProblem("bfloat16", "bfloat16", "cuda", (9, 0), 132, 1, 256, 256, 64)
+    chosen = gemm.configure(problem)
+    a, b = torch.randn(256, 64).bfloat16(), torch.randn(64, 256).bfloat16()
+    assert gemm.prepare(problem, chosen)(a, b, None).shape == (256, 256)
+    check_arguments(launched, chosen.config)
+
+
+def test_tensor_maps_are_kept_but_not_of_copies(monkeypatch):
+    monkeypatch.setattr(launch, "_MAX_MAPS", 2)
+    made = []
+    maps = launch.TensorMaps(lambda tensor: (made.append(tensor) or len(made), tensor))
+    tensors = [torch.zeros(3) for _ in range(3)]
+    for tensor in (*tensors[:2], *tensors[:2]):
+        assert maps(tensor)[1] is tensor
+    assert len(made) == 2
+    maps(tensors[2])
+    maps(tensors[0])  # all but the third were forgotten
+    assert len(made) == 4
+    copies = launch.TensorMaps(lambda tensor: (made.append(tensor), tensor.clone()))
+    copies(tensors[0])
+    copies(tensors[0])
+    assert len(made) == 6
+
+
+def test_every_kernel_file_has_a_row():
+    files = {path.relative_to(jit.DEVICE_SOURCES).as_posix() for path in jit.DEVICE_SOURCES.glob("*/*_sm90.cuh")}
+    entries = {name for name in files if "__global__" in (jit.DEVICE_SOURCES / name).read_text()}
+    assert {kernel.source for kernel in KERNELS.values()} == entries
+    for kernel in KERNELS.values():
+        assert kernel.table.name.endswith("configs.py")
+        for _, config in kernel.declared(None):
+            assert kernel_of(config) is kernel
