@@ -26,7 +26,6 @@ _PUBLIC = {
     "scaled_dot_product_attention": "integrations.sdpa",
     "AttentionProblem": "problem",
     "GemmProblem": "gemm_problem",
-    "GemmPlan": "gemm",
     "Plan": "plan",
     "plan": "plan",
     "CompileError": "errors",
@@ -50,7 +49,7 @@ if TYPE_CHECKING:
         InvalidInputError,
         UnsupportedError,
     )
-    from flashcore.gemm import GemmPlan, explain_matmul, linear, matmul
+    from flashcore.gemm import explain_matmul, linear, matmul
     from flashcore.gemm_problem import GemmProblem
     from flashcore.integrations.sdpa import scaled_dot_product_attention
     from flashcore.plan import Plan

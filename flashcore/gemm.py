@@ -22,8 +22,6 @@ Run = Callable[[torch.Tensor, torch.Tensor, "torch.Tensor | None"], torch.Tensor
 _runs = Runs()  # a kind has everything that a plan depends on: strides are part of it
 _recent = _runs.recent.get
 
-GemmPlan = Plan  # of a product: `config` holds the variant and its schedule
-
 _active_override = planning.active_override.get
 _is_grad_enabled = torch.is_grad_enabled
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
