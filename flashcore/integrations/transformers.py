@@ -13,6 +13,9 @@ What PyTorch's SDPA does not have is FlashCore's with any mask, which is added t
 above: softcap (Gemma 2) and sinks (gpt-oss). With dropout they raise UnsupportedError. Position biases (T5) are added
 to the scores where they need no gradient, and go to PyTorch's SDPA as a mask where they do.
 
+Models that look their attention layers up in a table of their own (Falcon, GPT-J, GPT-Neo, Bark, the vision encoder of
+SAM, ...) never ask an attention function: they raise UnsupportedError when they are built.
+
 A sliding window that no mask hides, masks of heads, ``cu_seq_lens`` and ``output_attentions`` raise UnsupportedError.
 
 Of a model that torch.compile traces as a whole, Transformers makes a mask for every call: compile its layers instead,
@@ -24,12 +27,13 @@ with neither a cache nor an attention mask go to PyTorch too.
 
 from __future__ import annotations
 
+import sys
 import warnings
-from functools import cache
+from functools import cache, wraps
 
 import torch
 import transformers
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
 from flashcore import api
@@ -232,6 +236,39 @@ def _rejects(config_type: type) -> str | None:
     return f"{model.__name__} has attention of its own only, in Transformers"
 
 
+class _NoLayer:
+    """What models that look their attention layers up by the implementation's name find under FlashCore's."""
+
+    def __init__(self, *_, **__):
+        raise UnsupportedError(
+            f'attn_implementation="{NAME}": this model has a table of attention layers, and asks no attention function '
+            'of Transformers. Use "eager", or what else the table has, for it, or for that part of it: '
+            f'attn_implementation={{"": "{NAME}", "vision_config": "eager"}}.'
+        )
+
+
+def _tables(model: type) -> list[dict]:
+    """The tables of attention layers, by the implementation's name, beside a model's class and its bases."""
+    modules = [sys.modules[name] for name in {base.__module__ for base in model.__mro__} if name in sys.modules]
+    tables = [value for module in modules for value in vars(module).values() if isinstance(value, dict)]
+    layers = [table.get("eager") for table in tables]
+    is_layer = [isinstance(layer, type) and issubclass(layer, torch.nn.Module) for layer in layers]
+    return [table for table, found in zip(tables, is_layer, strict=True) if found]
+
+
+def _prepared_for_us(check):
+    """`check`, which Transformers asks for each model's attention implementation before it builds the layers."""
+
+    @wraps(check)
+    def get_correct_attn_implementation(self, requested_attention, *args, **kwargs):
+        if requested_attention == NAME:
+            for table in _tables(type(self)):
+                table.setdefault(NAME, _NoLayer)
+        return check(self, requested_attention, *args, **kwargs)
+
+    return get_correct_attn_implementation
+
+
 def _wants_weights() -> bool | None:
     """Whether attention weights are collected from layers that are not told of it. Transformers 4.57 tells them all."""
     if _collector is None or torch.compiler.is_compiling():
@@ -259,5 +296,6 @@ def _warn_once(what: str) -> None:
     warnings.warn(message, FlashCoreWarning, stacklevel=2)
 
 
+PreTrainedModel.get_correct_attn_implementation = _prepared_for_us(PreTrainedModel.get_correct_attn_implementation)
 AttentionInterface.register(NAME, attention_forward)
 AttentionMaskInterface.register(NAME, mask)

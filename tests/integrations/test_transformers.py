@@ -2,6 +2,9 @@
 
 import contextlib
 import copy
+import importlib
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -771,6 +774,61 @@ def test_models_with_attention_of_their_own_only(config):
     with pytest.raises(Exception, match="has attention of its own only"):
         torch.compile(model, backend="eager", fullgraph=True)(tokens(1, 5))
     torch._dynamo.reset()
+
+
+_SMALL = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+_VISION = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32, "patch_size": 16}
+WITH_TABLES = {
+    "falcon": transformers.FalconConfig(**_SMALL, hidden_size=32, num_hidden_layers=2, num_attention_heads=4),
+    "gptj": transformers.GPTJConfig(**_SMALL, n_embd=32, n_layer=2, n_head=4, rotary_dim=4),
+    "gpt_neo": transformers.GPTNeoConfig(
+        **_SMALL, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]
+    ),
+    "git": transformers.GitConfig(
+        **_SMALL, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+        vision_config={**_VISION, "intermediate_size": 48},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WITH_TABLES)
+def test_models_with_a_table_of_layers(name):
+    """They do not ask the attention functions, and would end with KeyError: 'fcore'."""
+    for _ in range(2):
+        with pytest.raises(UnsupportedError, match=r'"fcore": this model has a table .*Use "eager"'):
+            build(WITH_TABLES[name])
+    build(WITH_TABLES[name], "eager")(tokens(1, 5))
+
+
+def test_encoders_with_a_table_of_layers():
+    for kind, options in (("Data2VecVision", {}), ("SamVision", {"output_channels": 8, "mlp_dim": 48})):
+        config = getattr(transformers, f"{kind}Config")(**_VISION, **options)
+        with pytest.raises(UnsupportedError, match="this model has a table"):
+            getattr(transformers, f"{kind}Model")._from_config(config, attn_implementation=integration.NAME)
+
+
+def test_a_program_s_own_model_with_a_table_of_layers():
+    """Also where the model derives from the one that has the table."""
+
+    class Mine(transformers.FalconForCausalLM):
+        pass
+
+    with pytest.raises(UnsupportedError, match="this model has a table"):
+        Mine._from_config(copy.deepcopy(WITH_TABLES["falcon"]), attn_implementation=integration.NAME)
+
+
+def test_no_table_of_transformers_is_overlooked():
+    """Every file of models that looks a class up by the implementation's name has a table that is found."""
+    root = Path(transformers.__file__).parent
+    looks_up = re.compile(r"(?<!FUNCTIONS)\[(?:self\.)?config\._attn_implementation\]\(")
+    found = 0
+    for path in sorted(root.glob("models/*/modeling_*.py")):
+        if looks_up.search(path.read_text()):
+            module = importlib.import_module("transformers." + ".".join(path.relative_to(root).with_suffix("").parts))
+            model = type("Model", (), {"__module__": module.__name__})
+            assert integration._tables(model), path.name
+            found += 1
+    assert found > 3
 
 
 @pytest.mark.parametrize("argument", ["head_mask", "cu_seq_lens_q"])
