@@ -178,7 +178,7 @@ class Expression:
         if self.op == "lookup":
             slot, *indices = self.arguments
             return f"captured{slot}({', '.join(i.print_index(language) for i in indices)})"
-        if language == "cuda" and self.op == "*" and SCORE in self.arguments:
+        if self.op == "*" and SCORE in self.arguments:
             constant = next((a for a in self.arguments if a.op == "constant"), None)
             if constant is not None:  # the product of two constants of the launch is computed once
                 return f"(s * (scale * {constant.print(language)}))"

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from flashcore.backends import Run
 
-FEATURES: frozenset[str] = frozenset()
+FEATURES = frozenset({"window", "score", "sink", "head_dim_v"})
 NATIVE_GRAD = False
 
 USER_TABLE = "triton_tiles.json"  # in the cache directory
@@ -129,12 +129,13 @@ def rejects(problem: AttentionProblem) -> str | None:
         return f"compute capability {problem.arch[0]}.{problem.arch[1]} < 8.0"
     if problem.dtype == "float64":
         return "dtype float64 is none of bfloat16, float16 and float32"
-    if problem.head_dim_v != problem.head_dim:
-        return f"head_dim_v {problem.head_dim_v} differs from head_dim {problem.head_dim}"
-    if problem.head_dim > MAX_HEAD_DIM:
-        return f"head_dim {problem.head_dim} > {MAX_HEAD_DIM}"
+    for name, head_dim in (("head_dim", problem.head_dim), ("head_dim_v", problem.head_dim_v)):
+        if head_dim > MAX_HEAD_DIM:
+            return f"{name} {head_dim} > {MAX_HEAD_DIM}"
     if max(problem.seqlen_q, problem.seqlen_k) > LONGEST:
         return f"seqlen {max(problem.seqlen_q, problem.seqlen_k)} > {LONGEST}"
+    if "window" in problem.features and problem.seqlen_q + problem.seqlen_k > LONGEST:
+        return f"a window over {problem.seqlen_q} queries and {problem.seqlen_k} keys, together more than {LONGEST}"
     if problem.batch * problem.heads_q * math.ceil(max(problem.seqlen_q, problem.seqlen_k) / 16) >= 2**31:
         return "more than 2^31 tiles of 16 rows"
     return None
@@ -175,21 +176,23 @@ def _shared_memory(arch: tuple[int, int] | None) -> int | None:
 
 
 def forward(
-    problem: AttentionProblem, config: TritonConfig, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output (B, Sq, Hq, D) and LSE (B, Hq, Sq); see :class:`flashcore.backends.Backend`."""
-    return prepare(problem, config)(q, k, v, problem.scale)
+    problem: AttentionProblem, config: TritonConfig, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    *extras: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Output (B, Sq, Hq, Dv) and LSE (B, Hq, Sq); see :class:`flashcore.backends.Backend`."""
+    return prepare(problem, config)(q, k, v, problem.scale, *extras)
 
 
 def prepare(problem: AttentionProblem, config: TritonConfig) -> Run:
-    """`forward` as a callable (q, k, v, scale) -> (out, lse)."""
+    """`forward` as a callable (q, k, v, scale, *extras) -> (out, lse)."""
     from flashcore.backends.triton import attention
 
     run, default = attention.prepare_forward(problem.of_any_scale, config), problem.head_dim**-0.5
     # Kernels read what is in memory; of a negated view, such as ``z.conj().imag``, that has another sign.
-    return lambda q, k, v, scale: run(
-        q.resolve_neg(), k.resolve_neg(), v.resolve_neg(), default if scale is None else scale
-    )
+    return lambda q, k, v, scale, *extras: run(
+        q.resolve_neg(), k.resolve_neg(), v.resolve_neg(), default if scale is None else scale,
+        *(tensor.resolve_neg() for tensor in extras),
+    )  # fmt: skip
 
 
 def backward(
@@ -201,7 +204,8 @@ def backward(
     out: torch.Tensor,
     lse: torch.Tensor,
     dout: torch.Tensor,
-    dlse: None,
+    dlse: torch.Tensor | None = None,
+    *extras: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients (dq, dk, dv), bit-identical over repeats; see :class:`flashcore.backends.Backend`.
 
@@ -211,5 +215,6 @@ def backward(
 
     if not isinstance(config, TritonConfig):
         config = configure(problem)
-    q, k, v, dout = (tensor.resolve_neg() for tensor in (q, k, v, dout))
-    return attention.backward(problem, config, q, k, v, out, lse, dout)
+    q, k, v, dout, *extras = (tensor.resolve_neg() for tensor in (q, k, v, dout, *extras))
+    dlse = dlse if dlse is None else dlse.resolve_neg()
+    return attention.backward(problem, config, q, k, v, out, lse, dout, dlse, *extras)

@@ -1,7 +1,8 @@
 """Host side of the Triton backend: tensors and a config -> kernel launches on the current stream.
 
 What follows from the problem and its config is worked out once (`prepare_forward`, `prepare_backward`); a call looks at
-nothing but the strides and addresses of its tensors. See launch.py for how a kernel is started.
+nothing but the scale and the strides and addresses of its tensors. See launch.py for how a kernel is started. `extras`
+are the tensors that the problem's score brings: those that it looks up, then the sinks.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
 
+from flashcore.backends.triton import score
 from flashcore.backends.triton.attention_bwd import attention_bwd_dkdv, attention_bwd_dq
 from flashcore.backends.triton.attention_fwd import attention_fwd, combine
 from flashcore.backends.triton.configs import Tile, TritonConfig, heads_per_section, padded_head_dim
@@ -22,57 +25,54 @@ from flashcore.problem import AttentionProblem
 LOG2E = math.log2(math.e)
 
 Tensor = torch.Tensor
-Forward = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
-Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]
+Forward = Callable[..., tuple[Tensor, Tensor]]
+Backward = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 def forward(
-    problem: AttentionProblem, config: TritonConfig, q: Tensor, k: Tensor, v: Tensor
+    problem: AttentionProblem, config: TritonConfig, q: Tensor, k: Tensor, v: Tensor, *extras: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """out (B, Sq, Hq, D) in q's dtype and lse (B, Hq, Sq) float32, both contiguous."""
-    return prepare_forward(problem.of_any_scale, config)(q, k, v, problem.scale)
+    """out (B, Sq, Hq, Dv) in q's dtype and lse (B, Hq, Sq) float32, both contiguous."""
+    return prepare_forward(problem.of_any_scale, config)(q, k, v, problem.scale, *extras)
 
 
 def backward(
     problem: AttentionProblem, config: TritonConfig, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    dout: Tensor,
+    dout: Tensor, dlse: Tensor | None = None, *extras: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv), contiguous, in the inputs' dtype. ``out`` and ``lse`` are what a forward returned: contiguous."""
-    return prepare_backward(problem.of_any_scale, config)(q, k, v, out, lse, dout, problem.scale)
+    return prepare_backward(problem.of_any_scale, config)(q, k, v, out, lse, dout, dlse, problem.scale, *extras)
 
 
 @lru_cache(maxsize=1024)
 def prepare_forward(problem: AttentionProblem, config: TritonConfig) -> Forward:
-    """`forward` as a callable (q, k, v, scale) -> (out, lse), for all scales of the problem's sign."""
+    """`forward` as a callable (q, k, v, scale, *extras) -> (out, lse), for all scales of the problem's sign."""
     tile, splits = config.forward, config.splits
-    block_d = padded_head_dim(problem.head_dim)
     members = problem.group_size if config.pack_gqa else 1
     batch_heads = problem.batch * problem.heads_q // members
     tiles = triton.cdiv(problem.seqlen_q * members, tile.tile_m)
-    sign = (problem.scale > 0) - (problem.scale < 0)
+    changed, has_sink = problem.score.change is not None, problem.score.sink is not None
+    sign = 1 if changed else (problem.scale > 0) - (problem.scale < 0)
     out_shape, lse_shape = problem.out_shape, problem.lse_shape
     strides_out = (math.prod(out_shape), *_strides(out_shape)[:3])
     launch = Launch(
-        attention_fwd, (tiles * batch_heads, splits, 1),
-        (
-            batch_heads, heads_per_section(problem, batch_heads), problem.seqlen_q, problem.seqlen_k,
-            problem.heads_k,
-        ),
-        dict(
-            GROUP=problem.group_size, PACK=config.pack_gqa, CAUSAL=problem.causal, SIGN=sign,
-            HEAD_DIM=problem.head_dim, BLOCK_D=block_d, TILE_M=tile.tile_m, TILE_N=tile.tile_n,
-            LOOKAHEAD=tile.lookahead, TMA=tile.tma, Q_REGS=tile.q_registers,
-        ),
-        _options(tile), ((1, 2), tile.tile_n, block_d),
+        attention_fwd, (tiles * batch_heads, splits, 1), (batch_heads, *scalars(problem, batch_heads)),
+        constants(problem, tile)
+        | dict(PACK=config.pack_gqa, SIGN=sign, SINK=has_sink and splits == 1, Q_REGS=tile.q_registers),
+        _options(tile), _streams(problem, 1, 2, tile.tile_n),
     )  # fmt: skip
 
-    def scale_log2(scale: float) -> float:
-        return abs(float(scale)) * LOG2E if sign else 1.0
+    def scales(scale: float) -> tuple[float, float]:
+        if changed:
+            return float(scale), problem.score.factor * LOG2E
+        return float(scale), abs(float(scale)) * LOG2E if sign else 1.0
 
-    def unsplit(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    def unsplit(q: Tensor, k: Tensor, v: Tensor, scale: float, *extras: Tensor) -> tuple[Tensor, Tensor]:
         out = torch.empty(out_shape, dtype=q.dtype, device=q.device)
         lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device)
-        launch((q, k, v, out, lse), (q.stride(), k.stride(), v.stride(), strides_out), scale_log2(scale))
+        sink = extras[-1].contiguous() if has_sink else lse
+        strides = q.stride(), k.stride(), v.stride(), strides_out
+        _launch(launch, (q, k, v, sink, out, lse), strides, scales(scale), problem, extras)
         return out, lse
 
     if splits == 1:
@@ -81,18 +81,22 @@ def prepare_forward(problem: AttentionProblem, config: TritonConfig) -> Forward:
     rows = math.prod(lse_shape)
     merge = Launch(
         combine, (rows, 1, 1), (rows, problem.seqlen_q, problem.heads_q, splits),
-        dict(BLOCK_S=min(64, triton.next_power_of_2(splits)), HEAD_DIM=problem.head_dim, BLOCK_D=block_d),
+        dict(
+            BLOCK_S=min(64, triton.next_power_of_2(splits)), SINK=has_sink, HEAD_DIM_V=problem.head_dim_v,
+            BLOCK_DV=padded_head_dim(problem.head_dim_v),
+        ),
         dict(num_warps=1 if splits <= 16 else 4),
     )  # fmt: skip
 
-    def split(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    def split(q: Tensor, k: Tensor, v: Tensor, scale: float, *extras: Tensor) -> tuple[Tensor, Tensor]:
         device = q.device
         parts = torch.empty((splits, *out_shape), dtype=torch.float32, device=device)
         parts_lse = torch.empty((splits, *lse_shape), dtype=torch.float32, device=device)
-        launch((q, k, v, parts, parts_lse), (q.stride(), k.stride(), v.stride(), strides_out), scale_log2(scale))
+        strides = q.stride(), k.stride(), v.stride(), strides_out
+        _launch(launch, (q, k, v, parts_lse, parts, parts_lse), strides, scales(scale), problem, extras)
         out = torch.empty(out_shape, dtype=q.dtype, device=device)
         lse = torch.empty(lse_shape, dtype=torch.float32, device=device)
-        merge((parts, parts_lse, out, lse), ())
+        merge((parts, parts_lse, extras[-1].contiguous() if has_sink else lse, out, lse), ())
         return out, lse
 
     return split
@@ -100,10 +104,10 @@ def prepare_forward(problem: AttentionProblem, config: TritonConfig) -> Forward:
 
 @lru_cache(maxsize=1024)
 def prepare_backward(problem: AttentionProblem, config: TritonConfig) -> Backward:
-    """`backward` as a callable (q, k, v, out, lse, dout, scale) -> (dq, dk, dv)."""
+    """`backward` as a callable (q, k, v, out, lse, dout, dlse, scale, *extras) -> (dq, dk, dv)."""
     stats_shape = stats_shape_of(problem, config)
     rows = stats_shape[3]
-    launch_dq = prepare_dq(problem, config.dq, rows)
+    launch_dq, launch_dq_with_dlse = (prepare_dq(problem, config.dq, rows, with_dlse) for with_dlse in (False, True))
     if config.dv is None:
         passes = [prepare_dkdv(problem, config.dkdv, rows)]
     else:
@@ -112,12 +116,18 @@ def prepare_backward(problem: AttentionProblem, config: TritonConfig) -> Backwar
             prepare_dkdv(problem, config.dv, rows, dk=False),
         ]
 
-    def run(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, scale: float):
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, scale: float,
+        *extras: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
         stats = torch.empty(stats_shape, dtype=torch.float32, device=q.device)
-        launch_dq(q, k, v, out, dout, lse, stats, dq, scale)
+        if dlse is None:
+            launch_dq(q, k, v, out, dout, lse, lse, stats, dq, scale, *extras)
+        else:
+            launch_dq_with_dlse(q, k, v, out, dout, lse, dlse.float().contiguous(), stats, dq, scale, *extras)
         for launch in passes:
-            launch(q, k, v, dout, stats, dk, dv, scale)
+            launch(q, k, v, dout, stats, dk, dv, scale, *extras)
         return dq, dk, dv
 
     return run
@@ -129,25 +139,22 @@ def stats_shape_of(problem: AttentionProblem, config: TritonConfig) -> tuple[int
     return 2, problem.batch, problem.heads_q, _round_up(problem.seqlen_q, math.lcm(*tiles))
 
 
-def prepare_dq(problem: AttentionProblem, tile: Tile, rows: int) -> Callable[..., None]:
-    """A callable (q, k, v, out, dout, lse, stats, dq, scale) that fills dq and stats, (2, B, Hq, `rows`)."""
-    block_d = padded_head_dim(problem.head_dim)
+def prepare_dq(problem: AttentionProblem, tile: Tile, rows: int, with_dlse: bool = False) -> Callable[..., None]:
+    """A callable (q, k, v, out, dout, lse, dlse, stats, dq, scale, *extras) that fills dq and stats, (2, B, Hq, `rows`).
+
+    :param with_dlse: whether there is a dlse; what is passed for it is not used otherwise.
+    """
     heads = problem.batch * problem.heads_q
     launch = Launch(
-        attention_bwd_dq, (rows // tile.tile_m * heads, 1, 1),
-        (
-            heads, heads_per_section(problem, heads), problem.seqlen_q, problem.seqlen_k, problem.heads_k, rows,
-        ),
-        dict(
-            GROUP=problem.group_size, CAUSAL=problem.causal, HEAD_DIM=problem.head_dim, BLOCK_D=block_d,
-            TILE_M=tile.tile_m, TILE_N=tile.tile_n, LOOKAHEAD=tile.lookahead, TMA=tile.tma,
-        ),
-        _options(tile), ((1, 2), tile.tile_n, block_d),
+        attention_bwd_dq, (rows // tile.tile_m * heads, 1, 1), (heads, *scalars(problem, heads, rows)),
+        constants(problem, tile) | dict(FAR=rows_lie_far_apart(problem), SLOPE=score.functions(problem).slope, DLSE=with_dlse),
+        _options(tile), _streams(problem, 1, 2, tile.tile_n),
     )  # fmt: skip
 
-    def run(q, k, v, out, dout, lse, stats, dq, scale) -> None:
-        strides = (q.stride(), k.stride(), v.stride(), out.stride(), dout.stride())
-        launch((q, k, v, out, dout, lse, stats, dq), strides, float(scale))
+    def run(q, k, v, out, dout, lse, dlse, stats, dq, scale, *extras) -> None:
+        strides = q.stride(), k.stride(), v.stride(), out.stride(), dout.stride(), dq.stride()
+        tensors = q, k, v, out, dout, lse, dlse, stats, dq
+        _launch(launch, tensors, strides, _backward_scales(problem, scale), problem, extras)
 
     return run
 
@@ -155,26 +162,76 @@ def prepare_dq(problem: AttentionProblem, tile: Tile, rows: int) -> Callable[...
 def prepare_dkdv(
     problem: AttentionProblem, tile: Tile, rows: int, dk: bool = True, dv: bool = True
 ) -> Callable[..., None]:
-    """A callable (q, k, v, dout, stats, dk, dv, scale) that fills dk, dv or both from the stats of dq's kernel."""
-    block_d = padded_head_dim(problem.head_dim)
+    """A callable (q, k, v, dout, stats, dk, dv, scale, *extras) that fills dk, dv or both from dq's kernel's stats."""
     heads = problem.batch * problem.heads_k
     launch = Launch(
         attention_bwd_dkdv, (triton.cdiv(problem.seqlen_k, tile.tile_n) * heads, 1, 1),
-        (
-            heads, heads_per_section(problem, heads), problem.seqlen_q, problem.seqlen_k, problem.heads_k, rows,
-        ),
-        dict(
-            GROUP=problem.group_size, CAUSAL=problem.causal, HEAD_DIM=problem.head_dim, BLOCK_D=block_d,
-            TILE_M=tile.tile_m, TILE_N=tile.tile_n, LOOKAHEAD=tile.lookahead, TMA=tile.tma, DK=dk, DV=dv,
-        ),
-        _options(tile), ((0, 3), tile.tile_m, block_d),
+        (heads, *scalars(problem, heads, rows)),
+        constants(problem, tile) | dict(FAR=rows_lie_far_apart(problem), SLOPE=score.functions(problem).slope, DK=dk, DV=dv),
+        _options(tile), _streams(problem, 0, 3, tile.tile_m),
     )  # fmt: skip
 
-    def run(q, k, v, dout, stats, dk, dv, scale) -> None:
-        strides = (q.stride(), k.stride(), v.stride(), dout.stride(), dk.stride())
-        launch((q, k, v, dout, stats, dk, dv), strides, float(scale))
+    def run(q, k, v, dout, stats, dk, dv, scale, *extras) -> None:
+        strides = q.stride(), k.stride(), v.stride(), dout.stride(), dk.stride(), dv.stride()
+        tensors = q, k, v, dout, stats, dk, dv
+        _launch(launch, tensors, strides, _backward_scales(problem, scale), problem, extras)
 
     return run
+
+
+def constants(problem: AttentionProblem, tile: Tile) -> dict[str, Any]:
+    """The constexprs that all kernels have, in their order."""
+    visible = problem.visible
+    return dict(
+        GROUP=problem.group_size, BOUND_LEFT=visible.bounded_left, BOUND_RIGHT=visible.bounded_right,
+        CHANGE=score.functions(problem).change, HEAD_DIM=problem.head_dim, HEAD_DIM_V=problem.head_dim_v,
+        BLOCK_D=padded_head_dim(problem.head_dim), BLOCK_DV=padded_head_dim(problem.head_dim_v), TILE_M=tile.tile_m,
+        TILE_N=tile.tile_n, LOOKAHEAD=tile.lookahead, TMA=tile.tma,
+    )  # fmt: skip
+
+
+def rows_lie_far_apart(problem: AttentionProblem) -> bool:
+    """Whether 32 bits do not hold how far the rows of one tile of a gradient lie apart, in elements."""
+    return 256 * problem.heads_q * max(problem.head_dim, problem.head_dim_v) >= 2**31
+
+
+def scalars(problem: AttentionProblem, heads: int, *rows: int) -> tuple:
+    """The integers that all kernels have after the number of `heads` that programs are made for."""
+    return (
+        heads_per_section(problem, heads), problem.seqlen_q, problem.seqlen_k, problem.heads_k, *rows,
+        *diagonals(problem), tuple(shape for _, shape in problem.score.captured) or None,
+    )  # fmt: skip
+
+
+def diagonals(problem: AttentionProblem) -> tuple[int, int]:
+    """``left`` and ``right`` of tiles.py. Where there is no bound: beyond all keys."""
+    mask, offset = problem.mask, problem.visible.offset
+    left = -problem.seqlen_q if mask.left is None else max(offset - mask.left, -problem.seqlen_q)
+    right = problem.seqlen_k if mask.right is None else min(offset + mask.right, problem.seqlen_k)
+    return left, right
+
+
+def _launch(launch: Launch, tensors: tuple, strides: tuple, scales: tuple, problem: AttentionProblem, extras: tuple):
+    """Launch a kernel with the tensors that the score looks up: None, or tuples of them and of their strides."""
+    captured = extras[: len(problem.score.captured)]
+    if captured:
+        launch(tensors, (*strides, tuple(t.stride() for t in captured)), *scales, captured=captured)
+    else:
+        launch(tensors, (None, *strides, None), *scales)
+
+
+def _backward_scales(problem: AttentionProblem, scale: float) -> tuple[float, float, float]:
+    """Of the scores, of the exponent, and of dS."""
+    scale, factor = float(scale), problem.score.factor
+    return scale, (scale if problem.score.change is None else factor) * LOG2E, scale * factor
+
+
+def _streams(problem: AttentionProblem, first: int, second: int, rows: int) -> tuple[tuple[int, int, int], ...]:
+    """What the copy engine reads: two tensors, of which the first is wide as q and the second as v, by their position."""
+    return (
+        (first, rows, padded_head_dim(problem.head_dim)),
+        (second, rows, padded_head_dim(problem.head_dim_v)),
+    )
 
 
 def _options(tile: Tile) -> dict[str, int | None]:

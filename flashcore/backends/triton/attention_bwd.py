@@ -1,9 +1,11 @@
 """
 Attention backward without atomics: one kernel for dQ, one for dK and dV. Deterministic.
 
-Computes    with P = exp(scale * q k^T + mask - lse), dP = dout v^T, delta = rowsum(out * dout), dS = P * (dP - delta):
+Computes    with S = change(scale * q k^T), P = exp(S + mask - lse), dP = dout v^T, delta = rowsum(out * dout) - dlse,
+            dS = P * (dP - delta) * change':
                 dQ = scale * dS K,   dK = scale * dS^T Q,   dV = P^T dout.
-            Shapes, dtypes and limits are those of attention_fwd.py.
+            Shapes, dtypes and limits are those of attention_fwd.py. Sinks are part of lse, and that of delta: nothing
+            else is to be known of them here. dlse, the gradient of the LSE, may be left out.
 Kernels     attention_bwd_dq   a program owns TILE_M queries of one query head and loops over the keys they see. It
                                also computes delta, and writes the row statistics that the second kernel reads.
             attention_bwd_dkdv a program owns TILE_N keys of one key head and loops over the queries that see them, of
@@ -24,28 +26,37 @@ Schedule    LOOKAHEAD overlaps exponentials with products that nothing waits for
             dkdv: P(i) while dS^T Q (i-1) runs | dP(i) | P^T dout (i) is issued | dS(i) while it runs | S(i+1) |
                   dS^T Q (i) is issued
             K (dq) or Q (dkdv) of a tile is then read twice, one iteration apart; L2 has it.
-Masking     Tiles that cross the diagonal or the end of the keys select, behind a uniform branch; others do not. Rows
-            past the end are zeros and have P = 0.
+Masking     Only the keys between `begin` and `end` of some query of the tile are read, and only the queries that see
+            some key of it. Tiles that cross a diagonal or the end of the keys select, behind a uniform branch; others
+            do not. Rows past the end are zeros and have P = 0.
+Scores      CHANGE and SLOPE, made by score.py, are the changed score and its derivative (None: it is 1), both of the
+            scaled score. A constant factor of both is left out: it is in scale_log2 and in scale_grad.
 """
 
 # fmt: off
 import triton
 import triton.language as tl
 
-from flashcore.backends.triton.tiles import head_base, load_rows, round_here, store_rows, tile_and_head
+from flashcore.backends.triton.tiles import (begin, end, head_base, keep, keys_of, load_rows, queries_of, round_here,
+                                             store_rows, tile_and_head)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit(do_not_specialize=["batch_heads", "section", "seqlen_q", "seqlen_k", "heads_k", "rows"])
-def attention_bwd_dq(q, k, v, out, dout, lse, stats, dq, strides_q, strides_k, strides_v, strides_out, strides_dout,
-                     scale, batch_heads, section, seqlen_q, seqlen_k, heads_k, rows,
-                     GROUP: tl.constexpr, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-                     TILE_M: tl.constexpr, TILE_N: tl.constexpr, LOOKAHEAD: tl.constexpr, TMA: tl.constexpr):
-    """dq is contiguous, like out: `strides_out` serves both. `rows` is the length of a row of stats."""
+@triton.jit(do_not_specialize=["batch_heads", "section", "seqlen_q", "seqlen_k", "heads_k", "rows", "left", "right",
+                               "sizes"])
+def attention_bwd_dq(q, k, v, out, dout, lse, dlse, stats, dq, captured, strides_q, strides_k, strides_v, strides_out,
+                     strides_dout, strides_dq, strides_captured, scale, scale_log2, scale_grad, batch_heads, section,
+                     seqlen_q, seqlen_k, heads_k, rows, left, right, sizes,
+                     GROUP: tl.constexpr, BOUND_LEFT: tl.constexpr, BOUND_RIGHT: tl.constexpr, CHANGE: tl.constexpr,
+                     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+                     TILE_M: tl.constexpr, TILE_N: tl.constexpr, LOOKAHEAD: tl.constexpr, TMA: tl.constexpr,
+                     FAR: tl.constexpr, SLOPE: tl.constexpr, DLSE: tl.constexpr):
+    """lse and dlse are contiguous (B, Hq, Sq); dlse is not used without DLSE. `rows` is the length of a row of stats.
+    `scale_grad` is what dS is to be multiplied with. The others are as in attention_fwd."""
     tiles = rows // TILE_M  # with those past seqlen_q, which only write stats
     tile, batch_head = tile_and_head(tiles, batch_heads, section)
-    if CAUSAL:
+    if BOUND_RIGHT:
         tile = tiles - 1 - tile
     heads = heads_k * GROUP
     batch = batch_head // heads
@@ -57,67 +68,82 @@ def attention_bwd_dq(q, k, v, out, dout, lse, stats, dq, strides_q, strides_k, s
     q_head = head_base(q, batch, head, strides_q, False)
     q_tile = load_rows(q_head, batch, head, first, seqlen_q, strides_q, HEAD_DIM, TILE_M, BLOCK_D, False)
     dout_head = head_base(dout, batch, head, strides_dout, False)
-    dout_tile = load_rows(dout_head, batch, head, first, seqlen_q, strides_dout, HEAD_DIM, TILE_M, BLOCK_D, False)
+    dout_tile = load_rows(dout_head, batch, head, first, seqlen_q, strides_dout, HEAD_DIM_V, TILE_M, BLOCK_DV, False)
     out_head = head_base(out, batch, head, strides_out, False)
-    out_tile = load_rows(out_head, batch, head, first, seqlen_q, strides_out, HEAD_DIM, TILE_M, BLOCK_D, False)
+    out_tile = load_rows(out_head, batch, head, first, seqlen_q, strides_out, HEAD_DIM_V, TILE_M, BLOCK_DV, False)
     delta = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
-    row_lse = tl.load(lse + tl.cast(batch_head, tl.int64) * seqlen_q + query, mask=query < seqlen_q,
-                      other=float("-inf"))
+    head_rows = tl.cast(batch_head, tl.int64) * seqlen_q + query
+    row_lse = tl.load(lse + head_rows, mask=query < seqlen_q, other=float("-inf"))
+    if DLSE:
+        delta -= tl.load(dlse + head_rows, mask=query < seqlen_q, other=0.0)
     row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2E)
     stats_row = stats + tl.cast(batch_head, tl.int64) * rows + query
     tl.store(stats_row, row_lse)
     tl.store(stats_row + tl.cast(batch_heads, tl.int64) * rows, delta)
 
-    visible = tl.zeros([TILE_M], tl.int32) + seqlen_k  # as in attention_fwd
-    limit = seqlen_k
-    full = seqlen_k
-    if CAUSAL:
-        diagonal = seqlen_k - seqlen_q + 1
-        visible = tl.minimum(query + diagonal, seqlen_k)
-        limit = tl.maximum(tl.minimum(first + TILE_M - 1 + diagonal, seqlen_k), 0)
-        full = tl.maximum(tl.minimum(first + diagonal, seqlen_k), 0)
-    stop = tl.where(first < seqlen_q, limit, 0)
-    edge = full // TILE_N * TILE_N
+    sees_from = begin(query, left, seqlen_k, BOUND_LEFT)  # as in attention_fwd
+    sees_to = end(query, right, seqlen_k, BOUND_RIGHT)
+    start, limit, full_start, full_stop = keys_of(first, tl.minimum(first + TILE_M, seqlen_q) - 1, left, right, seqlen_k,
+                                                  BOUND_LEFT, BOUND_RIGHT)
+    stop = tl.where(first < seqlen_q, limit, start)
+    last_full = full_stop - TILE_N
 
     k_head = head_base(k, batch, head_k, strides_k, TMA)
     v_head = head_base(v, batch, head_k, strides_v, TMA)
-    scale_log2 = scale * LOG2E
     acc = tl.zeros([TILE_M, BLOCK_D], tl.float32)
     if LOOKAHEAD:
-        k_tile = load_rows(k_head, batch, head_k, 0, limit, strides_k, HEAD_DIM, TILE_N, BLOCK_D, TMA)
+        k_tile = load_rows(k_head, batch, head_k, start, limit, strides_k, HEAD_DIM, TILE_N, BLOCK_D, TMA)
         s = tl.dot(q_tile, k_tile.T, input_precision="ieee")
-        v_tile = load_rows(v_head, batch, head_k, 0, limit, strides_v, HEAD_DIM, TILE_N, BLOCK_D, TMA)
+        v_tile = load_rows(v_head, batch, head_k, start, limit, strides_v, HEAD_DIM_V, TILE_N, BLOCK_DV, TMA)
         dp = tl.dot(dout_tile, v_tile.T, input_precision="ieee")
-    for key in tl.range(0, stop, TILE_N):
+    for key in tl.range(start, stop, TILE_N):
         k_tile = load_rows(k_head, batch, head_k, key, limit, strides_k, HEAD_DIM, TILE_N, BLOCK_D, TMA)
         if not LOOKAHEAD:
             s = tl.dot(q_tile, k_tile.T, input_precision="ieee")
-            v_tile = load_rows(v_head, batch, head_k, key, limit, strides_v, HEAD_DIM, TILE_N, BLOCK_D, TMA)
+            v_tile = load_rows(v_head, batch, head_k, key, limit, strides_v, HEAD_DIM_V, TILE_N, BLOCK_DV, TMA)
             dp = tl.dot(dout_tile, v_tile.T, input_precision="ieee")
+        keys = key + tl.arange(0, TILE_N)[None, :]
+        if SLOPE is not None:
+            slope = SLOPE(s, scale, batch, head, query[:, None], keys, seqlen_k - seqlen_q, captured, strides_captured,
+                          sizes)
+        if CHANGE is not None:
+            s = CHANGE(s, scale, batch, head, query[:, None], keys, seqlen_k - seqlen_q, captured, strides_captured,
+                       sizes)
         p = tl.exp2(s * scale_log2 - row_lse[:, None])
         ds = p * (dp - delta[:, None])
-        if key >= edge:
-            ds = tl.where(key + tl.arange(0, TILE_N)[None, :] < visible[:, None], ds, 0.0)
+        if SLOPE is not None:
+            ds = ds * slope
+        crosses = key > last_full
+        if BOUND_LEFT:
+            crosses = crosses | (key < full_start)
+        if crosses:
+            seen = keys < sees_to[:, None]
+            if BOUND_LEFT:
+                seen = seen & (keys >= sees_from[:, None])
+            ds = tl.where(seen, ds, 0.0)
         if LOOKAHEAD:  # past the last tile: not used
             k_next = load_rows(k_head, batch, head_k, key + TILE_N, limit, strides_k, HEAD_DIM, TILE_N, BLOCK_D, TMA)
             s = tl.dot(q_tile, k_next.T, input_precision="ieee")
-            v_next = load_rows(v_head, batch, head_k, key + TILE_N, limit, strides_v, HEAD_DIM, TILE_N, BLOCK_D, TMA)
+            v_next = load_rows(v_head, batch, head_k, key + TILE_N, limit, strides_v, HEAD_DIM_V, TILE_N, BLOCK_DV,
+                               TMA)
             dp = tl.dot(dout_tile, v_next.T, input_precision="ieee")
             ds = round_here(ds, q.dtype.element_ty)  # the last one is being read until S and dP have been waited for
         else:
             ds = ds.to(q.dtype.element_ty)
         acc = tl.dot(ds, k_tile, acc, input_precision="ieee")
-    store_rows(dq, acc * scale, batch, head, first, seqlen_q, strides_out, HEAD_DIM, TILE_M, BLOCK_D)
+    store_rows(dq, acc * scale_grad, batch, head, first, seqlen_q, strides_dq, HEAD_DIM, TILE_M, BLOCK_D, FAR)
 
 
-@triton.jit(do_not_specialize=["batch_heads", "section", "seqlen_q", "seqlen_k", "heads_k", "rows"])
-def attention_bwd_dkdv(q, k, v, dout, stats, dk, dv, strides_q, strides_k, strides_v, strides_dout, strides_dk, scale,
-                       batch_heads, section, seqlen_q, seqlen_k, heads_k, rows,
-                       GROUP: tl.constexpr, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+@triton.jit(do_not_specialize=["batch_heads", "section", "seqlen_q", "seqlen_k", "heads_k", "rows", "left", "right",
+                               "sizes"])
+def attention_bwd_dkdv(q, k, v, dout, stats, dk, dv, captured, strides_q, strides_k, strides_v, strides_dout, strides_dk,
+                       strides_dv, strides_captured, scale, scale_log2, scale_grad, batch_heads, section, seqlen_q,
+                       seqlen_k, heads_k, rows, left, right, sizes,
+                       GROUP: tl.constexpr, BOUND_LEFT: tl.constexpr, BOUND_RIGHT: tl.constexpr, CHANGE: tl.constexpr,
+                       HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
                        TILE_M: tl.constexpr, TILE_N: tl.constexpr, LOOKAHEAD: tl.constexpr, TMA: tl.constexpr,
-                       DK: tl.constexpr, DV: tl.constexpr):
-    """`batch_heads` counts B * Hk here. dk and dv are contiguous: `strides_dk` serves both. DK, DV: which are computed;
-    the pointers to what is not are not used."""
+                       FAR: tl.constexpr, SLOPE: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr):
+    """`batch_heads` counts B * Hk here. DK, DV: which are computed; the pointers to what is not are not used."""
     tile, batch_head = tile_and_head(tl.cdiv(seqlen_k, TILE_N), batch_heads, section)
     batch = batch_head // heads_k
     head_k = batch_head % heads_k
@@ -127,23 +153,19 @@ def attention_bwd_dkdv(q, k, v, dout, stats, dk, dv, strides_q, strides_k, strid
     k_tile = load_rows(k_head, batch, head_k, first, seqlen_k, strides_k, HEAD_DIM, TILE_N, BLOCK_D, False)
     if DK:
         v_head = head_base(v, batch, head_k, strides_v, False)
-        v_tile = load_rows(v_head, batch, head_k, first, seqlen_k, strides_v, HEAD_DIM, TILE_N, BLOCK_D, False)
+        v_tile = load_rows(v_head, batch, head_k, first, seqlen_k, strides_v, HEAD_DIM_V, TILE_N, BLOCK_DV, False)
 
-    # Queries below `start` see none of these keys; queries from `edge` on see all of them.
-    start = 0
-    edge = 0
-    diagonal = seqlen_k - seqlen_q
-    if CAUSAL:
-        start = tl.maximum(first - diagonal, 0) // TILE_M * TILE_M
-        edge = tl.maximum(first + TILE_N - 1 - diagonal, 0)
-    tiles = tl.maximum(tl.cdiv(seqlen_q - start, TILE_M), 0)
+    start, stop, full_start, full_stop = queries_of(first, tl.minimum(first + TILE_N, seqlen_k) - 1, left, right, seqlen_q,
+                                                    BOUND_LEFT, BOUND_RIGHT)
+    start = start // TILE_M * TILE_M  # as stats are in whole tiles
+    tiles = tl.maximum(tl.cdiv(stop - start, TILE_M), 0)
     steps = tiles * GROUP
+    last_full = full_stop - TILE_M
 
-    scale_log2 = scale * LOG2E
     if DK:
         dk_acc = tl.zeros([TILE_N, BLOCK_D], tl.float32)
     if DV:
-        dv_acc = tl.zeros([TILE_N, BLOCK_D], tl.float32)
+        dv_acc = tl.zeros([TILE_N, BLOCK_DV], tl.float32)
     if LOOKAHEAD:
         q_head = head_base(q, batch, head_k * GROUP, strides_q, TMA)
         q_tile = load_rows(q_head, batch, head_k * GROUP, start, seqlen_q, strides_q, HEAD_DIM, TILE_M, BLOCK_D, TMA)
@@ -156,7 +178,7 @@ def attention_bwd_dkdv(q, k, v, dout, stats, dk, dv, strides_q, strides_k, strid
             q_head = head_base(q, batch, head, strides_q, TMA)
             q_tile = load_rows(q_head, batch, head, query, seqlen_q, strides_q, HEAD_DIM, TILE_M, BLOCK_D, TMA)
         dout_head = head_base(dout, batch, head, strides_dout, TMA)
-        dout_tile = load_rows(dout_head, batch, head, query, seqlen_q, strides_dout, HEAD_DIM, TILE_M, BLOCK_D, TMA)
+        dout_tile = load_rows(dout_head, batch, head, query, seqlen_q, strides_dout, HEAD_DIM_V, TILE_M, BLOCK_DV, TMA)
         head_stats = stats + tl.cast(batch_head * GROUP + member, tl.int64) * rows + query
         row_lse = tl.load(head_stats + tl.arange(0, TILE_M))
         if DK:
@@ -164,15 +186,29 @@ def attention_bwd_dkdv(q, k, v, dout, stats, dk, dv, strides_q, strides_k, strid
 
         if not LOOKAHEAD:
             s = tl.dot(k_tile, q_tile.T, input_precision="ieee")
+        queries = query + tl.arange(0, TILE_M)[None, :]
+        keys = first + tl.arange(0, TILE_N)[:, None]
+        if SLOPE is not None:
+            slope = SLOPE(s, scale, batch, head, queries, keys, seqlen_k - seqlen_q, captured, strides_captured, sizes)
+        if CHANGE is not None:
+            s = CHANGE(s, scale, batch, head, queries, keys, seqlen_k - seqlen_q, captured, strides_captured, sizes)
         p = tl.exp2(s * scale_log2 - row_lse[None, :])
-        if query < edge:
-            hidden_from = query + diagonal + tl.arange(0, TILE_M)[None, :]
-            p = tl.where(first + tl.arange(0, TILE_N)[:, None] <= hidden_from, p, 0.0)
+        crosses = query < full_start
+        if BOUND_LEFT:
+            crosses = crosses | (query > last_full)
+        if CHANGE is not None:  # the score of a row past the end may be infinite
+            crosses = crosses | (query + TILE_M > seqlen_q)
+        if crosses:
+            seen = keep(queries, keys, left, right, BOUND_LEFT, BOUND_RIGHT)
+            if CHANGE is not None:
+                seen = seen & (queries < seqlen_q)
+            p = tl.where(seen, p, 0.0)
         if DK:
             dp = tl.dot(v_tile, dout_tile.T, input_precision="ieee")
             if DV:
                 dv_acc = tl.dot(p.to(k.dtype.element_ty), dout_tile, dv_acc, input_precision="ieee")
-            ds = p * (dp - delta[None, :])
+            ds = p * slope if SLOPE is not None else p
+            ds = ds * (dp - delta[None, :])
             if DV or not LOOKAHEAD:
                 ds = ds.to(k.dtype.element_ty)
         if LOOKAHEAD:  # the last step reads its own tile again, unused
@@ -193,6 +229,6 @@ def attention_bwd_dkdv(q, k, v, dout, stats, dk, dv, strides_q, strides_k, strid
         else:
             dv_acc = tl.dot(p.to(k.dtype.element_ty), dout_tile, dv_acc, input_precision="ieee")
     if DK:
-        store_rows(dk, dk_acc * scale, batch, head_k, first, seqlen_k, strides_dk, HEAD_DIM, TILE_N, BLOCK_D)
+        store_rows(dk, dk_acc * scale_grad, batch, head_k, first, seqlen_k, strides_dk, HEAD_DIM, TILE_N, BLOCK_D, FAR)
     if DV:
-        store_rows(dv, dv_acc, batch, head_k, first, seqlen_k, strides_dk, HEAD_DIM, TILE_N, BLOCK_D)
+        store_rows(dv, dv_acc, batch, head_k, first, seqlen_k, strides_dv, HEAD_DIM_V, TILE_N, BLOCK_DV, FAR)

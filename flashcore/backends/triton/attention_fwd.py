@@ -1,14 +1,14 @@
 """
 Attention forward, and the combination of its splits, for any GPU that Triton supports.
 
-Computes    out = softmax(scale * q k^T + mask) v, and lse = log(sum(exp(scale * q k^T + mask))), per head.
-            q, out (B, Sq, Hq, D); k, v (B, Sk, Hk, D), Hq a multiple of Hk; lse float32 (B, Hq, Sq).
-            float16, bfloat16, and float32 without tensor cores; D up to 256; causal aligned to the bottom right.
-            Not handled: a head_dim of v that differs from that of q.
+Computes    out = softmax(change(scale * q k^T) + mask) v, and lse = log(sum(exp(change(scale * q k^T) + mask))), per
+            head; with sinks exp(sink) joins the sum. q (B, Sq, Hq, D), k (B, Sk, Hk, D), v (B, Sk, Hk, Dv), out
+            (B, Sq, Hq, Dv), Hq a multiple of Hk; lse float32 (B, Hq, Sq). float16, bfloat16, and float32 without
+            tensor cores; D and Dv up to 256. Masks are windows aligned to the bottom right, causal among them.
 Grid        (row tiles x heads, splits). A program owns TILE_M rows of one head and one contiguous share (split) of the
             keys that these rows see. PACK makes rows of all GROUP query heads of a key head, row = query * GROUP +
             member, so that each tile of keys is read once per group: what decoding needs. Order: `tile_and_head`;
-            causal tiles start with the last, which is the longest.
+            where the last query sees most, tiles start with the last.
 Data flow   q -> registers or shared memory, once;  k, v -> `stages` buffers in shared memory -> tensor cores -> acc in
             registers -> out. With more than one split out and lse are float32 partial results, which `combine` merges.
 Schedule    LOOKAHEAD computes the scores of the next tile before the product with V of this one:
@@ -18,39 +18,46 @@ Schedule    LOOKAHEAD computes the scores of the next tile before the product wi
             wait: until then the registers that hold the last one are being read. It costs one product of scores per
             program that is thrown away, and one more buffer for K. Without it the softmax waits for S and the
             tensor cores wait for the softmax, unless another program on the SM fills in.
-Masking     Only tiles that hold a key some row does not see (from `edge` on) compare and select, behind a uniform
-            branch; hidden scores are replaced by -inf, never added to. K and V past the end are zeros.
-Numerics    Scores stay unscaled; scale * log2(e) is folded into the exponent: p = exp2(s * scale_log2 - row_max), one
-            multiply-add per element. That needs scale > 0: SIGN moves the sign into q, and scale 0 becomes q = 0.
-            A row without any key keeps row_max = -inf and row_sum = 0: its exponents are taken relative to 0, its
-            output is 0 and its lse -inf; the same holds for a split in which a row sees no key, which `combine`
-            then weighs with exactly 0. P is rounded to the input dtype for P V; everything else is float32.
-            The order of all additions depends on shapes and config only: repeated calls give the same bits.
+Masking     Tiles of keys go from the first key that the first row sees to the last key that the last row sees: those
+            outside a window are not read. Only tiles that hold a key some row does not see compare and select, behind
+            a uniform branch; hidden scores are replaced by -inf, never added to. K and V past the end are zeros.
+Scores      CHANGE, made by score.py from the problem's expression, is applied to scaled scores. A constant factor of
+            the changed score is left to the exponent: scale_log2 is that factor times log2(e).
+Numerics    Without a change scores stay unscaled; scale * log2(e) is folded into the exponent: p = exp2(s * scale_log2 -
+            row_max), one multiply-add per element. That needs scale > 0: SIGN moves the sign into q, and scale 0
+            becomes q = 0. A row without any key keeps row_max = -inf and row_sum = 0: its exponents are taken relative
+            to 0, its output is 0 and its lse -inf (or its sink); the same holds for a split in which a row sees no key,
+            which `combine` then weighs with exactly 0. P is rounded to the input dtype for P V; everything else is
+            float32. The order of all additions depends on shapes and config only: repeated calls give the same bits.
 """
 
 # fmt: off
 import triton
 import triton.language as tl
 
-from flashcore.backends.triton.tiles import head_base, load_rows, round_here, tile_and_head
+from flashcore.backends.triton.tiles import begin, end, head_base, keys_of, load_rows, round_here, tile_and_head
 
 LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit(do_not_specialize=["batch_heads", "section", "seqlen_q", "seqlen_k", "heads_k"])
-def attention_fwd(q, k, v, out, lse, strides_q, strides_k, strides_v, strides_out, scale_log2, batch_heads, section,
-                  seqlen_q, seqlen_k, heads_k,
-                  GROUP: tl.constexpr, PACK: tl.constexpr, CAUSAL: tl.constexpr, SIGN: tl.constexpr,
-                  HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
-                  LOOKAHEAD: tl.constexpr, TMA: tl.constexpr, Q_REGS: tl.constexpr):
+@triton.jit(do_not_specialize=["batch_heads", "section", "seqlen_q", "seqlen_k", "heads_k", "left", "right", "sizes"])
+def attention_fwd(q, k, v, sink, out, lse, captured, strides_q, strides_k, strides_v, strides_out, strides_captured,
+                  scale, scale_log2, batch_heads, section, seqlen_q, seqlen_k, heads_k, left, right, sizes,
+                  GROUP: tl.constexpr, BOUND_LEFT: tl.constexpr, BOUND_RIGHT: tl.constexpr, CHANGE: tl.constexpr,
+                  HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+                  TILE_M: tl.constexpr, TILE_N: tl.constexpr, LOOKAHEAD: tl.constexpr, TMA: tl.constexpr,
+                  PACK: tl.constexpr, SIGN: tl.constexpr, SINK: tl.constexpr, Q_REGS: tl.constexpr):
     """`batch_heads` counts the heads that programs are made for: B * Hk with PACK, else B * Hq. `out` is
-    (splits, B, Sq, Hq, D) with `strides_out` in that order, `lse` is contiguous (splits, B, Hq, Sq)."""
+    (splits, B, Sq, Hq, Dv) with `strides_out` in that order, `lse` is contiguous (splits, B, Hq, Sq), `sink` is (Hq,),
+    not used without SINK: `combine` adds it to splits. `captured` is None or a tuple of the tensors that CHANGE looks up, whose shapes are `sizes`;
+    `scale` is for CHANGE."""
     members: tl.constexpr = GROUP if PACK else 1  # query heads in one tile
     sharing: tl.constexpr = 1 if PACK else GROUP  # programs' heads that read the same key head
     rows = seqlen_q * members
     tiles = tl.cdiv(rows, TILE_M)
     tile, batch_head = tile_and_head(tiles, batch_heads, section)
-    if CAUSAL:
+    if BOUND_RIGHT:
         tile = tiles - 1 - tile
     split = tl.program_id(1)
     heads = heads_k * sharing
@@ -71,25 +78,21 @@ def attention_fwd(q, k, v, out, lse, strides_q, strides_k, strides_v, strides_ou
     if Q_REGS:  # a computed operand stays in registers, where a product before the loop uses it too (docs/log/0015)
         q_tile = tl.where((row < rows)[:, None], q_tile, 0.0)
 
-    # Row r sees the keys below visible[r]; no row sees `limit`; all rows see the keys below `full`.
-    visible = tl.zeros([TILE_M], tl.int32) + seqlen_k
-    limit = seqlen_k
-    full = seqlen_k
-    if CAUSAL:
-        diagonal = seqlen_k - seqlen_q + 1
-        visible = tl.minimum(query + diagonal, seqlen_k)
-        last_query = (tl.minimum(tile * TILE_M + TILE_M, rows) - 1) // members
-        limit = tl.maximum(tl.minimum(last_query + diagonal, seqlen_k), 0)
-        full = tl.maximum(tl.minimum(tile * TILE_M // members + diagonal, seqlen_k), 0)
-    blocks = tl.cdiv(limit, TILE_N)
+    # Row r sees the keys from sees_from[r] to sees_to[r] - 1; all rows see those from full_start to full_stop - 1.
+    sees_from = begin(query, left, seqlen_k, BOUND_LEFT)
+    sees_to = end(query, right, seqlen_k, BOUND_RIGHT)
+    last_query = (tl.minimum(tile * TILE_M + TILE_M, rows) - 1) // members
+    lowest, limit, full_start, full_stop = keys_of(tile * TILE_M // members, last_query, left, right, seqlen_k,
+                                                   BOUND_LEFT, BOUND_RIGHT)
+    blocks = tl.cdiv(limit - lowest, TILE_N)
     per_split = tl.cdiv(blocks, tl.num_programs(1))
-    start = tl.minimum(split * per_split, blocks) * TILE_N
-    stop = tl.minimum((split + 1) * per_split, blocks) * TILE_N
-    edge = full // TILE_N * TILE_N
+    start = lowest + tl.minimum(split * per_split, blocks) * TILE_N
+    stop = lowest + tl.minimum((split + 1) * per_split, blocks) * TILE_N
+    last_full = full_stop - TILE_N  # where the last tile starts that is full on the right
 
     k_head = head_base(k, batch, head_k, strides_k, TMA)
     v_head = head_base(v, batch, head_k, strides_v, TMA)
-    acc = tl.zeros([TILE_M, BLOCK_D], tl.float32)
+    acc = tl.zeros([TILE_M, BLOCK_DV], tl.float32)
     row_max = tl.full([TILE_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([TILE_M], tl.float32)
     if LOOKAHEAD:
@@ -99,8 +102,18 @@ def attention_fwd(q, k, v, out, lse, strides_q, strides_k, strides_v, strides_ou
         if not LOOKAHEAD:
             k_tile = load_rows(k_head, batch, head_k, key, limit, strides_k, HEAD_DIM, TILE_N, BLOCK_D, TMA)
             s = tl.dot(q_tile, k_tile.T, input_precision="ieee")
-        if key >= edge:
-            s = tl.where(key + tl.arange(0, TILE_N)[None, :] < visible[:, None], s, float("-inf"))
+        if CHANGE is not None:
+            s = CHANGE(s, scale, batch, head_q[:, None] if PACK else head, query[:, None],
+                       key + tl.arange(0, TILE_N)[None, :], seqlen_k - seqlen_q, captured, strides_captured, sizes)
+        crosses = key > last_full
+        if BOUND_LEFT:
+            crosses = crosses | (key < full_start)
+        if crosses:
+            keys = key + tl.arange(0, TILE_N)[None, :]
+            seen = keys < sees_to[:, None]
+            if BOUND_LEFT:
+                seen = seen & (keys >= sees_from[:, None])
+            s = tl.where(seen, s, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(s, 1) * scale_log2)
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)
         p = tl.exp2(s * scale_log2 - shift[:, None])
@@ -114,52 +127,74 @@ def attention_fwd(q, k, v, out, lse, strides_q, strides_k, strides_v, strides_ou
         else:
             p = p.to(q.dtype.element_ty)
         acc = acc * rescale[:, None]
-        v_tile = load_rows(v_head, batch, head_k, key, limit, strides_v, HEAD_DIM, TILE_N, BLOCK_D, TMA)
+        v_tile = load_rows(v_head, batch, head_k, key, limit, strides_v, HEAD_DIM_V, TILE_N, BLOCK_DV, TMA)
         acc = tl.dot(p, v_tile, acc, input_precision="ieee")
 
+    if SINK:
+        row_max, row_sum, weight = with_sink(row_max, row_sum, tl.load(sink + head_q))
+        acc = acc * weight[:, None]
     empty = row_sum == 0.0
     acc = acc / tl.where(empty, 1.0, row_sum)[:, None]
     row_lse = tl.where(empty, float("-inf"), row_max * LN2 + tl.log(row_sum))
+    col_v = tl.arange(0, BLOCK_DV)
     out_rows = out + (split.to(tl.int64) * strides_out[0] + tl.cast(batch, tl.int64) * strides_out[1]
                       + query.to(tl.int64) * strides_out[2] + head_q.to(tl.int64) * strides_out[3])
-    tl.store(out_rows[:, None] + col[None, :], acc.to(out.dtype.element_ty), mask=inside)
+    tl.store(out_rows[:, None] + col_v[None, :], acc.to(out.dtype.element_ty),
+             mask=(row < rows)[:, None] & (col_v < HEAD_DIM_V)[None, :])
     batches = batch_heads // heads
     lse_rows = ((split * batches + batch).to(tl.int64) * (heads_k * GROUP) + head_q) * seqlen_q + query
     tl.store(lse + lse_rows, row_lse, mask=row < rows)
 
 
+@triton.jit
+def with_sink(row_max, row_sum, sink):
+    """(row_max, row_sum, weight) with one more key, whose value is 0: `weight` is what that makes of the other keys'
+    exponentials. Maxima are in units of log2, and -inf for a row without keys."""
+    of_sink = sink.to(tl.float32) * LOG2E
+    top = tl.maximum(row_max, of_sink)
+    shift = tl.where(top == float("-inf"), 0.0, top)
+    weight = tl.exp2(row_max - shift)
+    return shift, row_sum * weight + tl.exp2(of_sink - shift), weight
+
+
 @triton.jit(do_not_specialize=["rows", "seqlen_q", "heads", "splits"])
-def combine(partial_out, partial_lse, out, lse, rows, seqlen_q, heads, splits, BLOCK_S: tl.constexpr,
-            HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+def combine(partial_out, partial_lse, sink, out, lse, rows, seqlen_q, heads, splits, BLOCK_S: tl.constexpr,
+            SINK: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr):
     """One query of one head per program: out = sum of w_s out_s, w_s = exp(lse_s - lse), lse = log(sum of exp(lse_s)).
 
-    Partial results are float32 (splits, B, Sq, Hq, D) and (splits, B, Hq, Sq); programs are numbered as (B, Hq, Sq).
-    Splits are added in order, BLOCK_S at a time. A split without visible keys has lse = -inf and weighs exactly 0.
+    Partial results are float32 (splits, B, Sq, Hq, Dv) and (splits, B, Hq, Sq); programs are numbered as (B, Hq, Sq).
+    Splits are added in order, BLOCK_S at a time. A split without visible keys has lse = -inf and weighs exactly 0. With
+    SINK the head's sink, of (Hq,), joins the sum of the exponentials.
     """
     row = tl.program_id(0).to(tl.int64)
     batch_head = row // seqlen_q
     out_row = (batch_head // heads * seqlen_q + row % seqlen_q) * heads + batch_head % heads
-    col = tl.arange(0, BLOCK_D)
+    col = tl.arange(0, BLOCK_DV)
     highest = tl.full([BLOCK_S], float("-inf"), tl.float32)
     for first in tl.range(0, splits, BLOCK_S):
         split = first + tl.arange(0, BLOCK_S)
         part = tl.load(partial_lse + split.to(tl.int64) * rows + row, mask=split < splits, other=float("-inf"))
         highest = tl.maximum(highest, part)
     top = tl.max(highest, 0)
+    if SINK:
+        of_sink = tl.load(sink + batch_head % heads).to(tl.float32)
+        top = tl.maximum(top, of_sink)
     shift = tl.where(top == float("-inf"), 0.0, top)
     weights = tl.zeros([BLOCK_S], tl.float32)
-    acc = tl.zeros([BLOCK_D], tl.float32)
+    acc = tl.zeros([BLOCK_DV], tl.float32)
     for first in tl.range(0, splits, BLOCK_S):
         split = first + tl.arange(0, BLOCK_S)
         index = split.to(tl.int64) * rows
         part = tl.load(partial_lse + index + row, mask=split < splits, other=float("-inf"))
         weight = tl.exp(part - shift)
-        values = tl.load(partial_out + ((index + out_row) * HEAD_DIM)[:, None] + col[None, :],
-                         mask=(split < splits)[:, None] & (col < HEAD_DIM)[None, :], other=0.0)
+        values = tl.load(partial_out + ((index + out_row) * HEAD_DIM_V)[:, None] + col[None, :],
+                         mask=(split < splits)[:, None] & (col < HEAD_DIM_V)[None, :], other=0.0)
         acc += tl.sum(weight[:, None] * values, 0)
         weights += weight
     total = tl.sum(weights, 0)
+    if SINK:
+        total += tl.exp(of_sink - shift)
     empty = total == 0.0
     acc = acc / tl.where(empty, 1.0, total)
-    tl.store(out + out_row * HEAD_DIM + col, acc.to(out.dtype.element_ty), mask=col < HEAD_DIM)
+    tl.store(out + out_row * HEAD_DIM_V + col, acc.to(out.dtype.element_ty), mask=col < HEAD_DIM_V)
     tl.store(lse + row, tl.where(empty, float("-inf"), shift + tl.log(total)))

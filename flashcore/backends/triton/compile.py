@@ -12,9 +12,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
+from flashcore.backends.triton import score
+from flashcore.backends.triton.attention import constants, rows_lie_far_apart
 from flashcore.backends.triton.attention_bwd import attention_bwd_dkdv, attention_bwd_dq
 from flashcore.backends.triton.attention_fwd import attention_fwd
-from flashcore.backends.triton.configs import Tile, padded_head_dim
+from flashcore.backends.triton.configs import Tile
 from flashcore.problem import AttentionProblem
 
 _TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
@@ -39,22 +41,33 @@ def compile_kernel(
     """Kernel "forward", "dq", "dkdv", or "dk" or "dv" alone, as the launcher compiles it for aligned, dense tensors."""
     function = _FUNCTIONS[kernel]
     element = _TYPES[problem.dtype]
-    block_d = padded_head_dim(problem.head_dim)
-    constants = {
-        "GROUP": problem.group_size, "PACK": pack_gqa, "CAUSAL": problem.causal, "SIGN": 1,
-        "HEAD_DIM": problem.head_dim, "BLOCK_D": block_d, "TILE_M": tile.tile_m, "TILE_N": tile.tile_n,
-        "LOOKAHEAD": tile.lookahead, "TMA": tile.tma, "Q_REGS": tile.q_registers, "DK": "dk" in kernel,
-        "DV": "dv" in kernel,
+    constexprs = constants(problem, tile) | {
+        "PACK": pack_gqa, "SIGN": 1, "SINK": problem.score.sink is not None, "Q_REGS": tile.q_registers,
+        "FAR": rows_lie_far_apart(problem), "SLOPE": score.functions(problem).slope, "DLSE": False, "DK": "dk" in kernel, "DV": "dv" in kernel,
     }  # fmt: skip
     # What the copy engine reads with tma.
     streams, stream_rows = (
         (("q", "dout"), tile.tile_m) if function is attention_bwd_dkdv else (("k", "v"), tile.tile_n)
     )
+    columns = dict(zip(streams, (constexprs["BLOCK_D"], constexprs["BLOCK_DV"]), strict=True))
+    captured = problem.score.captured
     aligned = [["tt.divisibility", 16]]
     signature, values, attributes = {}, {}, {}
     for i, name in enumerate(function.arg_names):
-        if name in constants:
-            signature[name], values[(i,)] = "constexpr", constants[name]
+        if name in constexprs:
+            signature[name], values[(i,)] = "constexpr", constexprs[name]
+        elif name in ("captured", "strides_captured", "sizes") and not captured:
+            signature[name], values[(i,)] = "constexpr", None
+        elif name == "captured":
+            signature[name] = tuple(f"*{_TYPES[dtype]}" for dtype, _ in captured)
+            attributes |= {(i, j): aligned for j in range(len(captured))}
+        elif name == "sizes":
+            signature[name] = tuple(("i32",) * len(shape) for _, shape in captured)
+        elif name == "strides_captured":
+            signature[name] = tuple(("i32",) * (len(shape) - 1) + ("constexpr",) for _, shape in captured)
+            for j, (_, shape) in enumerate(captured):
+                attributes |= {(i, j, k): aligned for k in range(len(shape) - 1)}
+                values[(i, j, len(shape) - 1)] = 1
         elif name.startswith(
             "strides"
         ):  # the forward's out has a leading dimension for splits, and no last stride
@@ -63,13 +76,13 @@ def compile_kernel(
             attributes |= {(i, j): aligned for j in range(4 - len(last))}
             values |= {(i, 3): 1} if last else {}
         elif name in streams and tile.tma:
-            signature[name] = f"tensordesc<{element}[1, 1, {stream_rows}, {block_d}]>"
-        elif name in ("scale", "scale_log2"):
+            signature[name] = f"tensordesc<{element}[1, 1, {stream_rows}, {columns[name]}]>"
+        elif name in ("scale", "scale_log2", "scale_grad"):
             signature[name] = "fp32"
-        elif name in ("batch_heads", "section", "seqlen_q", "seqlen_k", "heads_k", "rows"):
+        elif name in ("batch_heads", "section", "seqlen_q", "seqlen_k", "heads_k", "rows", "left", "right"):
             signature[name] = "i32"
         else:
-            signature[name] = "*fp32" if name in ("lse", "stats") else f"*{element}"
+            signature[name] = "*fp32" if name in ("lse", "dlse", "stats", "sink") else f"*{element}"
             attributes[(i,)] = aligned
     source = ASTSource(function, signature, values, attributes)
     target = GPUTarget("cuda", arch[0] * 10 + arch[1], 32)

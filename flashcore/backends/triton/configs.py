@@ -1,7 +1,8 @@
 """Which tiles the Triton kernels use: what a config is, which one a problem gets, and why.
 
 Pure arithmetic: needs neither torch nor Triton. One table per GPU family; in it the first row that has the problem's
-head_dim (rounded up to a power of two), applies to it and fits in the device's shared memory is taken. A row from the
+head_dim (the larger of its two, rounded up to a power of two), applies to it and fits in the device's shared memory is
+taken. Tiles were tuned without a mask and with a causal one; a window gets those of the causal mask. A row from the
 user's own table (written by ``python -m flashcore.backends.triton.tune --install``) goes before them all. A GPU without
 a table gets the safe rows, which fit anywhere.
 """
@@ -12,13 +13,14 @@ import json
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from flashcore import disk
 from flashcore.errors import FlashCoreWarning
+from flashcore.mask import FULL
 from flashcore.problem import AttentionProblem
 
 MAX_HEAD_DIM = 256
@@ -109,10 +111,25 @@ def _few_rows(limit: int) -> Callable[[AttentionProblem, int], bool]:
     return lambda problem, rows: rows <= limit and problem.dtype != "float32"
 
 
-def _when(causal: bool | None = None, most_keys: float = math.inf) -> Callable[[AttentionProblem, int], bool]:
-    """16-bit problems with this mask (None: any) and at most so many keys."""
+def widest_head_dim(problem: AttentionProblem) -> int:
+    """Columns of the wider of a problem's tiles."""
+    return padded_head_dim(max(problem.head_dim, problem.head_dim_v))
+
+
+def visible_keys(problem: AttentionProblem, queries: int = 1) -> int:
+    """How many keys so many neighbouring queries see together, at most."""
+    mask = problem.mask
+    if mask.left is None or mask.right is None:
+        return problem.seqlen_k
+    return min(problem.seqlen_k, mask.left + mask.right + queries)
+
+
+def _when(masked: bool | None = None, most_keys: float = math.inf) -> Callable[[AttentionProblem, int], bool]:
+    """16-bit problems with a mask, or none (None: either), whose queries see at most so many keys."""
     return lambda problem, rows: (
-        problem.dtype != "float32" and causal in (None, problem.causal) and problem.seqlen_k <= most_keys
+        problem.dtype != "float32"
+        and masked in (None, problem.mask != FULL or problem.score.change is not None)
+        and visible_keys(problem) <= most_keys
     )
 
 
@@ -234,6 +251,14 @@ TABLES: dict[tuple[int, int], tuple[Row, ...]] = {
 }  # fmt: skip
 
 
+# Where dK and dV have a pass each though no row says so.
+_APART = Tile(32, 64, 8, 2)
+
+
+def _wide_values(problem: AttentionProblem) -> bool:
+    return padded_head_dim(problem.head_dim_v) > padded_head_dim(problem.head_dim)
+
+
 def choose(
     problem: AttentionProblem, shared_memory: int | None = None, user_table: Path | None = None
 ) -> TritonConfig:
@@ -250,8 +275,12 @@ def choose(
     dq, dq_why = _tile("dq", problem, rows, limit, user_table)
     dkdv, dkdv_why = _tile("dkdv", problem, rows, limit, user_table)
     dv, dv_why = _tile("dv", problem, rows, limit, user_table)
+    if dv is None and problem.arch != (9, 0) and problem.dtype != "float32" and _wide_values(problem):
+        dkdv = dv = _APART
+        dkdv_why = dv_why = "dK and dV of different widths together take more registers than there are"
     tiles = math.ceil(rows / forward.tile_m) * problem.batch * problem.heads_q // members
-    splits = choose_splits(tiles, math.ceil(problem.seqlen_k / forward.tile_n), problem.sm_count, forward)
+    keys = visible_keys(problem, min(problem.seqlen_q, math.ceil(forward.tile_m / members)))
+    splits = choose_splits(tiles, math.ceil(keys / forward.tile_n), problem.sm_count, forward)
     if pack_gqa:
         why += f"; packed: a key tile serves {members} query heads"
     if splits > 1:
@@ -284,12 +313,12 @@ def choose_splits(tiles: int, blocks: int, sm_count: int, tile: Tile) -> int:
 def heads_per_section(problem: AttentionProblem, heads: int) -> int:
     """How many of `heads` heads are processed side by side (`tile_and_head` in tiles.py).
 
-    Without a mask one after the other, so that all SMs read the same keys. Under a causal mask the long tiles of many
-    heads go first; as many heads as keep their keys and values in L2.
+    One after the other where tiles are about equally long, so that all SMs read the same keys. Under a causal mask the
+    long tiles of many heads go first; as many heads as keep their keys and values in L2.
     """
-    if not problem.causal:
+    if problem.mask.right is None or problem.mask.left is not None:
         return 1
-    head_bytes = 2 * problem.seqlen_k * problem.head_dim * _ITEM_SIZE[problem.dtype]
+    head_bytes = problem.seqlen_k * (problem.head_dim + problem.head_dim_v) * _ITEM_SIZE[problem.dtype]
     return max(1, min(heads, L2_SHARE // head_bytes))
 
 
@@ -297,7 +326,7 @@ def _tile(
     kernel: str, problem: AttentionProblem, rows: int, limit: int, user_table: Path | None
 ) -> tuple[Tile | None, str]:
     """The first tile for a kernel that applies and fits, and why. None for "dv" where it has no pass of its own."""
-    head_dim = padded_head_dim(problem.head_dim)
+    head_dim = widest_head_dim(problem)
     small = rows <= 16 or _small_grid(problem, rows)  # tiles are tuned on grids that fill the GPU
     tuned = {} if small or not user_table else _read_user_table(user_table)
     if user_key(kernel, problem) in tuned:
@@ -309,18 +338,37 @@ def _tile(
             and row.applies(problem, rows)
             and row.smem_kib * 1024 <= limit
         ):
+            narrower = _narrower(kernel, row.tile, problem)
+            if narrower is not None:
+                return narrower, f"{row.why}; narrower: changing scores takes registers"
             return row.tile, row.why
     if kernel == "dv":
         return None, "computed with dK"
     raise LookupError(f"no tile for {kernel} with head_dim {head_dim} in {limit} bytes of shared memory")
 
 
+def _narrower(kernel: str, tile: Tile, problem: AttentionProblem) -> Tile | None:
+    """Half of a tile's columns of scores, where a score function would take more registers than a tile leaves: for an
+    element of a tensor for each score, and for positions beside an output of 256 columns. None: it leaves enough."""
+    change = problem.score.change
+    if change is None:
+        return None
+    both = {"query", "key"}
+    dense = any(both <= one.names for one in change.lookups)
+    full = kernel in ("forward", "dv") and widest_head_dim(problem) == MAX_HEAD_DIM and change.names & both
+    side, rows = ("tile_n", tile.tile_m) if kernel in ("forward", "dq") else ("tile_m", tile.tile_n)
+    half = getattr(tile, side) // 2
+    if not (dense or full) or half < 16:
+        return None
+    return replace(tile, **{side: half}, warps=max(tile.warps, rows // 16))
+
+
 def user_key(kernel: str, problem: AttentionProblem) -> str:
     """What a tile in the user's table depends on."""
-    mask = "causal" if problem.causal else "full"
+    mask = "full" if problem.mask == FULL else "causal"
     major, minor = problem.arch or (0, 0)
     gpu = f"sm_{major}{minor} with {problem.sm_count} SMs"
-    return f"{gpu}, {kernel} {problem.dtype} head_dim {padded_head_dim(problem.head_dim)} {mask}"
+    return f"{gpu}, {kernel} {problem.dtype} head_dim {widest_head_dim(problem)} {mask}"
 
 
 def write_user_table(path: Path, tiles: dict[str, Tile | None]) -> None:

@@ -20,54 +20,62 @@ _MAX_KNOWN = 64  # sets of strides that one problem is expected to come with
 class Launch:
     """A kernel with all arguments but its tensors and their strides.
 
-    :param function: takes tensors, tuples of strides, the floats of a call, scalars and constants, in this order. Its
-        integer scalars must be marked ``do_not_specialize``.
+    :param function: takes tensors, a tuple of more tensors if it is given any, tuples of strides, the floats of a call,
+        scalars and constants, in this order. Its integer scalars must be marked ``do_not_specialize``.
     :param constants: its constexpr arguments, in its order.
     :param options: Triton's own, such as ``num_warps``.
-    :param streams: the positions of the tensors that the copy engine reads where constants["TMA"] is true and these
-        tensors allow it, and the rows and columns of the tile that it reads.
+    :param streams: of each tensor that the copy engine reads where constants["TMA"] is true and these tensors allow it,
+        its position, and the rows and columns of the tile that it reads.
     """
 
     def __init__(
         self, function: Any, grid: tuple[int, int, int], scalars: tuple, constants: dict[str, Any],
-        options: dict[str, Any], streams: tuple[tuple[int, ...], int, int] = ((), 0, 0),
+        options: dict[str, Any], streams: tuple[tuple[int, int, int], ...] = (),
     ):  # fmt: skip
         self._function, self._grid, self._scalars, self._constants = function, grid, scalars, constants
-        self._options = options
-        self._streams, *self._block = streams
+        self._options, self._streams = options, streams
         # (device, strides) -> a compiled kernel on its grid, descriptors of streams by position, what follows floats
         self._known: dict[tuple, tuple] = {}
 
     def __call__(
-        self, tensors: tuple[torch.Tensor, ...], strides: tuple[tuple[int, ...], ...], *floats: float
-    ) -> None:
-        """Launch on the current stream. Tensors must be on the current device."""
+        self, tensors: tuple[torch.Tensor, ...], strides: tuple, *floats: float,
+        captured: tuple[torch.Tensor, ...] = (),
+    ) -> None:  # fmt: skip
+        """Launch on the current stream. Tensors must be on the current device.
+
+        :param captured: more tensors, which the kernel takes as one tuple.
+        """
         key = tensors[0].get_device(), strides
         known = self._known.get(key)
         arguments: list = [tensor.data_ptr() for tensor in tensors]
         bits = 0
         for address in arguments:
             bits |= address
+        if captured:
+            arguments.append(tuple(tensor.data_ptr() for tensor in captured))
+            for address in arguments[-1]:
+                bits |= address
         if known is None or bits % 16:
-            self._by_jit(key, tensors, strides, floats, remember=bits % 16 == 0)
+            more = (captured,) if captured else ()
+            self._by_jit(key, tensors, (*more, *strides, *floats), remember=bits % 16 == 0)
             return
         run, descriptors, rest = known
         for position, descriptor in descriptors:
             arguments[position] = _moved(descriptor, tensors[position])
         run(*arguments, *strides, *floats, *rest)
 
-    def _by_jit(self, key: tuple, tensors: tuple, strides: tuple, floats: tuple, remember: bool) -> None:
+    def _by_jit(self, key: tuple, tensors: tuple, following: tuple, remember: bool) -> None:
         constants = dict(self._constants)
         descriptors = []
         if constants.get("TMA"):
-            constants["TMA"] = all(addressable(tensors[i]) for i in self._streams)
+            constants["TMA"] = all(addressable(tensors[i]) for i, *_ in self._streams)
             if constants["TMA"]:
-                descriptors = [(i, descriptor(tensors[i], *self._block)) for i in self._streams]
+                descriptors = [(i, descriptor(tensors[i], *block)) for i, *block in self._streams]
         arguments = list(tensors)
         for position, one in descriptors:
             arguments[position] = one
         compiled = self._function[self._grid](
-            *arguments, *strides, *floats, *self._scalars, **constants, **self._options
+            *arguments, *following, *self._scalars, **constants, **self._options
         )
         if remember and compiled is not None:  # the interpreter compiles nothing
             if len(self._known) >= _MAX_KNOWN:

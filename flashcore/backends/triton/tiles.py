@@ -1,4 +1,4 @@
-"""Parts that the Triton kernels share: which tile a program owns, and how a tile of rows is read.
+"""Parts that the Triton kernels share: which tile a program owns, what a mask shows it, how a tile of rows is read.
 
 Tensors are (batch, seqlen, heads, head_dim), seen through their strides. A tile is TILE rows of one head, filled up
 with zeros to BLOCK_D columns (head_dim rounded up to a power of two). There are two ways to read one, chosen per launch
@@ -9,7 +9,11 @@ by the constexpr TMA:
   pointers `source` points at the head's first element. Any strides, the last one included.
 
 Offsets into what callers pass are 64-bit, inside a tile too: rows of a view may lie any distance apart. (That takes no
-more registers, and leaves the vectors as wide.) Offsets inside a tile of a contiguous result are 32-bit.
+more registers, and leaves the vectors as wide.)
+
+Masks are flashcore/mask.py's, and only `begin` and `end` say what they hide. Query i sees the keys i + left to i + right,
+both included, that exist: the host adds seqlen_k - seqlen_q to the bounds of the problem's mask. Which bounds hide
+anything is known when a kernel is compiled, by the constexprs BOUND_LEFT and BOUND_RIGHT: what does not is not compared.
 """
 
 # fmt: off
@@ -32,6 +36,63 @@ def tile_and_head(tiles, heads, section):
     width = tl.minimum(section, heads - first)
     index = program - first * tiles
     return index // width, first + index % width
+
+
+@triton.jit
+def begin(query, left, seqlen_k, BOUND_LEFT: tl.constexpr):
+    """The first key that a query sees, if it sees any. Of one query or a block of them."""
+    key = query * 0
+    if BOUND_LEFT:
+        key = tl.minimum(tl.maximum(query + left, 0), seqlen_k)
+    return key
+
+
+@triton.jit
+def end(query, right, seqlen_k, BOUND_RIGHT: tl.constexpr):
+    """One past the last key that a query sees, if it sees any. Of one query or a block of them."""
+    key = query * 0 + seqlen_k
+    if BOUND_RIGHT:
+        key = tl.minimum(tl.maximum(query + right + 1, 0), seqlen_k)
+    return key
+
+
+@triton.jit
+def keep(query, key, left, right, BOUND_LEFT: tl.constexpr, BOUND_RIGHT: tl.constexpr):
+    """Whether a query sees a key; both exist."""
+    seen = (query == query) & (key == key)
+    if BOUND_LEFT:
+        seen = seen & (key >= query + left)
+    if BOUND_RIGHT:
+        seen = seen & (key <= query + right)
+    return seen
+
+
+@triton.jit
+def keys_of(first, last, left, right, seqlen_k, BOUND_LEFT: tl.constexpr, BOUND_RIGHT: tl.constexpr):
+    """(start, stop, full_start, full_stop): outside of start..stop no query from `first` to `last` sees a key, and all
+    of them see those from full_start to full_stop - 1."""
+    start = begin(first, left, seqlen_k, BOUND_LEFT)
+    stop = end(last, right, seqlen_k, BOUND_RIGHT)
+    full_start = begin(last, left, seqlen_k, BOUND_LEFT)
+    full_stop = end(first, right, seqlen_k, BOUND_RIGHT)
+    return start, stop, full_start, full_stop
+
+
+@triton.jit
+def queries_of(first, last, left, right, seqlen_q, BOUND_LEFT: tl.constexpr, BOUND_RIGHT: tl.constexpr):
+    """(start, stop, full_start, full_stop): outside of start..stop no query sees a key from `first` to `last`, and
+    those from full_start to full_stop - 1 see all of them."""
+    start = first * 0
+    full_start = first * 0
+    if BOUND_RIGHT:
+        start = tl.minimum(tl.maximum(first - right, 0), seqlen_q)
+        full_start = tl.maximum(last - right, 0)
+    stop = first * 0 + seqlen_q
+    full_stop = first * 0 + seqlen_q
+    if BOUND_LEFT:
+        stop = tl.maximum(tl.minimum(last - left + 1, seqlen_q), 0)
+        full_stop = first - left + 1
+    return start, stop, full_start, full_stop
 
 
 @triton.jit
@@ -63,13 +124,18 @@ def load_rows(source, batch, head, start, stop, strides, HEAD_DIM: tl.constexpr,
 
 @triton.jit
 def store_rows(target, tile, batch, head, start, stop, strides, HEAD_DIM: tl.constexpr, TILE: tl.constexpr,
-               BLOCK_D: tl.constexpr):
-    """Write the part of a (TILE, BLOCK_D) tile that lies before row `stop` and inside head_dim."""
+               BLOCK_D: tl.constexpr, FAR: tl.constexpr):
+    """Write the part of a (TILE, BLOCK_D) tile that lies before row `stop` and inside head_dim.
+
+    FAR: 32 bits do not hold the distance of a tile's rows. 64 take more registers, all through the kernel.
+    """
     rows = tl.arange(0, TILE)[:, None]
     cols = tl.arange(0, BLOCK_D)[None, :]
     base = head_base(target, batch, head, strides, False) + tl.cast(start, tl.int64) * strides[1]
     inside = (rows < stop - start) & (cols < HEAD_DIM)
-    offsets = rows.to(tl.int64) * strides[1] + cols.to(tl.int64) * strides[3]
+    if FAR:
+        rows = rows.to(tl.int64)
+    offsets = rows * strides[1] + cols * strides[3]
     tl.store(base + offsets, tile.to(target.dtype.element_ty), mask=inside)
 
 

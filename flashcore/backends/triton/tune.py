@@ -185,7 +185,7 @@ class Tensors:
         stats = torch.empty(shape, dtype=torch.float32, device=DEVICE)
         dq = torch.empty_like(q)
         launch = attention.prepare_dq(problem, config.dq, shape[3])
-        fill = partial(launch, q, k, v, out, dout, lse, stats, dq, problem.scale)
+        fill = partial(launch, q, k, v, out, dout, lse, lse, stats, dq, problem.scale)
         if kernel == "dq":
             return fill
         fill()
@@ -469,7 +469,8 @@ def table_rows(records: list[dict]) -> str:
 def _kib(kernel: str, head_dim: int, tile: Tile) -> int:
     """Shared memory of a program for sm_90; compiles it, which takes no GPU."""
     problem = AttentionProblem(
-        "bfloat16", "cuda", (9, 0), 132, 2, 2048, 2048, 4, 4, head_dim, head_dim, True, head_dim**-0.5
+        "bfloat16", "cuda", (9, 0), 132, 2, 2048, 2048, 4, 4, head_dim, head_dim, CAUSAL,
+        head_dim**-0.5,
     )
     return math.ceil(compile_kernel(kernel, problem, tile, (9, 0)).metadata.shared / 1024)
 

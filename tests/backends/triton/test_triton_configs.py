@@ -14,13 +14,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from flashcore.backends import triton as backend
 from flashcore.backends.triton import configs
 from flashcore.backends.triton.configs import LEAST_SHARED_MEMORY, SHARED_MEMORY, TABLES, Tile, choose
 from flashcore.errors import FlashCoreWarning
-from flashcore.mask import CAUSAL, FULL
+from flashcore.mask import CAUSAL, FULL, Mask
 from flashcore.problem import AttentionProblem
+from flashcore.score import alibi, bias, bind, softcap
 
 H200 = AttentionProblem(
     "bfloat16", "cuda", (9, 0), 132, 8, 2048, 2048, 16, 16, 128, 128, CAUSAL, 128**-0.5, needs_grad=True
@@ -230,7 +232,7 @@ def test_sections_fit_in_l2():
     [
         ({"dtype": "float64"}, "float64"),
         ({"head_dim": 264, "head_dim_v": 264}, "264 > 256"),
-        ({"head_dim_v": 64}, "head_dim_v 64"),
+        ({"head_dim_v": 264}, "head_dim_v 264 > 256"),
         ({"arch": (7, 5)}, "7.5 < 8.0"),
     ],
 )
@@ -408,6 +410,109 @@ def test_every_row_compiles(arch, rows):
         if kernel["lookahead"]:  # exponentials come first, and nothing in the loop waits for its last product
             assert kernel["order"][0] == "math.exp2", kernel
             assert kernel["order"][-1] == "warp_group_dot ", kernel
+
+
+FEATURES = """
+import json, sys
+from dataclasses import asdict
+import torch
+from flashcore.backends.triton.compile import compile_kernel, resources
+from flashcore.backends.triton.configs import SHARED_MEMORY, choose
+from flashcore.backends.triton.sass import disassemble, overwritten_operands
+from flashcore.mask import CAUSAL, FULL, Mask
+from flashcore.problem import AttentionProblem
+from flashcore.score import alibi, bias, bind, softcap
+
+arch = tuple(json.loads(sys.argv[1]))
+by_distance = lambda score, batch, head, query, key: torch.where(query - key < 100, score, score - 1.0)
+for head_dim, head_dim_v, mask, score, sink in (
+    (64, 64, Mask(127, 0), None, torch.zeros(4)),
+    (128, 128, Mask(64, 64), None, None),
+    (256, 256, Mask(4095, 0), softcap(50.0), None),
+    (128, 128, CAUSAL, alibi(torch.rand(4)), None),
+    (64, 64, FULL, bias(torch.empty(1, 4, 2048, 2048, dtype=torch.bfloat16)), None),
+    (128, 128, FULL, bias(torch.empty(1, 1, 2048, 2048, dtype=torch.bfloat16)), None),
+    (256, 256, CAUSAL, by_distance, None),
+    (192, 128, CAUSAL, None, None),
+    (64, 128, FULL, None, None),
+    (256, 64, CAUSAL, None, None),
+):
+    spec, _ = bind(score, sink)
+    problem = AttentionProblem(
+        "bfloat16", "cuda", arch, 132, 2, 2048, 2048, 4, 2, head_dim, head_dim_v, mask, 0.1, spec, needs_grad=True
+    )
+    config = choose(problem)
+    kernels = {"forward": config.forward, "dq": config.dq, "dkdv": config.dkdv}
+    if config.dv is not None:
+        kernels["dk"], kernels["dv"] = kernels.pop("dkdv"), config.dv
+    for kernel, tile in kernels.items():
+        compiled = compile_kernel(kernel, problem, tile, arch)
+        hazards = overwritten_operands(disassemble(compiled.asm["cubin"])) if arch == (9, 0) else []
+        print(json.dumps({
+            "what": f"{kernel} {tile} of {problem}", "limit": SHARED_MEMORY[arch], **asdict(resources(compiled)),
+            "hazards": hazards[:3], "tanh": "tanh.approx" in compiled.asm["ptx"],
+        }))
+"""
+
+
+@pytest.mark.parametrize("arch", [(8, 0), (9, 0)])
+def test_features_compile(arch):
+    """In the tiles that are chosen for them, as plain problems do."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", FEATURES, json.dumps(arch)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(kernels) >= 30
+    for kernel in kernels:
+        assert kernel["shared"] <= kernel["limit"], kernel
+        assert kernel["spilled"] <= 48, kernel
+        assert not kernel["hazards"], kernel
+        assert kernel["tanh"] == ("tanh" in kernel["what"]), kernel
+
+
+def test_a_window_is_tiled_as_what_it_lets_be_seen():
+    """Splits share the keys of the window, and the table's rows for few keys are for few visible ones."""
+    decode = replace(H200, batch=1, seqlen_q=1, seqlen_k=131072, heads_q=32, heads_k=8)
+    assert choose(decode).splits == 16
+    windowed = choose(replace(decode, mask=Mask(4095, 0)))
+    assert 1 < windowed.splits < 16
+    assert windowed == choose(replace(decode, seqlen_k=4096))
+    short = replace(H200, head_dim=64, head_dim_v=64, seqlen_q=16384, seqlen_k=16384, batch=1)
+    assert choose(replace(short, mask=Mask(1023, 0))).forward == choose(replace(short, seqlen_k=1024)).forward
+    assert choose(short).forward != choose(replace(short, mask=Mask(1023, 0))).forward
+
+
+def test_sections_of_heads():
+    """Long tiles first only where some are longer than others."""
+    assert configs.heads_per_section(H200, 128) > 1
+    for mask in (FULL, Mask(1023, 0), Mask(5, None)):
+        assert configs.heads_per_section(replace(H200, mask=mask), 128) == 1
+    wide = replace(H200, head_dim_v=256)
+    assert configs.heads_per_section(wide, 128) < configs.heads_per_section(H200, 128)
+
+
+def test_the_wider_head_dim_has_the_tile():
+    for head_dim, head_dim_v in ((64, 256), (256, 64)):
+        problem = replace(H200, head_dim=head_dim, head_dim_v=head_dim_v)
+        assert choose(problem) == choose(replace(H200, head_dim=256, head_dim_v=256))
+    ampere = replace(H200, arch=(8, 0), head_dim=64)
+    assert choose(ampere).dv is not None
+    assert choose(replace(ampere, head_dim_v=64)).dv is None
+
+
+def test_scores_that_take_registers_have_narrower_tiles():
+    def tiles(score, **changes):
+        config = choose(replace(H200, score=bind(score, None)[0], **changes))
+        return config.forward.tile_n, config.dq.tile_n, config.dkdv.tile_m, config.why
+
+    plain = tiles(None)
+    assert tiles(softcap(30.0))[:3] == tiles(alibi(torch.rand(16)))[:3] == plain[:3]
+    dense = tiles(bias(torch.empty(1, 1, 2048, 2048)))
+    assert dense[:3] == tuple(n // 2 for n in plain[:3])
+    assert "narrower" in dense[3]
+    wide = {"head_dim": 256, "head_dim_v": 256}
+    assert tiles(softcap(30.0), **wide)[0] == tiles(None, **wide)[0] == 2 * tiles(alibi(torch.rand(16)), **wide)[0]
 
 
 LOOP = """

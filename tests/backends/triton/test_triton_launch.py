@@ -51,7 +51,7 @@ def kernel() -> Jit:
 
 
 def launcher(kernel: Jit, constants: dict = CONSTANTS) -> Launch:
-    return Launch(kernel, (3, 2, 1), (0.5, 7), constants, {"num_warps": 4}, ((1,), 16, 16))
+    return Launch(kernel, (3, 2, 1), (0.5, 7), constants, {"num_warps": 4}, ((1, 16, 16),))
 
 
 def start(launch: Launch, q: torch.Tensor, k: torch.Tensor) -> None:
@@ -108,6 +108,21 @@ def test_tensors_that_the_copy_engine_cannot_read(kernel):
     assert kernel.direct[0][1][-2:] == (False, 16)
 
 
+def test_captured_tensors_come_as_one_tuple(kernel):
+    """Also from the second call on, and only where they are aligned too."""
+    run = launcher(kernel)
+    captured, others = tuple(tensors()), tuple(tensors())
+    q, k = tensors()
+    strides = q.stride(), k.stride(), tuple(t.stride() for t in captured)
+    for extra in (captured, others, tuple(tensors(offset=1))):
+        run((q, k), strides, 0.25, captured=extra)
+    assert [arguments[2] is extra for _, arguments, _ in kernel.jit for extra in (captured,)] == [True, False]
+    assert kernel.jit[0][1][3:] == (*strides, 0.25, 0.5, 7)
+    ((_, direct),) = kernel.direct
+    assert direct[2] == tuple(t.data_ptr() for t in others)
+    assert direct[3:7] == (*strides, 0.25)
+
+
 def test_without_a_compiled_kernel_every_call_goes_through_the_jit():
     """As in Triton's interpreter."""
     kernel = Jit(compiles=False)
@@ -162,6 +177,8 @@ def test_constants_come_last_and_in_order(name, monkeypatch):
     before = names[-len(constants) - len(scalars) : -len(constants)]
     assert not any(n.startswith(("strides", "scale")) for n in before)
     if name != "combine":  # which has neither
-        strides, scale = names[-len(constants) - len(scalars) - 2 : -len(constants) - len(scalars)]
-        assert strides.startswith("strides")
-        assert scale.startswith("scale")
+        *floats, first = [n for n in names if n.startswith("scale")][::-1]
+        between = names[names.index(first) : -len(constants) - len(scalars)]
+        assert between == [first, *floats[::-1]]
+        strides = names[names.index("captured") + 1 : names.index(first)]
+        assert all(n.startswith("strides") for n in strides)
