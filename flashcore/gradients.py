@@ -12,5 +12,6 @@ def of_sinks(
     delta = (out.float() * dout.float()).sum(dim=-1).transpose(1, 2)  # (B, Hq, Sq)
     if dlse is not None:
         delta = delta - dlse
-    probability = (sink.float()[:, None] - lse).exp()
+    # A row without keys whose sink is -inf as well has no probabilities, not NaN.
+    probability = (sink.float()[:, None] - lse).exp().masked_fill(lse.isneginf(), 0.0)
     return -(probability * delta).sum(dim=(0, 2)).to(sink.dtype)

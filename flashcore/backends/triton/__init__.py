@@ -193,28 +193,3 @@ def prepare(problem: AttentionProblem, config: TritonConfig) -> Run:
         q.resolve_neg(), k.resolve_neg(), v.resolve_neg(), default if scale is None else scale,
         *(tensor.resolve_neg() for tensor in extras),
     )  # fmt: skip
-
-
-def backward(
-    problem: AttentionProblem,
-    config: TritonConfig,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    dout: torch.Tensor,
-    dlse: torch.Tensor | None = None,
-    *extras: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients (dq, dk, dv), bit-identical over repeats; see :class:`flashcore.backends.Backend`.
-
-    ``out`` and ``lse`` may come from any backend's forward; a config that is not this backend's own is not used.
-    """
-    from flashcore.backends.triton import attention
-
-    if not isinstance(config, TritonConfig):
-        config = configure(problem)
-    q, k, v, dout, *extras = (tensor.resolve_neg() for tensor in (q, k, v, dout, *extras))
-    dlse = dlse if dlse is None else dlse.resolve_neg()
-    return attention.backward(problem, config, q, k, v, out, lse, dout, dlse, *extras)

@@ -140,14 +140,15 @@ def stats_shape_of(problem: AttentionProblem, config: TritonConfig) -> tuple[int
 
 
 def prepare_dq(problem: AttentionProblem, tile: Tile, rows: int, with_dlse: bool = False) -> Callable[..., None]:
-    """A callable (q, k, v, out, dout, lse, dlse, stats, dq, scale, *extras) that fills dq and stats, (2, B, Hq, `rows`).
+    """A callable (q, k, v, out, dout, lse, dlse, stats, dq, scale, *extras) that fills dq and stats.
 
+    :param rows: as stats are (2, B, Hq, rows).
     :param with_dlse: whether there is a dlse; what is passed for it is not used otherwise.
     """
     heads = problem.batch * problem.heads_q
     launch = Launch(
         attention_bwd_dq, (rows // tile.tile_m * heads, 1, 1), (heads, *scalars(problem, heads, rows)),
-        constants(problem, tile) | dict(FAR=rows_lie_far_apart(problem), SLOPE=score.functions(problem).slope, DLSE=with_dlse),
+        backward_constants(problem, tile) | dict(DLSE=with_dlse),
         _options(tile), _streams(problem, 1, 2, tile.tile_n),
     )  # fmt: skip
 
@@ -167,7 +168,7 @@ def prepare_dkdv(
     launch = Launch(
         attention_bwd_dkdv, (triton.cdiv(problem.seqlen_k, tile.tile_n) * heads, 1, 1),
         (heads, *scalars(problem, heads, rows)),
-        constants(problem, tile) | dict(FAR=rows_lie_far_apart(problem), SLOPE=score.functions(problem).slope, DK=dk, DV=dv),
+        backward_constants(problem, tile) | dict(DK=dk, DV=dv),
         _options(tile), _streams(problem, 0, 3, tile.tile_m),
     )  # fmt: skip
 
@@ -190,9 +191,10 @@ def constants(problem: AttentionProblem, tile: Tile) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def rows_lie_far_apart(problem: AttentionProblem) -> bool:
-    """Whether 32 bits do not hold how far the rows of one tile of a gradient lie apart, in elements."""
-    return 256 * problem.heads_q * max(problem.head_dim, problem.head_dim_v) >= 2**31
+def backward_constants(problem: AttentionProblem, tile: Tile) -> dict[str, Any]:
+    """The constexprs that both backward kernels have, in their order."""
+    row = problem.heads_q * max(problem.head_dim, problem.head_dim_v)  # elements of a gradient, at most
+    return constants(problem, tile) | dict(FAR=256 * row >= 2**31, SLOPE=score.functions(problem).slope)
 
 
 def scalars(problem: AttentionProblem, heads: int, *rows: int) -> tuple:
@@ -227,7 +229,7 @@ def _backward_scales(problem: AttentionProblem, scale: float) -> tuple[float, fl
 
 
 def _streams(problem: AttentionProblem, first: int, second: int, rows: int) -> tuple[tuple[int, int, int], ...]:
-    """What the copy engine reads: two tensors, of which the first is wide as q and the second as v, by their position."""
+    """What the copy engine reads, by position: the first of two tensors is as wide as q, the second as v."""
     return (
         (first, rows, padded_head_dim(problem.head_dim)),
         (second, rows, padded_head_dim(problem.head_dim_v)),

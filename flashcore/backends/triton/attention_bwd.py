@@ -37,8 +37,18 @@ Scores      CHANGE and SLOPE, made by score.py, are the changed score and its de
 import triton
 import triton.language as tl
 
-from flashcore.backends.triton.tiles import (begin, end, head_base, keep, keys_of, load_rows, queries_of, round_here,
-                                             store_rows, tile_and_head)
+from flashcore.backends.triton.tiles import (
+    begin,
+    end,
+    head_base,
+    keep,
+    keys_of,
+    load_rows,
+    queries_of,
+    round_here,
+    store_rows,
+    tile_and_head,
+)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -83,8 +93,8 @@ def attention_bwd_dq(q, k, v, out, dout, lse, dlse, stats, dq, captured, strides
 
     sees_from = begin(query, left, seqlen_k, BOUND_LEFT)  # as in attention_fwd
     sees_to = end(query, right, seqlen_k, BOUND_RIGHT)
-    start, limit, full_start, full_stop = keys_of(first, tl.minimum(first + TILE_M, seqlen_q) - 1, left, right, seqlen_k,
-                                                  BOUND_LEFT, BOUND_RIGHT)
+    last = tl.minimum(first + TILE_M, seqlen_q) - 1
+    start, limit, full_start, full_stop = keys_of(first, last, left, right, seqlen_k, BOUND_LEFT, BOUND_RIGHT)
     stop = tl.where(first < seqlen_q, limit, start)
     last_full = full_stop - TILE_N
 
@@ -136,9 +146,9 @@ def attention_bwd_dq(q, k, v, out, dout, lse, dlse, stats, dq, captured, strides
 
 @triton.jit(do_not_specialize=["batch_heads", "section", "seqlen_q", "seqlen_k", "heads_k", "rows", "left", "right",
                                "sizes"])
-def attention_bwd_dkdv(q, k, v, dout, stats, dk, dv, captured, strides_q, strides_k, strides_v, strides_dout, strides_dk,
-                       strides_dv, strides_captured, scale, scale_log2, scale_grad, batch_heads, section, seqlen_q,
-                       seqlen_k, heads_k, rows, left, right, sizes,
+def attention_bwd_dkdv(q, k, v, dout, stats, dk, dv, captured, strides_q, strides_k, strides_v, strides_dout,
+                       strides_dk, strides_dv, strides_captured, scale, scale_log2, scale_grad, batch_heads, section,
+                       seqlen_q, seqlen_k, heads_k, rows, left, right, sizes,
                        GROUP: tl.constexpr, BOUND_LEFT: tl.constexpr, BOUND_RIGHT: tl.constexpr, CHANGE: tl.constexpr,
                        HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
                        TILE_M: tl.constexpr, TILE_N: tl.constexpr, LOOKAHEAD: tl.constexpr, TMA: tl.constexpr,
@@ -155,8 +165,8 @@ def attention_bwd_dkdv(q, k, v, dout, stats, dk, dv, captured, strides_q, stride
         v_head = head_base(v, batch, head_k, strides_v, False)
         v_tile = load_rows(v_head, batch, head_k, first, seqlen_k, strides_v, HEAD_DIM_V, TILE_N, BLOCK_DV, False)
 
-    start, stop, full_start, full_stop = queries_of(first, tl.minimum(first + TILE_N, seqlen_k) - 1, left, right, seqlen_q,
-                                                    BOUND_LEFT, BOUND_RIGHT)
+    last = tl.minimum(first + TILE_N, seqlen_k) - 1
+    start, stop, full_start, full_stop = queries_of(first, last, left, right, seqlen_q, BOUND_LEFT, BOUND_RIGHT)
     start = start // TILE_M * TILE_M  # as stats are in whole tiles
     tiles = tl.maximum(tl.cdiv(stop - start, TILE_M), 0)
     steps = tiles * GROUP

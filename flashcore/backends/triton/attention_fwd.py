@@ -23,19 +23,28 @@ Masking     Tiles of keys go from the first key that the first row sees to the l
             a uniform branch; hidden scores are replaced by -inf, never added to. K and V past the end are zeros.
 Scores      CHANGE, made by score.py from the problem's expression, is applied to scaled scores. A constant factor of
             the changed score is left to the exponent: scale_log2 is that factor times log2(e).
-Numerics    Without a change scores stay unscaled; scale * log2(e) is folded into the exponent: p = exp2(s * scale_log2 -
-            row_max), one multiply-add per element. That needs scale > 0: SIGN moves the sign into q, and scale 0
-            becomes q = 0. A row without any key keeps row_max = -inf and row_sum = 0: its exponents are taken relative
-            to 0, its output is 0 and its lse -inf (or its sink); the same holds for a split in which a row sees no key,
-            which `combine` then weighs with exactly 0. P is rounded to the input dtype for P V; everything else is
-            float32. The order of all additions depends on shapes and config only: repeated calls give the same bits.
+Numerics    Without a change scores stay unscaled; scale * log2(e) is folded into the exponent:
+            p = exp2(s * scale_log2 - row_max), one multiply-add per element. That needs scale > 0: SIGN moves the sign
+            into q, and scale 0 becomes q = 0. A row without any key keeps row_max = -inf and row_sum = 0: its exponents
+            are taken relative to 0, its output is 0 and its lse -inf (or its sink); the same holds for a split in which
+            a row sees no key, which `combine` then weighs with exactly 0. P is rounded to the input dtype for P V;
+            everything else is float32. The order of all additions depends on shapes and config only: repeated calls
+            give the same bits.
 """
 
 # fmt: off
 import triton
 import triton.language as tl
 
-from flashcore.backends.triton.tiles import begin, end, head_base, keys_of, load_rows, round_here, tile_and_head
+from flashcore.backends.triton.tiles import (
+    begin,
+    end,
+    head_base,
+    keys_of,
+    load_rows,
+    round_here,
+    tile_and_head,
+)
 
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -49,9 +58,9 @@ def attention_fwd(q, k, v, sink, out, lse, captured, strides_q, strides_k, strid
                   TILE_M: tl.constexpr, TILE_N: tl.constexpr, LOOKAHEAD: tl.constexpr, TMA: tl.constexpr,
                   PACK: tl.constexpr, SIGN: tl.constexpr, SINK: tl.constexpr, Q_REGS: tl.constexpr):
     """`batch_heads` counts the heads that programs are made for: B * Hk with PACK, else B * Hq. `out` is
-    (splits, B, Sq, Hq, Dv) with `strides_out` in that order, `lse` is contiguous (splits, B, Hq, Sq), `sink` is (Hq,),
-    not used without SINK: `combine` adds it to splits. `captured` is None or a tuple of the tensors that CHANGE looks up, whose shapes are `sizes`;
-    `scale` is for CHANGE."""
+    (splits, B, Sq, Hq, Dv) with `strides_out` in that order, `lse` is contiguous (splits, B, Hq, Sq), `sink` is (Hq,)
+    and not used without SINK: `combine` adds it to splits. `captured` is None, or a tuple of the tensors that CHANGE
+    looks up and whose shapes are `sizes`; `scale` is for CHANGE."""
     members: tl.constexpr = GROUP if PACK else 1  # query heads in one tile
     sharing: tl.constexpr = 1 if PACK else GROUP  # programs' heads that read the same key head
     rows = seqlen_q * members

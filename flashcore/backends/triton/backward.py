@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
-from flashcore.backends import triton
+from flashcore.backends import Run, triton
 from flashcore.backends.triton.configs import TritonConfig
 from flashcore.problem import AttentionProblem
 
@@ -23,6 +21,18 @@ def configure(problem: AttentionProblem) -> TritonConfig:
     return triton.configure(problem)
 
 
-def backward(problem: AttentionProblem, config: TritonConfig, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """(dq, dk, dv), bit-identical over repeats."""
-    return triton.backward(problem, config, *tensors)
+def prepare(problem: AttentionProblem, config: TritonConfig) -> Run:
+    """A callable (q, k, v, out, lse, dout, dlse, scale, *extras) -> (dq, dk, dv), bit-identical over repeats.
+
+    ``out`` and ``lse`` may come from any backend's forward.
+    """
+    from flashcore.backends.triton import attention
+
+    run, default = attention.prepare_backward(problem.of_any_scale, config), problem.head_dim**-0.5
+
+    def backward(q, k, v, out, lse, dout, dlse, scale, *extras):
+        q, k, v, dout, *extras = (tensor.resolve_neg() for tensor in (q, k, v, dout, *extras))
+        dlse = dlse if dlse is None else dlse.resolve_neg()
+        return run(q, k, v, out, lse, dout, dlse, default if scale is None else scale, *extras)
+
+    return backward

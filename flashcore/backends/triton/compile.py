@@ -12,8 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from flashcore.backends.triton import score
-from flashcore.backends.triton.attention import constants, rows_lie_far_apart
+from flashcore.backends.triton.attention import backward_constants
 from flashcore.backends.triton.attention_bwd import attention_bwd_dkdv, attention_bwd_dq
 from flashcore.backends.triton.attention_fwd import attention_fwd
 from flashcore.backends.triton.configs import Tile
@@ -41,9 +40,9 @@ def compile_kernel(
     """Kernel "forward", "dq", "dkdv", or "dk" or "dv" alone, as the launcher compiles it for aligned, dense tensors."""
     function = _FUNCTIONS[kernel]
     element = _TYPES[problem.dtype]
-    constexprs = constants(problem, tile) | {
-        "PACK": pack_gqa, "SIGN": 1, "SINK": problem.score.sink is not None, "Q_REGS": tile.q_registers,
-        "FAR": rows_lie_far_apart(problem), "SLOPE": score.functions(problem).slope, "DLSE": False, "DK": "dk" in kernel, "DV": "dv" in kernel,
+    constexprs = backward_constants(problem, tile) | {
+        "PACK": pack_gqa, "SIGN": 1, "SINK": problem.score.sink is not None, "Q_REGS": tile.q_registers, "DLSE": False,
+        "DK": "dk" in kernel, "DV": "dv" in kernel,
     }  # fmt: skip
     # What the copy engine reads with tma.
     streams, stream_rows = (

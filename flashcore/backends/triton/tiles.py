@@ -11,9 +11,9 @@ by the constexpr TMA:
 Offsets into what callers pass are 64-bit, inside a tile too: rows of a view may lie any distance apart. (That takes no
 more registers, and leaves the vectors as wide.)
 
-Masks are flashcore/mask.py's, and only `begin` and `end` say what they hide. Query i sees the keys i + left to i + right,
-both included, that exist: the host adds seqlen_k - seqlen_q to the bounds of the problem's mask. Which bounds hide
-anything is known when a kernel is compiled, by the constexprs BOUND_LEFT and BOUND_RIGHT: what does not is not compared.
+Masks are flashcore/mask.py's, and nobody else says what they hide. Query i sees the keys i + left to i + right, both
+included, that exist: the host adds seqlen_k - seqlen_q to the bounds of the problem's mask. Which bounds hide anything
+is known when a kernel is compiled, by the constexprs BOUND_LEFT and BOUND_RIGHT: what does not is not compared.
 """
 
 # fmt: off

@@ -9,8 +9,10 @@ import torch
 
 import flashcore
 from flashcore import backends, plan
+from flashcore import gradients as gradients_of
 from flashcore.backends import reference
 from flashcore.backends import triton as backend
+from flashcore.backends.triton import backward as triton_backward
 from flashcore.backends.triton.configs import Tile, TritonConfig
 from flashcore.score import bias, bind, softcap
 from tests.cases import BY_NAME, CASES, Case
@@ -69,6 +71,11 @@ alternating = pytest.mark.parametrize(
 )
 
 
+def backward(problem, config, q, k, v, out, lse, dout, dlse=None, *extras):
+    run = triton_backward.prepare(problem, config)
+    return run(q, k, v, out, lse, dout, dlse, problem.scale, *extras)
+
+
 def gradients(case: Case, config: TritonConfig, device: str):
     """q, k, v, dout, and the gradients that the kernels compute from the output of the reference tests' forward."""
     q, k, v = case.inputs(device)
@@ -78,7 +85,7 @@ def gradients(case: Case, config: TritonConfig, device: str):
     out, lse = backend.forward(problem, config, q, k, v, *extras)
     dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
     with poisoned_outputs():
-        grads = backend.backward(problem, config, q, k, v, out, lse, dout, None, *extras)
+        grads = backward(problem, config, q, k, v, out, lse, dout, None, *extras)
     return q, k, v, dout, grads
 
 
@@ -163,7 +170,7 @@ def test_nothing_outside_a_window_is_read(config, values, device):
     problem = case.problem(device, needs_grad=True)
     out, lse = backend.forward(problem, config, q, k, v)
     dout = torch.randn_like(out)
-    dq, _, _ = backend.backward(problem, SMALL, q, k, v, out, lse, dout)
+    dq, _, _ = backward(problem, SMALL, q, k, v, out, lse, dout)
 
     poisoned = {"k": k.clone(), "v": v.clone()}
     poisoned[values][:, :16], poisoned[values][:, 64:] = torch.nan, torch.nan
@@ -172,7 +179,7 @@ def test_nothing_outside_a_window_is_read(config, values, device):
     again, lse_again = backend.forward(problem, config, q, k, v)
     assert torch.equal(again[:, rows], out[:, rows])
     assert torch.equal(lse_again[..., rows], lse[..., rows])
-    dq_again, _, _ = backend.backward(problem, SMALL, q, k, v, out, lse, dout)
+    dq_again, _, _ = backward(problem, SMALL, q, k, v, out, lse, dout)
     assert torch.equal(dq_again[:, rows], dq[:, rows])
 
 
@@ -273,7 +280,7 @@ def test_rows_far_apart(device):
         out, lse = backend.forward(problem, config, *inputs)
         assert_forward(out, lse, q, k, v, causal=False)
         dout = torch.randn_like(out)
-        grads = backend.backward(problem, config, *inputs, out, lse, dout, None)
+        grads = backward(problem, config, *inputs, out, lse, dout)
         assert_gradients(grads, q, k, v, dout, causal=False)
 
 
@@ -300,7 +307,7 @@ def test_same_bits_every_time(config, device):
     runs = []
     for _ in range(2 if INTERPRET else 20):
         out, lse = backend.forward(problem, config, q, k, v)
-        runs.append((out, lse, *backend.backward(problem, config, q, k, v, out, lse, dout, None)))
+        runs.append((out, lse, *backward(problem, config, q, k, v, out, lse, dout)))
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
 
@@ -324,7 +331,7 @@ def test_later_calls_read_their_own_tensors(config, device):
             out, lse = run(q, k, v, None)
         assert_forward(out, lse, q, k, v, causal=True)
         dout = torch.randn_like(out)
-        grads = backend.backward(problem, config, q, k, v, out, lse, dout, None)
+        grads = backward(problem, config, q, k, v, out, lse, dout)
         assert_gradients(grads, q, k, v, dout, causal=True)
 
 
@@ -337,19 +344,18 @@ def test_gradient_of_an_expanded_tensor(device, negated):
     dout = torch.ones((), dtype=q.dtype, device=device).expand(problem.out_shape)
     dout = torch._neg_view(dout) if negated else dout
     out, lse = backend.forward(problem, AHEAD, q, k, v)
-    grads = backend.backward(problem, AHEAD, q, k, v, out, lse, dout, None)
+    grads = backward(problem, AHEAD, q, k, v, out, lse, dout)
     assert_gradients(grads, q, k, v, dout, causal=True)
 
 
 def test_backward_of_another_backends_forward(device):
-    """With that backend's config, as a plan passes it."""
     case = GROUPED[2]
     q, k, v = case.inputs(device)
     problem = case.problem(device, needs_grad=True)
     with torch.no_grad():
         out, lse = reference.forward(problem, None, q, k, v)
     dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
-    grads = backend.backward(problem, None, q, k, v, out, lse, dout, None)
+    grads = backward(problem, backend.configure(problem), q, k, v, out, lse, dout)
     assert_gradients(grads, q, k, v, dout, causal=True)
 
 
@@ -394,7 +400,7 @@ def test_score_functions(name, scale, device):
         return
     dout = torch.randn_like(out)
     for config in (SMALL, APART_AHEAD):
-        grads = backend.backward(problem, config, q, k, v, out, lse, dout, None, *extras)
+        grads = backward(problem, config, q, k, v, out, lse, dout, None, *extras)
         assert_gradients(grads, q, k, v, dout, **options)
 
 
@@ -460,7 +466,7 @@ def test_gradient_of_the_lse(name, strided, device):
         out, lse = attention_math(*leaves, dtype=dtype, **options)
         return torch.autograd.grad((out, lse), leaves, (dout.to(dtype), dlse.to(dtype)))
 
-    grads = backend.backward(problem, SMALL, q, k, v, out, lse, dout, dlse, *extras)
+    grads = backward(problem, SMALL, q, k, v, out, lse, dout, dlse, *extras)
     for what, grad, exact, rounded in zip("qkv", grads, by_torch(torch.float64), by_torch(q.dtype), strict=True):
         assert_as_good_as(rounded, grad, exact, f"d{what}", factor=3.0)
 
@@ -492,6 +498,7 @@ def test_a_sink_of_no_weight(device):
         same, same_lse = backend.forward(with_sink, config, q, k, v, sink)
         assert torch.equal(out, same)
         torch.testing.assert_close(lse, same_lse)
+    assert gradients_of.of_sinks(sink, out, lse, torch.ones_like(out)).tolist() == [0.0] * case.heads_q
 
 
 def test_through_the_public_call(device):
@@ -499,7 +506,7 @@ def test_through_the_public_call(device):
     case = replace(BY_NAME["gqa_3_to_1_more_keys"], batch=1, head_dim=16)
     q, k, v = (t.requires_grad_() for t in case.inputs(device))
     explained = flashcore.explain(q, k, v, causal=True, backend="triton")
-    assert (explained.backend, explained.backward) == ("triton", "triton")
+    assert (explained.backend, explained.backward.backend) == ("triton", "triton")
     with plan.override(config=SMALL):
         out, lse = flashcore.attention(q, k, v, causal=True, return_lse=True, backend="triton")
     dout = torch.randn_like(out)
