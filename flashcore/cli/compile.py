@@ -24,12 +24,14 @@ def compile_kernels(
     """Compile kernels into the disk cache ahead of their first use. Needs NVRTC, but no GPU and no driver."""
     if reason := nvrtc_missing():
         raise fail(f"cannot compile: {reason}")
+    from flashcore import env
     from flashcore.backends.hopper import jit
 
     if arch != jit.ARCH:
         raise fail(f"no kernels for {arch} (there are kernels for {jit.ARCH})")
     if all_kernels and head_dim:
         raise fail("--all and --head-dim contradict each other")
+    env.cache_enabled()  # a switch that is none is refused even where no kernel asks the disk
     kernels = compile_all(declared(head_dim), jobs)
     if as_json:
         print(json.dumps(kernels, indent=1))
