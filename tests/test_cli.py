@@ -223,7 +223,7 @@ def test_head_dims_choose_the_kernels_that_serve_them():
     pytest.importorskip("flashcore.backends.hopper.configs")
     everything = cli.compile.declared(None)
     assert {getattr(config, "head_dim", None) for _, config in everything} == {None, 64, 96, 128, 192, 256}
-    assert {"gemm", "decode", "forward"} == {name.split("-")[0] for name, _ in everything}
+    assert {"gemm", "decode", "forward", "backward"} == {name.split("-")[0] for name, _ in everything}
     chosen = cli.compile.declared([40, 96, 100, 136])  # decoding kernels are compiled for a head_dim as it is
     assert {config.head_dim for name, config in chosen if name.startswith("forward")} == {64, 128, 192}
     assert {config.head_dim for name, config in chosen if name.startswith("decode")} == {40, 96}

@@ -339,7 +339,8 @@ def test_printed(add_backend, no_triton):
         "needs_grad",
         f"backend   fake: the first of {', '.join(backends.ATTENTION.providers)} that can",
         "config    Config(tile=64, why='small tiles fill the machine'): small tiles fill the machine",
-        "backward  sdpa-recompute: the first of torch-flash, sdpa-recompute, reference-recompute that can",
+        "backward  sdpa-recompute: the first of torch-flash, sdpa-recompute, reference-recompute, "
+        "hopper-fused that can",
         "          SdpaConfig(expand_heads=False): SDPA's flash kernel reads grouped heads where they are",
         "          not torch-flash: a tensor that is not on an NVIDIA GPU",
         "rejected  shy: causal",
@@ -375,7 +376,7 @@ def test_own_backward_first(add_backend, no_triton):
     add_backend("other", backward=None)
     add_backend("fake", backward=None)
     chosen = plan(replace(ON_HOPPER, needs_grad=True))
-    names = "fake, other, torch-flash, sdpa-recompute, reference-recompute"
+    names = "fake, other, torch-flash, sdpa-recompute, reference-recompute, hopper-fused"
     assert (chosen.backward.backend, chosen.backward.why) == ("fake", f"the first of {names} that can")
 
 

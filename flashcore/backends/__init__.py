@@ -109,6 +109,7 @@ ATTENTION_BACKWARD = Operation(
         "torch-flash": "torch_flash",
         "sdpa-recompute": "recompute:sdpa",
         "reference-recompute": "recompute:reference",
+        "hopper-fused": "hopper.backward",  # on request: its kernels have run on a GPU, but not yet under autograd
     },
     empty="empty",
 )

@@ -166,7 +166,9 @@ def kernel_source(config: KernelConfig) -> str:
         f"  static constexpr {'bool' if isinstance(value, bool) else 'int'} {name} = {str(value).lower()};"
         for name, value in config.constants().items()
     )
-    score = f'{_flatten("ptx/math.cuh")}\n{score_source(config.score)}' if hasattr(config, "score") else ""
+    score = _flatten("ptx/math.cuh") + "\n" if config.source.startswith("attention/") else ""
+    if hasattr(config, "score"):
+        score += score_source(config.score)
     return f"""\
 {_flatten("ptx/types.cuh")}
 struct Config {{

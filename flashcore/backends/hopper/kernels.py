@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flashcore.backends.hopper import configs, decode_configs, gemm_configs
+from flashcore.backends.hopper import backward_configs, configs, decode_configs, gemm_configs
+from flashcore.backends.hopper.backward_configs import BACKWARD_TABLE, BackwardConfig, DqConfig, RowsConfig
 from flashcore.backends.hopper.configs import ForwardConfig
 from flashcore.backends.hopper.decode_configs import DecodeConfig
 from flashcore.backends.hopper.gemm_configs import GemmConfig
@@ -51,6 +52,15 @@ def _decode(head_dims: Sequence[int] | None) -> list[tuple[str, DecodeConfig]]:
     return decode_configs.declared_configs(sorted({d for d in head_dims if d % 8 == 0}))
 
 
+def _backward(head_dims: Sequence[int] | None) -> list[tuple[str, BackwardConfig]]:
+    rows = {row.head_dim for d in head_dims or () for row in BACKWARD_TABLE if d <= row.head_dim}
+    return [one for one in backward_configs.declared_backward_configs() if not head_dims or one[1].head_dim in rows]
+
+
+def _none(head_dims: Sequence[int] | None) -> list[tuple[str, Any]]:
+    return []  # compiled with the kernel that they serve
+
+
 def _gemm(head_dims: Sequence[int] | None) -> list[tuple[str, GemmConfig]]:
     return [] if head_dims else gemm_configs.declared_configs()
 
@@ -60,6 +70,9 @@ KERNELS: dict[str, Kernel] = {
     for kernel in (
         Kernel("attention", ForwardConfig, "attention.ForwardLauncher", _forward),
         Kernel("decode", DecodeConfig, "decode.DecodeLauncher", _decode),
+        Kernel("backward", BackwardConfig, "backward.BackwardLauncher", _backward),
+        Kernel("backward_rows", RowsConfig, "backward.BackwardLauncher", _none),
+        Kernel("backward_dq", DqConfig, "backward.BackwardLauncher", _none),
         Kernel("gemm", GemmConfig, "gemm.GemmLauncher", _gemm),
     )
 }

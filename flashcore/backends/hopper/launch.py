@@ -87,6 +87,10 @@ class Launcher:
         self._kernel, self._grid, self._options = kernel, grid, options
         self._loaded: dict[int, tuple] = {}  # device index -> (cuda.core.launch, kernel, launch config)
 
+    def loaded(self, device: int) -> tuple:
+        """``cuda.core.launch``, the kernel and its launch config on a device."""
+        return self._loaded.get(device) or self._load(device)
+
     def _load(self, device: int) -> tuple:
         """What `_loaded` holds for a device that is asked for the first time."""
         from cuda.core import LaunchConfig, launch  # which take long to import

@@ -1,0 +1,236 @@
+"""The backward kernels' own sources, compiled for the CPU with their instructions emulated (emulation_sm90.h).
+
+It shows layouts, descriptors, masks, the barriers' counts and phases, and that nothing reads what nobody wrote; not
+what only a GPU has: asynchrony, memory ordering, several CTAs at once, speed.
+"""
+
+import ctypes
+import functools
+import math
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from flashcore.backends.hopper.backward_configs import (
+    BACKWARD_TABLE,
+    BackwardConfig,
+    DqConfig,
+    RowsConfig,
+    choose_backward,
+    m_begin,
+    m_blocks,
+    n_blocks,
+    section,
+)
+from flashcore.problem import AttentionProblem
+from tests.backends.hopper.test_decode_emulated import compiler
+from tests.tolerance import assert_gradients, attention_math
+
+HERE = Path(__file__).parent
+DEVICE = HERE.parents[2] / "flashcore" / "device"
+LN2 = math.log(2)
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="needs g++ with C++20's <barrier>")
+
+RUN = """
+extern "C" void run(int grid, const TensorMap* maps, {parameters}) {{
+  launch(grid, 1, Config::threads, Config::smem_bytes + 1024, [&] {{ {call}; }});
+}}
+"""
+# By source: the parameters that are no tensor maps, and the call.
+ENTRIES = {
+    RowsConfig: (
+        "const u16* out, const u16* dout, const float* lse, const float* dlse, float* rows, u32* turns, const u64* s, "
+        "int heads_q, int seqlen_q, int m_blocks, int head_dim",
+        "attention_backward_rows_sm90(out, dout, lse, dlse, rows, turns, s[0], s[1], s[2], s[3], s[4], s[5], heads_q, "
+        "seqlen_q, m_blocks, head_dim)",
+    ),
+    BackwardConfig: (
+        "const float* rows, float* dq, u32* turns, float scale, float scale_log2, int batch, int heads_k, "
+        "int group_size, int seqlen_q, int seqlen_k, int m_blocks, int n_blocks, int section",
+        "attention_backward_sm90(maps[0], maps[1], maps[2], maps[3], maps[4], maps[5], rows, dq, turns, scale, "
+        "scale_log2, batch, heads_k, group_size, seqlen_q, seqlen_k, m_blocks, n_blocks, section)",
+    ),
+    DqConfig: (
+        "const float* sums, float scale, int heads_q, int m_blocks, int m_begin",
+        "attention_backward_dq_sm90(maps[0], sums, scale, heads_q, m_blocks, m_begin)",
+    ),
+}
+
+
+@functools.cache
+def built(config) -> ctypes.CDLL:
+    folder = Path(tempfile.mkdtemp(prefix="flashcore-emulated-"))
+    try:
+        for name in ("attention", "core", "ptx"):
+            (folder / name).mkdir()
+        for header in ("emulation.h", "emulation_sm90.h"):
+            shutil.copy(HERE / header, folder)
+        for header in (DEVICE / "ptx").iterdir():
+            (folder / "ptx" / header.name).write_text('#include "../emulation_sm90.h"\n')
+        for layer in ("core", "attention"):
+            for header in (DEVICE / layer).iterdir():
+                text = header.read_text().replace(
+                    "extern __shared__ __align__(1024) u8 raw_smem[];", "u8* const raw_smem = aligned_memory();"
+                )
+                lines = [
+                    "bits = low_word | u64(1u << 30 | 1024 / 16) << 32;" if line.lstrip().startswith("asm(") else line
+                    for line in text.splitlines()
+                ]
+                (folder / layer / header.name).write_text("\n".join(lines) + "\n")
+        constants = config.constants().items()
+        members = "".join(f"static constexpr int {name} = {int(value)};" for name, value in constants)
+        members += f"static constexpr int smem_bytes = {config.smem_bytes};" if "smem_bytes" not in members else ""
+        parameters, call = ENTRIES[type(config)]
+        (folder / "all.cpp").write_text(
+            f'#include "emulation_sm90.h"\nstruct Config {{ using Element = Bf16; {members} }};\n'
+            f'#include "{config.source}"\n{RUN.format(parameters=parameters, call=call)}'
+        )
+        options = ["-std=c++20", "-O2", "-march=native", "-ffp-contract=fast", "-w", "-pthread", "-shared", "-fPIC"]
+        subprocess.run([compiler(), *options, "all.cpp", "-o", "all.so"], cwd=folder, check=True)
+        return ctypes.CDLL(folder / "all.so")
+    finally:
+        shutil.rmtree(folder)
+
+
+class Map(ctypes.Structure):
+    _fields_ = [
+        ("base", ctypes.c_void_p),
+        ("rows", ctypes.c_uint64),
+        ("sizes", ctypes.c_longlong * 4),
+        ("strides", ctypes.c_longlong * 4),
+    ]
+
+
+def maps(*pairs):
+    made = []
+    for tensor, rows in pairs:
+        order = [3, 1, 2, 0]  # innermost first
+        sizes = (ctypes.c_longlong * 4)(*(tensor.shape[i] for i in order))
+        strides = (ctypes.c_longlong * 4)(*(tensor.stride(i) for i in order))
+        made.append(Map(tensor.data_ptr(), rows, sizes, strides))
+    return (Map * len(made))(*made)
+
+
+def address(tensor):
+    return ctypes.c_void_p(0 if tensor is None else tensor.data_ptr())
+
+
+def backward(q, k, v, out, lse, dout, dlse=None, causal=False, scale=None):
+    """(dq, dk, dv) of the emulated kernels. Everything that they write is NaN before."""
+    problem = AttentionProblem.from_tensors(q, k, v, causal=causal, scale=scale)
+    config = choose_backward(problem)
+    blocks, tile_m = m_blocks(config, problem), config.tile_m
+    tiles = problem.batch * problem.heads_q * blocks
+    rows = torch.full((tiles, 2, tile_m), torch.nan)
+    sums = torch.full((tiles, 2, 4096), torch.nan)
+    turns = torch.full((tiles, 2), -1, dtype=torch.int32)
+    dq, dk, dv = (torch.full(t.shape, torch.nan, dtype=t.dtype) for t in (q, k, v))
+    strides = (ctypes.c_uint64 * 6)(*out.stride()[:3], *dout.stride()[:3])
+
+    built(RowsConfig("bfloat16", config.head_dim, tile_m)).run(
+        tiles, None, address(out), address(dout), address(lse), address(dlse), address(rows), address(turns), strides,
+        problem.heads_q, problem.seqlen_q, blocks, problem.head_dim,
+    )  # fmt: skip
+    keys = n_blocks(config, problem)
+    built(config).run(
+        keys * problem.heads_k * problem.batch,
+        maps((q, tile_m), (k, 128), (v, 128), (dout, tile_m), (dk, 64), (dv, 64)),
+        address(rows), address(sums), address(turns), ctypes.c_float(problem.scale),
+        ctypes.c_float(problem.scale / LN2), problem.batch, problem.heads_k, problem.group_size, problem.seqlen_q,
+        problem.seqlen_k, blocks, keys, section(config, problem),
+    )  # fmt: skip
+    assert (turns >= 0).all()
+    built(DqConfig("bfloat16", tile_m)).run(
+        tiles, maps((dq, 64)), address(sums), ctypes.c_float(problem.scale), problem.heads_q, blocks,
+        m_begin(config, problem, 0),
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+def random_inputs(batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim):
+    generator = torch.Generator().manual_seed(0)
+    shapes = (seqlen_q, heads_q), (seqlen_k, heads_k), (seqlen_k, heads_k), (seqlen_q, heads_q)
+    return [torch.randn(batch, *shape, head_dim, generator=generator).bfloat16() for shape in shapes]
+
+
+def forward(q, k, v, causal, scale=None):
+    out, lse = attention_math(q, k, v, causal=causal, scale=scale, dtype=torch.float32)
+    return out.to(q.dtype).contiguous(), lse.contiguous()
+
+
+SHAPES = [
+    # (batch, seqlen_q, seqlen_k, heads_q, heads_k)
+    (1, 64, 128, 1, 1),
+    (1, 1, 2, 1, 1),
+    (2, 130, 200, 2, 1),
+    (1, 300, 129, 1, 1),  # under the causal mask most rows see nothing
+    (1, 65, 300, 3, 1),
+    (1, 257, 257, 2, 2),
+]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gradients(shape, head_dim, causal):
+    q, k, v, dout = random_inputs(*shape, head_dim)
+    out, lse = forward(q, k, v, causal)
+    grads = backward(q, k, v, out, lse, dout, causal=causal)
+    assert_gradients(grads, q, k, v, dout, causal=causal)
+
+
+@pytest.mark.parametrize("head_dim", [8, 40, 72, 120])
+def test_head_dims_below_the_tiles(head_dim):
+    q, k, v, dout = random_inputs(1, 100, 150, 2, 2, head_dim)
+    out, lse = forward(q, k, v, True)
+    assert_gradients(backward(q, k, v, out, lse, dout, causal=True), q, k, v, dout, causal=True)
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 2.0])
+def test_scales(scale):
+    q, k, v, dout = random_inputs(1, 70, 140, 1, 1, 64)
+    out, lse = forward(q, k, v, True, scale)
+    grads = backward(q, k, v, out, lse, dout, causal=True, scale=scale)
+    assert_gradients(grads, q, k, v, dout, causal=True, scale=scale)
+
+
+def test_strided_tensors_and_a_broadcast_dout():
+    q, k, v, _ = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in random_inputs(2, 90, 130, 2, 1, 64))
+    dout = torch.ones(1, 1, 1, 64, dtype=torch.bfloat16).expand(q.shape)
+    out, lse = forward(q, k, v, False)
+    assert_gradients(backward(q, k, v, out, lse, dout), q, k, v, dout)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_gradient_of_the_lse(head_dim):
+    q, k, v, dout = random_inputs(1, 140, 100, 1, 1, head_dim)
+    out, lse = forward(q, k, v, True)
+    dlse = torch.randn(lse.shape, generator=torch.Generator().manual_seed(1))
+    grads = backward(q, k, v, out, lse, dout, dlse, causal=True)
+    inputs = [t.double().requires_grad_() for t in (q, k, v)]
+    exact_out, exact_lse = attention_math(*inputs, causal=True, scale=None)
+    seen = exact_lse.isfinite()
+    exact = torch.autograd.grad(
+        (exact_out * dout.double()).sum() + (exact_lse[seen] * dlse[seen].double()).sum(), inputs
+    )
+    for grad, truth in zip(grads, exact, strict=True):
+        assert (grad.double() - truth).abs().max() <= 0.02 * truth.abs().max()
+
+
+def test_keys_past_the_end_do_not_overflow():
+    """Scores far below zero: exp(0 - LSE) of a key that does not exist would be infinite."""
+    q, k, v, dout = random_inputs(1, 64, 100, 1, 1, 64)
+    k = (q[:, :1].float().abs() * -40).expand(k.shape).bfloat16().contiguous()
+    q = q.abs()
+    out, lse = forward(q, k, v, False)
+    assert lse.max() < -100  # exp2(100 * log2(e)) is infinite in fp32
+    assert_gradients(backward(q, k, v, out, lse, dout), q, k, v, dout)
+
+
+def test_the_table_covers_both_tiles():
+    assert {row.tile_m for row in BACKWARD_TABLE} == {64, 128}

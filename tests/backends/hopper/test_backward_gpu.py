@@ -1,0 +1,153 @@
+"""The backward kernels on a Hopper GPU, against float64, with NaN wherever nobody wrote."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from flashcore.backends import hopper
+from flashcore.backends.hopper import tma
+from flashcore.backends.hopper.backward import BackwardLauncher
+from flashcore.backends.hopper.backward_configs import choose_backward, declared_backward_configs
+from flashcore.problem import AttentionProblem
+from tests.cases import CASES
+from tests.poison import poisoned_outputs
+from tests.tolerance import assert_gradients, attention_math
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.is_available() and hopper.unavailable() is not None, reason="no Hopper GPU"),
+]
+
+CONFIGS = dict(declared_backward_configs())
+WAIT_LIMIT = 100_000  # a wait that would hang ends the kernel instead
+
+# (batch, seqlen_q, seqlen_k, heads_q, heads_k): few and many tiles, all kinds of ends.
+SHAPES = [
+    (1, 1, 2, 1, 1),
+    (2, 63, 65, 2, 2),
+    (2, 129, 511, 4, 1),
+    (1, 513, 100, 2, 2),  # under the causal mask most rows see nothing
+    (3, 700, 1300, 7, 1),
+    (2, 200, 900, 40, 10),
+    (32, 512, 512, 32, 32),
+    (1, 2100, 2100, 9, 3),
+]
+
+
+def launcher(q, k, v, causal=False, scale=None):
+    problem = AttentionProblem.from_tensors(q, k, v, causal=causal, scale=scale)
+    return BackwardLauncher(problem, dataclasses.replace(choose_backward(problem), wait_limit=WAIT_LIMIT))
+
+
+def random_inputs(batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim, dtype=torch.bfloat16, seed=0):
+    """q, k, v and the output's gradient."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    shapes = (seqlen_q, heads_q), (seqlen_k, heads_k), (seqlen_k, heads_k), (seqlen_q, heads_q)
+    return [torch.randn(batch, *s, head_dim, dtype=dtype, device="cuda", generator=generator) for s in shapes]
+
+
+def forward(q, k, v, causal=False, scale=None):
+    with torch.no_grad():
+        out, lse = attention_math(q, k, v, causal=causal, scale=scale, dtype=torch.float32)
+    return out.to(q.dtype).contiguous(), lse.contiguous()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_on_every_kind_of_shape(name, shape):
+    config = CONFIGS[name]
+    q, k, v, dout = random_inputs(*shape, config.head_dim, getattr(torch, config.dtype))
+    out, lse = forward(q, k, v, config.causal)
+    launch = launcher(q, k, v, config.causal)
+    with poisoned_outputs():
+        grads = launch(q, k, v, out, lse, dout)
+    assert not any(grad.isnan().any() for grad in grads)
+    one = slice(0, 1)  # the reference in float64 is large
+    assert_gradients([t[one] for t in grads], q[one], k[one], v[one], dout[one], causal=config.causal)
+    for _ in range(100):
+        assert all(torch.equal(a, b) for a, b in zip(launch(q, k, v, out, lse, dout), grads, strict=True))
+
+
+def suits(case) -> bool:
+    return (
+        min(case.batch, case.seqlen_q, case.seqlen_k) > 0
+        and case.head_dim % 8 == 0
+        and case.head_dim <= 128
+        and case.head_dim_v in (None, case.head_dim)
+        and case.dtype in ("bfloat16", "float16")
+        and case.seqlen_k > 1  # with one key dS is 0, and only rounding is left of dQ and dK
+    )
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if suits(case)], ids=str)
+def test_named_cases(case):
+    q, k, v = (t.resolve_neg() for t in case.inputs("cuda"))
+    dout = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).to("cuda", q.dtype)
+    out, lse = forward(q, k, v, case.causal, case.scale)
+    with poisoned_outputs():
+        grads = launcher(q, k, v, case.causal, case.scale)(q, k, v, out, lse, dout)
+    assert_gradients(grads, q, k, v, dout, causal=case.causal, scale=case.scale)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("causal", [False, True])
+def test_gradient_of_the_lse(head_dim, causal):
+    q, k, v, dout = random_inputs(1, 300, 260, 4, 2, head_dim)
+    dlse = torch.randn(1, 4, 300, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+    inputs = [t.double().requires_grad_() for t in (q, k, v)]
+    exact_out, exact_lse = attention_math(*inputs, causal=causal, scale=None)
+    seen = exact_lse.isfinite()
+    exact = torch.autograd.grad(
+        (exact_out * dout.double()).sum() + (exact_lse[seen] * dlse[seen].double()).sum(), inputs
+    )
+    grads = launcher(q, k, v, causal)(q, k, v, *forward(q, k, v, causal), dout, dlse)
+    for grad, truth in zip(grads, exact, strict=True):
+        assert (grad.double() - truth).abs().max() <= 0.02 * truth.abs().max()
+
+
+def test_a_gradient_that_is_one_number(monkeypatch):
+    monkeypatch.setattr(tma, "_warned", set())
+    q, k, v, _ = random_inputs(2, 300, 300, 4, 4, 128)
+    dout = torch.ones(1, 1, 1, 1, dtype=q.dtype, device="cuda").expand(q.shape)
+    with pytest.warns(match="dout is copied"):
+        grads = launcher(q, k, v)(q, k, v, *forward(q, k, v), dout)
+    assert_gradients(grads, q, k, v, dout)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_cuda_graph_replay(head_dim):
+    tensors = random_inputs(2, 600, 600, 4, 2, head_dim)
+    out, lse = forward(*tensors[:3], True)
+    launch = launcher(*tensors[:3], True)
+    launch(*tensors[:3], out, lse, tensors[3])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        grads = launch(*tensors[:3], out, lse, tensors[3])
+    for seed in (1, 2):
+        for old, new in zip(tensors, random_inputs(2, 600, 600, 4, 2, head_dim, seed=seed), strict=True):
+            old.copy_(new)
+        for old, new in zip((out, lse), forward(*tensors[:3], True), strict=True):
+            old.copy_(new)
+        graph.replay()
+        expected = launch(*tensors[:3], out, lse, tensors[3])
+        assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_several_streams_at_once(causal):
+    """Each call has more CTAs than the GPU has SMs, so those of two calls share them."""
+    inputs = [random_inputs(2, 2048, 2048, 16, 16, 128, seed=seed) for seed in range(4)]
+    results = [forward(*t[:3], causal) for t in inputs]
+    launch = launcher(*inputs[0][:3], causal)
+    expected = [launch(*t[:3], *r, t[3]) for t, r in zip(inputs, results, strict=True)]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in inputs]
+    for _ in range(10):
+        found = []
+        for stream, t, r in zip(streams, inputs, results, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(launch(*t[:3], *r, t[3]))
+        torch.cuda.synchronize()
+        for grads, right in zip(found, expected, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(grads, right, strict=True))
