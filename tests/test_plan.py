@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 from flashcore import backends
+from flashcore.backends.hopper.backward_configs import choose_backward
 from flashcore.bench.cases import SUITES
 from flashcore.bench.record import RESULTS, WITHOUT_TRITON
 from flashcore.errors import FlashCoreWarning, InvalidInputError, UnsupportedError
@@ -112,7 +113,7 @@ def test_decoding_has_a_kernel(usable):
     chosen = plan(DECODING)
     assert (chosen.backend, chosen.rejected) == ("hopper", ())
     assert "4 rows for each key head" in str(chosen)
-    assert plan(replace(DECODING, needs_grad=True)).backward.backend == "triton"
+    assert plan(replace(DECODING, needs_grad=True)).backward.backend == "hopper"
 
 
 def test_wide_groups_go_to_triton(usable):
@@ -330,7 +331,7 @@ def test_memoised(add_backend):
     assert asked == [PROBLEM]
 
 
-def test_printed(add_backend, no_triton):
+def test_printed(add_backend, without_kernels):
     add_backend("fake", configure=lambda problem: Config(64, "small tiles fill the machine"))
     add_backend("shy", rejects=lambda problem: "causal")
     text = str(plan(replace(PROBLEM, needs_grad=True)))
@@ -339,8 +340,8 @@ def test_printed(add_backend, no_triton):
         "needs_grad",
         f"backend   fake: the first of {', '.join(backends.ATTENTION.providers)} that can",
         "config    Config(tile=64, why='small tiles fill the machine'): small tiles fill the machine",
-        "backward  sdpa-recompute: the first of torch-flash, sdpa-recompute, reference-recompute, "
-        "hopper-fused that can",
+        "backward  sdpa-recompute: the first of torch-flash, sdpa-recompute, reference-recompute that "
+        "can",
         "          SdpaConfig(expand_heads=False): SDPA's flash kernel reads grouped heads where they are",
         "          not torch-flash: a tensor that is not on an NVIDIA GPU",
         "rejected  shy: causal",
@@ -351,10 +352,11 @@ def test_printed(add_backend, no_triton):
 
 
 @pytest.fixture
-def no_triton(monkeypatch):
-    """Whose backward would be taken on a machine with a GPU."""
-    for operation in (backends.ATTENTION, backends.ATTENTION_BACKWARD):
-        others = {name: module for name, module in operation.providers.items() if name != "triton"}
+def without_kernels(monkeypatch):
+    """Ours, whose backward would be taken on a machine with a GPU."""
+    kept = {backends.ATTENTION: ("triton",), backends.ATTENTION_BACKWARD: ("hopper", "triton")}
+    for operation, names in kept.items():
+        others = {name: module for name, module in operation.providers.items() if name not in names}
         monkeypatch.setattr(operation, "providers", others)
 
 
@@ -372,15 +374,15 @@ def test_autograd_for_torch_operations():
     assert backward(PROBLEM) == "autograd"
 
 
-def test_own_backward_first(add_backend, no_triton):
+def test_own_backward_first(add_backend, without_kernels):
     add_backend("other", backward=None)
     add_backend("fake", backward=None)
     chosen = plan(replace(ON_HOPPER, needs_grad=True))
-    names = "fake, other, torch-flash, sdpa-recompute, reference-recompute, hopper-fused"
+    names = "fake, other, torch-flash, sdpa-recompute, reference-recompute"
     assert (chosen.backward.backend, chosen.backward.why) == ("fake", f"the first of {names} that can")
 
 
-def test_the_backward_of_another_backend(add_backend, no_triton):
+def test_the_backward_of_another_backend(add_backend, without_kernels):
     add_backend("next", backward=None)
     add_backend("other", backward=None, rejects=lambda problem: "causal" if problem.causal else None)
     add_backend("fake")
@@ -394,13 +396,18 @@ def test_the_backward_of_another_backend(add_backend, no_triton):
         backward(replace(ON_HOPPER, mask=CAUSAL))
 
 
-def test_training_on_hopper_takes_the_backward_of_triton(monkeypatch):
+def test_training_on_hopper(monkeypatch):
     hopper, triton = backends.ATTENTION.load("hopper"), backends.ATTENTION.load("triton")
     monkeypatch.setattr(hopper, "unavailable", lambda: None)
     monkeypatch.setattr(triton, "unavailable", lambda: None)
-    chosen = plan(replace(ON_HOPPER, needs_grad=True))
+    problem = replace(ON_HOPPER, needs_grad=True)
+    chosen = plan(problem)
+    assert (chosen.backend, chosen.backward.backend) == ("hopper", "hopper")
+    assert chosen.backward.config == choose_backward(problem)
+    problem = replace(problem, head_dim=256, head_dim_v=256)
+    chosen = plan(problem)
     assert (chosen.backend, chosen.backward.backend) == ("hopper", "triton")
-    assert chosen.backward.config == triton.configure(replace(ON_HOPPER, needs_grad=True))
+    assert chosen.backward.config == triton.configure(problem)
     ampere = replace(ON_HOPPER, needs_grad=True, arch=(8, 0))
     assert plan(ampere, "triton").backward.backend == "triton"
     assert (plan(ampere).backend, plan(ampere).backward.backend) == ("sdpa", "autograd")
@@ -425,7 +432,7 @@ def test_training_on_hopper_takes_the_backward_of_triton(monkeypatch):
         ({"device": "cpu", "arch": None}, "a tensor that is not on an NVIDIA GPU"),
     ],
 )
-def test_torch_flash_where_it_can(add_backend, no_triton, change, reason):
+def test_torch_flash_where_it_can(add_backend, without_kernels, change, reason):
     add_backend("fake")
     chosen = plan(replace(ON_HOPPER, needs_grad=True, **change))
     if reason is None:
@@ -484,7 +491,7 @@ def test_override_backward(add_backend):
         ("magic", InvalidInputError, "'magic' does not exist .*auto, torch-flash, sdpa-recompute, reference-recompute"),
     ],
 )
-def test_override_backward_that_cannot(add_backend, no_triton, choice, error, message):
+def test_override_backward_that_cannot(add_backend, without_kernels, choice, error, message):
     add_backend("fake")
     with override(backward=choice), pytest.raises(error, match=message):
         backward(replace(ON_HOPPER, dtype="float32"))

@@ -105,11 +105,11 @@ ATTENTION_BACKWARD = Operation(
     "backward",
     "(q, k, v, out, lse, dout, dlse, scale, *extras) -> (dq, dk, dv)",
     {
+        "hopper": "hopper.backward",
         "triton": "triton.backward",
         "torch-flash": "torch_flash",
         "sdpa-recompute": "recompute:sdpa",
         "reference-recompute": "recompute:reference",
-        "hopper-fused": "hopper.backward",  # on request: its kernels have run on a GPU, but not yet under autograd
     },
     empty="empty",
 )
