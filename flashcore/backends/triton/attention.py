@@ -109,11 +109,11 @@ def prepare_backward(problem: AttentionProblem, config: TritonConfig) -> Backwar
     rows = stats_shape[3]
     launch_dq, launch_dq_with_dlse = (prepare_dq(problem, config.dq, rows, with_dlse) for with_dlse in (False, True))
     if config.dv is None:
-        passes = [prepare_dkdv(problem, config.dkdv, rows)]
+        passes = [prepare_dkdv(problem, config.dkdv, rows, config.dq)]
     else:
         passes = [
-            prepare_dkdv(problem, config.dkdv, rows, dv=False),
-            prepare_dkdv(problem, config.dv, rows, dk=False),
+            prepare_dkdv(problem, config.dkdv, rows, config.dq, dv=False),
+            prepare_dkdv(problem, config.dv, rows, config.dq, dk=False),
         ]
 
     def run(
@@ -134,40 +134,45 @@ def prepare_backward(problem: AttentionProblem, config: TritonConfig) -> Backwar
 
 
 def stats_shape_of(problem: AttentionProblem, config: TritonConfig) -> tuple[int, int, int, int]:
-    """Of the workspace that the first backward kernel fills for the others: (2, B, Hq, rows), rows in whole tiles."""
+    """Of the workspace that the first backward kernel fills for the others: (4, B, Hq, rows), rows in whole tiles."""
     tiles = [tile.tile_m for tile in (config.dq, config.dkdv, config.dv) if tile is not None]
-    return 2, problem.batch, problem.heads_q, _round_up(problem.seqlen_q, math.lcm(*tiles))
+    return 4, problem.batch, problem.heads_q, _round_up(problem.seqlen_q, math.lcm(*tiles))
 
 
 def prepare_dq(problem: AttentionProblem, tile: Tile, rows: int, with_dlse: bool = False) -> Callable[..., None]:
     """A callable (q, k, v, out, dout, lse, dlse, stats, dq, scale, *extras) that fills dq and stats.
 
-    :param rows: as stats are (2, B, Hq, rows).
+    :param rows: as stats are (4, B, Hq, rows).
     :param with_dlse: whether there is a dlse; what is passed for it is not used otherwise.
     """
     heads = problem.batch * problem.heads_q
+    has_sink = problem.score.sink is not None
     launch = Launch(
         attention_bwd_dq, (rows // tile.tile_m * heads, 1, 1), (heads, *scalars(problem, heads, rows)),
-        backward_constants(problem, tile) | dict(DLSE=with_dlse),
+        backward_constants(problem, tile) | dict(DLSE=with_dlse, SINK=has_sink),
         _options(tile), _streams(problem, 1, 2, tile.tile_n),
     )  # fmt: skip
 
     def run(q, k, v, out, dout, lse, dlse, stats, dq, scale, *extras) -> None:
         strides = q.stride(), k.stride(), v.stride(), out.stride(), dout.stride(), dq.stride()
-        tensors = q, k, v, out, dout, lse, dlse, stats, dq
+        sink = extras[-1].contiguous() if has_sink else lse
+        tensors = q, k, v, sink, out, dout, lse, dlse, stats, dq
         _launch(launch, tensors, strides, _backward_scales(problem, scale), problem, extras)
 
     return run
 
 
 def prepare_dkdv(
-    problem: AttentionProblem, tile: Tile, rows: int, dk: bool = True, dv: bool = True
+    problem: AttentionProblem, tile: Tile, rows: int, dq_tile: Tile, dk: bool = True, dv: bool = True
 ) -> Callable[..., None]:
-    """A callable (q, k, v, dout, stats, dk, dv, scale, *extras) that fills dk, dv or both from dq's kernel's stats."""
+    """A callable (q, k, v, dout, stats, dk, dv, scale, *extras) that fills dk, dv or both from stats.
+
+    :param dq_tile: of the kernel that fills them.
+    """
     heads = problem.batch * problem.heads_k
     launch = Launch(
         attention_bwd_dkdv, (triton.cdiv(problem.seqlen_k, tile.tile_n) * heads, 1, 1),
-        (heads, *scalars(problem, heads, rows)),
+        (heads, *scalars(problem, heads, rows, rows // dq_tile.tile_m)),
         backward_constants(problem, tile) | dict(DK=dk, DV=dv),
         _options(tile), _streams(problem, 0, 3, tile.tile_m),
     )  # fmt: skip

@@ -15,9 +15,9 @@ Kernels     attention_bwd_dq   a program owns TILE_M queries of one query head a
                                memory: one product more, in two launches, is then the lesser evil.
             Seven matrix products where a fused backward has five (S and dP are computed twice), in exchange for no
             floating-point atomics, no float32 copy of dQ in memory and no third pass over it.
-Workspace   stats, float32 (2, B, Hq, rows): lse * log2(e) and delta, rows = Sq rounded up to all kernels' tiles, so
-            that the second kernel reads it without bounds. Rows that see no key, and rows past Sq, have +inf for lse:
-            P = exp2(s - inf) = 0 for them, and dS = 0.
+Workspace   stats, float32 (4, B, Hq, rows): -lse * log2(e), delta, and what huge scores need; rows = Sq rounded up to
+            all kernels' tiles, so that the second kernel reads it without bounds. Rows that see no key, and rows past
+            Sq, have -inf for the first: P = exp2(s - inf) = 0 for them, and dS = 0.
 Data flow   dq:   q, dout -> shared memory once;  k, v -> buffers -> S, dP -> dS in registers -> dS K into dq
             dkdv: k, v -> shared memory once;  q, dout -> buffers -> S^T, dP^T -> P^T, dS^T in registers -> dV, dK
             Keys are the rows of S^T, so P^T and dS^T are first operands straight from registers.
@@ -29,6 +29,11 @@ Schedule    LOOKAHEAD overlaps exponentials with products that nothing waits for
 Masking     Only the keys between `begin` and `end` of some query of the tile are read, and only the queries that see
             some key of it. Tiles that cross a diagonal or the end of the keys select, behind a uniform branch; others
             do not. Rows past the end are zeros and have P = 0.
+Numerics    P = exp2(s * scale_log2 - lse), one multiply-add. The LSE's own rounding is a factor of a row's P: from HUGE
+            on one that bfloat16 shows, from about 2^29 on one that float32 cannot hold. A program with such a row
+            computes the maxima and sums of its rows again, first. P is then exp2((s - maximum) * scale_log2 -
+            log2(sum)), in the second kernel as well: the first plane of stats has -log2(sum), the third the maxima (0
+            in tiles without a huge row), and the last which tiles have one, (B, Hq, rows / TILE_M of the first kernel).
 Scores      CHANGE and SLOPE, made by score.py, are the changed score and its derivative (None: it is 1), both of the
             scaled score. A constant factor of both is left out: it is in scale_log2 and in scale_grad.
 """
@@ -51,17 +56,19 @@ from flashcore.backends.triton.tiles import (
 )
 
 LOG2E = tl.constexpr(1.4426950408889634)
+HUGE = tl.constexpr(2.0**15)  # an LSE in units of log2
+FLAGS = tl.constexpr(512)  # that are read at once
 
 
 @triton.jit(do_not_specialize=["batch_heads", "section", "seqlen_q", "seqlen_k", "heads_k", "rows", "left", "right",
                                "sizes"])
-def attention_bwd_dq(q, k, v, out, dout, lse, dlse, stats, dq, captured, strides_q, strides_k, strides_v, strides_out,
-                     strides_dout, strides_dq, strides_captured, scale, scale_log2, scale_grad, batch_heads, section,
-                     seqlen_q, seqlen_k, heads_k, rows, left, right, sizes,
+def attention_bwd_dq(q, k, v, sink, out, dout, lse, dlse, stats, dq, captured, strides_q, strides_k, strides_v,
+                     strides_out, strides_dout, strides_dq, strides_captured, scale, scale_log2, scale_grad,
+                     batch_heads, section, seqlen_q, seqlen_k, heads_k, rows, left, right, sizes,
                      GROUP: tl.constexpr, BOUND_LEFT: tl.constexpr, BOUND_RIGHT: tl.constexpr, CHANGE: tl.constexpr,
                      HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
                      TILE_M: tl.constexpr, TILE_N: tl.constexpr, LOOKAHEAD: tl.constexpr, TMA: tl.constexpr,
-                     FAR: tl.constexpr, SLOPE: tl.constexpr, DLSE: tl.constexpr):
+                     FAR: tl.constexpr, SLOPE: tl.constexpr, DLSE: tl.constexpr, SINK: tl.constexpr):
     """lse and dlse are contiguous (B, Hq, Sq); dlse is not used without DLSE. `rows` is the length of a row of stats.
     `scale_grad` is what dS is to be multiplied with. The others are as in attention_fwd."""
     tiles = rows // TILE_M  # with those past seqlen_q, which only write stats
@@ -86,11 +93,7 @@ def attention_bwd_dq(q, k, v, out, dout, lse, dlse, stats, dq, captured, strides
     row_lse = tl.load(lse + head_rows, mask=query < seqlen_q, other=float("-inf"))
     if DLSE:
         delta -= tl.load(dlse + head_rows, mask=query < seqlen_q, other=0.0)
-    row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2E)
-    stats_row = stats + tl.cast(batch_head, tl.int64) * rows + query
-    tl.store(stats_row, row_lse)
-    tl.store(stats_row + tl.cast(batch_heads, tl.int64) * rows, delta)
-
+    minus_lse = tl.where(row_lse == float("-inf"), float("-inf"), row_lse * -LOG2E)
     sees_from = begin(query, left, seqlen_k, BOUND_LEFT)  # as in attention_fwd
     sees_to = end(query, right, seqlen_k, BOUND_RIGHT)
     last = tl.minimum(first + TILE_M, seqlen_q) - 1
@@ -100,6 +103,28 @@ def attention_bwd_dq(q, k, v, out, dout, lse, dlse, stats, dq, captured, strides
 
     k_head = head_base(k, batch, head_k, strides_k, TMA)
     v_head = head_base(v, batch, head_k, strides_v, TMA)
+    positions = scale, batch, head, query[:, None], seqlen_k - seqlen_q
+    looked_up = captured, strides_captured, sizes
+    visible = sees_from, sees_to
+    row_max = tl.zeros([TILE_M], tl.float32)
+    is_huge = (tl.abs(minus_lse) >= HUGE) & (minus_lse != float("-inf"))
+    huge = tl.max(is_huge.to(tl.int32), 0) != 0
+    if huge:
+        row_max, row_sum = maxima_and_sums(q_tile, k_head, batch, head_k, start, stop, limit, strides_k, scale_log2,
+                                           visible, positions, looked_up, CHANGE, HEAD_DIM, TILE_M, TILE_N, BLOCK_D,
+                                           TMA)
+        if SINK:
+            row_sum += tl.exp2(tl.load(sink + head).to(tl.float32) * LOG2E - row_max * scale_log2)
+        minus_lse = tl.where(row_sum == 0.0, float("-inf"), -tl.log2(row_sum))
+    plane = tl.cast(batch_heads, tl.int64) * rows
+    stats_row = stats + tl.cast(batch_head, tl.int64) * rows + query
+    tl.store(stats_row, minus_lse)
+    tl.store(stats_row + plane, delta)
+    tl.store(stats_row + 2 * plane, row_max)
+    tl.store(stats + 3 * plane + tl.cast(batch_head, tl.int64) * tiles + tile, huge.to(tl.float32))
+    if huge:
+        tl.debug_barrier()  # other threads read the maxima
+
     acc = tl.zeros([TILE_M, BLOCK_D], tl.float32)
     if LOOKAHEAD:
         k_tile = load_rows(k_head, batch, head_k, start, limit, strides_k, HEAD_DIM, TILE_N, BLOCK_D, TMA)
@@ -119,7 +144,9 @@ def attention_bwd_dq(q, k, v, out, dout, lse, dlse, stats, dq, captured, strides
         if CHANGE is not None:
             s = CHANGE(s, scale, batch, head, query[:, None], keys, seqlen_k - seqlen_q, captured, strides_captured,
                        sizes)
-        p = tl.exp2(s * scale_log2 - row_lse[:, None])
+        if huge:
+            s = below(s, tl.load(stats_row + 2 * plane)[:, None])
+        p = tl.exp2(tl.fma(s, scale_log2, minus_lse[:, None]))
         ds = p * (dp - delta[:, None])
         if SLOPE is not None:
             ds = ds * slope
@@ -144,16 +171,53 @@ def attention_bwd_dq(q, k, v, out, dout, lse, dlse, stats, dq, captured, strides
     store_rows(dq, acc * scale_grad, batch, head, first, seqlen_q, strides_dq, HEAD_DIM, TILE_M, BLOCK_D, FAR)
 
 
-@triton.jit(do_not_specialize=["batch_heads", "section", "seqlen_q", "seqlen_k", "heads_k", "rows", "left", "right",
-                               "sizes"])
+@triton.jit
+def maxima_and_sums(q_tile, k_head, batch, head_k, start, stop, limit, strides_k, scale_log2, visible, positions,
+                    looked_up, CHANGE: tl.constexpr, HEAD_DIM: tl.constexpr, TILE_M: tl.constexpr,
+                    TILE_N: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr):
+    """Of each row the score with the largest exponent, 0 without keys, and the sum of exponentials relative to it."""
+    sees_from, sees_to = visible
+    scale, in_batch, head, query, offset = positions
+    captured, strides_captured, sizes = looked_up
+    sign = tl.where(scale_log2 < 0.0, -1.0, 1.0)
+    steepness = scale_log2 * sign
+    row_max = tl.full([TILE_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([TILE_M], tl.float32)
+    # Without buffers; but products without tensor cores would hold all of K's tile in registers then.
+    for key in tl.range(start, stop, TILE_N, num_stages=None if q_tile.dtype == tl.float32 else 1):
+        k_tile = load_rows(k_head, batch, head_k, key, limit, strides_k, HEAD_DIM, TILE_N, BLOCK_D, TMA)
+        s = tl.dot(q_tile, k_tile.T, input_precision="ieee")
+        keys = key + tl.arange(0, TILE_N)[None, :]
+        if CHANGE is not None:
+            s = CHANGE(s, scale, in_batch, head, query, keys, offset, captured, strides_captured, sizes)
+        s = tl.where((keys < sees_to[:, None]) & (keys >= sees_from[:, None]), s * sign, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(s, 1))
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+        row_sum = row_sum * tl.exp2((row_max - shift) * steepness)
+        row_sum += tl.sum(tl.exp2(below(s, shift[:, None]) * steepness), 1)
+        row_max = new_max
+    return tl.where(row_max == float("-inf"), 0.0, row_max * sign), row_sum
+
+
+@triton.jit
+def below(s, row_max):
+    """How far scores lie from the maximum of their row. Those that differ from it in their last bits alone are equal to
+    it: these may be worth orders of magnitude, and the transposed product may have them otherwise."""
+    gap = s - row_max
+    return tl.where(tl.abs(gap) <= tl.abs(row_max) * 2.0**-22, 0.0, gap)
+
+
+@triton.jit(do_not_specialize=["batch_heads", "section", "seqlen_q", "seqlen_k", "heads_k", "rows", "stats_tiles",
+                               "left", "right", "sizes"])
 def attention_bwd_dkdv(q, k, v, dout, stats, dk, dv, captured, strides_q, strides_k, strides_v, strides_dout,
                        strides_dk, strides_dv, strides_captured, scale, scale_log2, scale_grad, batch_heads, section,
-                       seqlen_q, seqlen_k, heads_k, rows, left, right, sizes,
+                       seqlen_q, seqlen_k, heads_k, rows, stats_tiles, left, right, sizes,
                        GROUP: tl.constexpr, BOUND_LEFT: tl.constexpr, BOUND_RIGHT: tl.constexpr, CHANGE: tl.constexpr,
                        HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
                        TILE_M: tl.constexpr, TILE_N: tl.constexpr, LOOKAHEAD: tl.constexpr, TMA: tl.constexpr,
                        FAR: tl.constexpr, SLOPE: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr):
-    """`batch_heads` counts B * Hk here. DK, DV: which are computed; the pointers to what is not are not used."""
+    """`batch_heads` counts B * Hk here; stats have `rows` rows for each head in `stats_tiles` tiles. DK, DV: which are
+    computed; the pointers to what is not are not used."""
     tile, batch_head = tile_and_head(tl.cdiv(seqlen_k, TILE_N), batch_heads, section)
     batch = batch_head // heads_k
     head_k = batch_head % heads_k
@@ -171,6 +235,14 @@ def attention_bwd_dkdv(q, k, v, dout, stats, dk, dv, captured, strides_q, stride
     tiles = tl.maximum(tl.cdiv(stop - start, TILE_M), 0)
     steps = tiles * GROUP
     last_full = full_stop - TILE_M
+
+    plane = tl.cast(batch_heads * GROUP, tl.int64) * rows
+    flags = stats + 3 * plane + tl.cast(batch_head * GROUP, tl.int64) * stats_tiles  # of all heads of the group
+    any_huge = tl.zeros([FLAGS], tl.float32)
+    for flag in tl.range(0, GROUP * stats_tiles, FLAGS):
+        index = flag + tl.arange(0, FLAGS)
+        any_huge = tl.maximum(any_huge, tl.load(flags + index, mask=index < GROUP * stats_tiles, other=0.0))
+    huge = tl.max(any_huge, 0) != 0.0
 
     if DK:
         dk_acc = tl.zeros([TILE_N, BLOCK_D], tl.float32)
@@ -190,9 +262,9 @@ def attention_bwd_dkdv(q, k, v, dout, stats, dk, dv, captured, strides_q, stride
         dout_head = head_base(dout, batch, head, strides_dout, TMA)
         dout_tile = load_rows(dout_head, batch, head, query, seqlen_q, strides_dout, HEAD_DIM_V, TILE_M, BLOCK_DV, TMA)
         head_stats = stats + tl.cast(batch_head * GROUP + member, tl.int64) * rows + query
-        row_lse = tl.load(head_stats + tl.arange(0, TILE_M))
+        minus_lse = tl.load(head_stats + tl.arange(0, TILE_M))
         if DK:
-            delta = tl.load(head_stats + tl.cast(batch_heads * GROUP, tl.int64) * rows + tl.arange(0, TILE_M))
+            delta = tl.load(head_stats + plane + tl.arange(0, TILE_M))
 
         if not LOOKAHEAD:
             s = tl.dot(k_tile, q_tile.T, input_precision="ieee")
@@ -202,7 +274,11 @@ def attention_bwd_dkdv(q, k, v, dout, stats, dk, dv, captured, strides_q, stride
             slope = SLOPE(s, scale, batch, head, queries, keys, seqlen_k - seqlen_q, captured, strides_captured, sizes)
         if CHANGE is not None:
             s = CHANGE(s, scale, batch, head, queries, keys, seqlen_k - seqlen_q, captured, strides_captured, sizes)
-        p = tl.exp2(s * scale_log2 - row_lse[None, :])
+        x = tl.fma(s, scale_log2, minus_lse[None, :])
+        if huge:
+            s = below(s, tl.load(head_stats + 2 * plane + tl.arange(0, TILE_M))[None, :])
+            x = tl.fma(s, scale_log2, minus_lse[None, :])
+        p = tl.exp2(x)
         crosses = query < full_start
         if BOUND_LEFT:
             crosses = crosses | (query > last_full)

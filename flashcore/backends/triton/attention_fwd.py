@@ -30,6 +30,10 @@ Numerics    Without a change scores stay unscaled; scale * log2(e) is folded int
             a row sees no key, which `combine` then weighs with exactly 0. P is rounded to the input dtype for P V;
             everything else is float32. The order of all additions depends on shapes and config only: repeated calls
             give the same bits.
+Huge scores The rounding of row_max is a factor that all exponentials of a row and their sum share: from HUGE on up to 2,
+            from 2^28 on more than P holds. A program that finds such a maximum in the end does its keys again, by
+            p = exp2((s - row_max) * scale_log2): one operation more per element, and exact where all the weight is.
+            Changed scores, and float32 without tensor cores, are computed so from the start.
 """
 
 # fmt: off
@@ -48,6 +52,7 @@ from flashcore.backends.triton.tiles import (
 
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
+HUGE = tl.constexpr(2.0**24)  # a maximum in units of log2
 
 
 @triton.jit(do_not_specialize=["batch_heads", "section", "seqlen_q", "seqlen_k", "heads_k", "left", "right", "sizes"])
@@ -97,47 +102,22 @@ def attention_fwd(q, k, v, sink, out, lse, captured, strides_q, strides_k, strid
     per_split = tl.cdiv(blocks, tl.num_programs(1))
     start = lowest + tl.minimum(split * per_split, blocks) * TILE_N
     stop = lowest + tl.minimum((split + 1) * per_split, blocks) * TILE_N
-    last_full = full_stop - TILE_N  # where the last tile starts that is full on the right
 
     k_head = head_base(k, batch, head_k, strides_k, TMA)
     v_head = head_base(v, batch, head_k, strides_v, TMA)
-    acc = tl.zeros([TILE_M, BLOCK_DV], tl.float32)
-    row_max = tl.full([TILE_M], float("-inf"), tl.float32)
-    row_sum = tl.zeros([TILE_M], tl.float32)
-    if LOOKAHEAD:
-        k_tile = load_rows(k_head, batch, head_k, start, limit, strides_k, HEAD_DIM, TILE_N, BLOCK_D, TMA)
-        s = tl.dot(q_tile, k_tile.T, input_precision="ieee")
-    for key in tl.range(start, stop, TILE_N):
-        if not LOOKAHEAD:
-            k_tile = load_rows(k_head, batch, head_k, key, limit, strides_k, HEAD_DIM, TILE_N, BLOCK_D, TMA)
-            s = tl.dot(q_tile, k_tile.T, input_precision="ieee")
-        if CHANGE is not None:
-            s = CHANGE(s, scale, batch, head_q[:, None] if PACK else head, query[:, None],
-                       key + tl.arange(0, TILE_N)[None, :], seqlen_k - seqlen_q, captured, strides_captured, sizes)
-        crosses = key > last_full
-        if BOUND_LEFT:
-            crosses = crosses | (key < full_start)
-        if crosses:
-            keys = key + tl.arange(0, TILE_N)[None, :]
-            seen = keys < sees_to[:, None]
-            if BOUND_LEFT:
-                seen = seen & (keys >= sees_from[:, None])
-            s = tl.where(seen, s, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(s, 1) * scale_log2)
-        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-        p = tl.exp2(s * scale_log2 - shift[:, None])
-        rescale = tl.exp2(row_max - shift)
-        row_sum = row_sum * rescale + tl.sum(p, 1)
-        row_max = new_max
-        if LOOKAHEAD:  # past the last tile: not used
-            k_tile = load_rows(k_head, batch, head_k, key + TILE_N, limit, strides_k, HEAD_DIM, TILE_N, BLOCK_D, TMA)
-            s = tl.dot(q_tile, k_tile.T, input_precision="ieee")
-            p = round_here(p, q.dtype.element_ty)  # P of the last tile is still being read until S has been waited for
-        else:
-            p = p.to(q.dtype.element_ty)
-        acc = acc * rescale[:, None]
-        v_tile = load_rows(v_head, batch, head_k, key, limit, strides_v, HEAD_DIM_V, TILE_N, BLOCK_DV, TMA)
-        acc = tl.dot(p, v_tile, acc, input_precision="ieee")
+    positions = scale, batch, head_q[:, None] if PACK else head, query[:, None], seqlen_k - seqlen_q
+    looked_up = captured, strides_captured, sizes
+    visible = sees_from, sees_to, full_start, full_stop - TILE_N
+    EXACT: tl.constexpr = CHANGE is not None or q.dtype.element_ty == tl.float32
+    acc, row_max, row_sum = attend(q_tile, k_head, v_head, batch, head_k, start, stop, limit, strides_k, strides_v,
+                                   scale_log2, visible, positions, looked_up, BOUND_LEFT, CHANGE, HEAD_DIM, HEAD_DIM_V,
+                                   TILE_M, TILE_N, BLOCK_D, BLOCK_DV, LOOKAHEAD, TMA, EXACT, None)
+    if not EXACT:
+        huge = tl.abs(tl.where(row_max == float("-inf"), 0.0, row_max)) >= HUGE
+        if tl.max(huge.to(tl.int32), 0) != 0:
+            acc, row_max, row_sum = attend(q_tile, k_head, v_head, batch, head_k, start, stop, limit, strides_k,
+                                           strides_v, scale_log2, visible, positions, looked_up, BOUND_LEFT, CHANGE,
+                                           HEAD_DIM, HEAD_DIM_V, TILE_M, TILE_N, BLOCK_D, BLOCK_DV, False, TMA, True, 1)
 
     if SINK:
         row_max, row_sum, weight = with_sink(row_max, row_sum, tl.load(sink + head_q))
@@ -153,6 +133,67 @@ def attention_fwd(q, k, v, sink, out, lse, captured, strides_q, strides_k, strid
     batches = batch_heads // heads
     lse_rows = ((split * batches + batch).to(tl.int64) * (heads_k * GROUP) + head_q) * seqlen_q + query
     tl.store(lse + lse_rows, row_lse, mask=row < rows)
+
+
+@triton.jit
+def attend(q_tile, k_head, v_head, batch, head_k, start, stop, limit, strides_k, strides_v, scale_log2, visible,
+           positions, looked_up, BOUND_LEFT: tl.constexpr, CHANGE: tl.constexpr, HEAD_DIM: tl.constexpr,
+           HEAD_DIM_V: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, BLOCK_D: tl.constexpr,
+           BLOCK_DV: tl.constexpr, LOOKAHEAD: tl.constexpr, TMA: tl.constexpr, EXACT: tl.constexpr,
+           STAGES: tl.constexpr):
+    """(acc, row_max, row_sum) of the rows of `q_tile` and the keys start..stop; row_max in units of log2.
+
+    EXACT: the maximum of a row is subtracted before anything is rounded. STAGES: of the loop; None: the kernel's.
+    """
+    sees_from, sees_to, full_start, last_full = visible  # the last tile that is full on the right starts at last_full
+    acc = tl.zeros([TILE_M, BLOCK_DV], tl.float32)
+    row_max = tl.full([TILE_M], float("-inf") if EXACT else float("inf"), tl.float32)
+    row_sum = tl.zeros([TILE_M], tl.float32)
+    minus_scale_log2 = -scale_log2
+    if LOOKAHEAD:
+        k_tile = load_rows(k_head, batch, head_k, start, limit, strides_k, HEAD_DIM, TILE_N, BLOCK_D, TMA)
+        s = tl.dot(q_tile, k_tile.T, input_precision="ieee")
+    for key in tl.range(start, stop, TILE_N, num_stages=STAGES):
+        if not LOOKAHEAD:
+            k_tile = load_rows(k_head, batch, head_k, key, limit, strides_k, HEAD_DIM, TILE_N, BLOCK_D, TMA)
+            s = tl.dot(q_tile, k_tile.T, input_precision="ieee")
+        if CHANGE is not None:
+            scale, in_batch, head, query, offset = positions
+            captured, strides_captured, sizes = looked_up
+            s = CHANGE(s, scale, in_batch, head, query, key + tl.arange(0, TILE_N)[None, :], offset, captured,
+                       strides_captured, sizes)
+        crosses = key > last_full
+        if BOUND_LEFT:
+            crosses = crosses | (key < full_start)
+        if crosses:
+            keys = key + tl.arange(0, TILE_N)[None, :]
+            seen = keys < sees_to[:, None]
+            if BOUND_LEFT:
+                seen = seen & (keys >= sees_from[:, None])
+            s = tl.where(seen, s, float("-inf"))
+        if EXACT:
+            new_max = tl.maximum(row_max, tl.max(s, 1))
+            shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+            p = tl.exp2((s - shift[:, None]) * scale_log2)
+            rescale = tl.exp2((row_max - shift) * scale_log2)
+        else:
+            new_max = tl.minimum(row_max, tl.max(s, 1) * minus_scale_log2)  # with the other sign: it is added
+            shift = tl.where(new_max == float("inf"), 0.0, new_max)
+            p = tl.exp2(tl.fma(s, scale_log2, shift[:, None]))
+            rescale = tl.exp2(shift - row_max)
+        row_sum = row_sum * rescale + tl.sum(p, 1)
+        row_max = new_max
+        if LOOKAHEAD:  # past the last tile: not used
+            k_tile = load_rows(k_head, batch, head_k, key + TILE_N, limit, strides_k, HEAD_DIM, TILE_N, BLOCK_D, TMA)
+            s = tl.dot(q_tile, k_tile.T, input_precision="ieee")
+            p = round_here(p, q_tile.dtype)  # P of the last tile is still being read until S has been waited for
+        else:
+            p = p.to(q_tile.dtype)
+        acc = acc * rescale[:, None]
+        v_tile = load_rows(v_head, batch, head_k, key, limit, strides_v, HEAD_DIM_V, TILE_N, BLOCK_DV, TMA)
+        acc = tl.dot(p, v_tile, acc, input_precision="ieee")
+    row_max = row_max * scale_log2 if EXACT else -row_max
+    return acc, row_max, row_sum
 
 
 @triton.jit

@@ -19,6 +19,9 @@ from flashcore.backends.triton.configs import Tile
 from flashcore.problem import AttentionProblem
 
 _TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+_INTEGERS = (
+    "batch_heads", "section", "seqlen_q", "seqlen_k", "heads_k", "rows", "stats_tiles", "left", "right",
+)  # fmt: skip
 _FUNCTIONS = {
     "forward": attention_fwd, "dq": attention_bwd_dq, "dkdv": attention_bwd_dkdv, "dk": attention_bwd_dkdv,
     "dv": attention_bwd_dkdv,
@@ -78,7 +81,7 @@ def compile_kernel(
             signature[name] = f"tensordesc<{element}[1, 1, {stream_rows}, {columns[name]}]>"
         elif name in ("scale", "scale_log2", "scale_grad"):
             signature[name] = "fp32"
-        elif name in ("batch_heads", "section", "seqlen_q", "seqlen_k", "heads_k", "rows", "left", "right"):
+        elif name in _INTEGERS:
             signature[name] = "i32"
         else:
             signature[name] = "*fp32" if name in ("lse", "dlse", "stats", "sink") else f"*{element}"

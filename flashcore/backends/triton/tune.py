@@ -189,7 +189,7 @@ class Tensors:
         if kernel == "dq":
             return fill
         fill()
-        launch = attention.prepare_dkdv(problem, tile, shape[3], dk=kernel != "dv", dv=kernel != "dk")
+        launch = attention.prepare_dkdv(problem, tile, shape[3], config.dq, dk=kernel != "dv", dv=kernel != "dk")
         return partial(launch, q, k, v, dout, stats, torch.empty_like(k), torch.empty_like(v), problem.scale)
 
 

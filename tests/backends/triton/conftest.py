@@ -31,7 +31,7 @@ def device() -> str:
 
 
 def mend(interpreter, tl) -> None:
-    """Four things about the interpreter of Triton 3.6 that would keep these tests from being true, or short."""
+    """Five things about the interpreter of Triton 3.6 that would keep these tests from being true, or short."""
     patch_tensor = interpreter._patch_lang_tensor
     create_dot = interpreter.InterpreterBuilder.create_dot
     convert_float = interpreter._convert_float
@@ -46,6 +46,11 @@ def mend(interpreter, tl) -> None:
         """It takes the bits of bfloat16 matrices for integers; and NumPy is slow unless matrices are float32."""
         a, b = (self.cast_impl(x, tl.float32) for x in (a, b))
         return create_dot(self, a, b, *args)
+
+    def create_fused_multiply_add(self, x, y, z):
+        """It rounds the product."""
+        exact = x.data.astype(np.float64) * y.data + z.data
+        return interpreter.TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
 
     def round_to_nearest(values, source, target, rounding):
         """It truncates to bfloat16, where GPUs round to the nearest, ties to even."""
@@ -64,6 +69,7 @@ def mend(interpreter, tl) -> None:
 
     interpreter._patch_lang_tensor = patch_tensor_and_index
     interpreter.InterpreterBuilder.create_dot = create_float_dot
+    interpreter.InterpreterBuilder.create_fma = create_fused_multiply_add
     interpreter._convert_float = round_to_nearest
     interpreter.InterpretedFunction.__call__ = call
 

@@ -360,20 +360,42 @@ from flashcore.problem import AttentionProblem
 arch = tuple(json.loads(sys.argv[1]))
 rows = TABLES[arch] if sys.argv[2] == "table" else _SAFE
 apart = {row.head_dim for row in rows if row.kernel == "dv"}
+
+
+def problem_of(row, dtype, causal):
+    heads_q = 16 if row.kernel == "forward" and row.tile.tile_m == 16 else 4
+    mask = CAUSAL if causal else FULL
+    return AttentionProblem(
+        dtype, "cuda", arch, 132, 2, 2048, 2048, heads_q, 4, row.head_dim, row.head_dim, mask, 0.1
+    )
+
+
+def dtype_of(row):
+    return "float32" if row.applies is _float32 else "bfloat16"
+
+
+def is_for(row, causal):
+    # Whether no row above it takes the problems that it applies to.
+    problem = problem_of(row, dtype_of(row), causal)
+    return row is next(r for r in (*(
+        r for r in rows if (r.kernel, r.head_dim) == (row.kernel, row.head_dim) and r.applies(problem, 2048)
+    ), row))
+
+
 for row in rows:
     kernel = "dk" if row.kernel == "dkdv" and row.head_dim in apart else row.kernel
     decode = row.kernel == "forward" and row.tile.tile_m == 16
-    variants = [("float32" if row.applies is _float32 else "bfloat16", True)]
+    masked = is_for(row, True)
+    variants = [(dtype_of(row), masked)]
     if row.tile.lookahead:  # registers are allotted anew
-        variants += [("bfloat16", False), ("float16", True)]
+        variants += [("bfloat16", not masked), ("float16", masked)]
     for dtype, causal in variants:
-        problem = AttentionProblem(
-            dtype, "cuda", arch, 132, 2, 2048, 2048, 16 if decode else 4, 4, row.head_dim, row.head_dim,
-            CAUSAL if causal else FULL, 0.1,
-        )
+        problem = problem_of(row, dtype, causal)
         compiled = compile_kernel(kernel, problem, row.tile, arch, pack_gqa=decode)
         ttgir = compiled.asm["ttgir"]
-        loop = ttgir[ttgir.rindex("scf.for"):ttgir.rindex("scf.yield %")]
+        loops = [loop for loop in ttgir.split("scf.for") if "math.exp2" in loop and "warp_group_dot " in loop]
+        # What follows the first one is for huge scores.
+        loop = loops[0][:loops[0].rindex("scf.yield %")] if row.tile.lookahead else ""
         order = re.findall(r"math.exp2|warp_group_dot_wait|warp_group_dot ", loop)
         hazards = overwritten_operands(disassemble(compiled.asm["cubin"])) if arch == (9, 0) else []
         print(json.dumps({
