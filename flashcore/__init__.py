@@ -18,6 +18,7 @@ _PUBLIC = {
     "attention": "api",
     "alibi": "score",
     "bias": "score",
+    "lookup": "score",
     "softcap": "score",
     "explain": "api",
     "explain_matmul": "gemm",
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
     from flashcore.integrations.sdpa import scaled_dot_product_attention
     from flashcore.plan import Plan
     from flashcore.problem import AttentionProblem
-    from flashcore.score import alibi, bias, softcap
+    from flashcore.score import alibi, bias, lookup, softcap
 
 
 def __getattr__(name: str):

@@ -16,8 +16,8 @@ from flashcore.backends import ATTENTION, Run
 from flashcore.calls import Runs, autocast, on_its_device, operators
 from flashcore.errors import UnsupportedError
 from flashcore.plan import Plan
-from flashcore.problem import LEAST_SCALE, AttentionProblem, check_tensors, checked_scale
-from flashcore.score import bind
+from flashcore.problem import LEAST_SCALE, AttentionProblem, check_tensors, checked_mask, checked_scale
+from flashcore.score import PLAIN, bind
 from flashcore.watching import answers_itself, is_batched, is_recorded, is_transformed, is_watched
 
 # Strides are not part of a kind: no check and no plan depends on them. Neither is the size of a scale.
@@ -103,8 +103,8 @@ def attention(
     :param scale: multiplies the scores; ``head_dim ** -0.5`` when None.
     :param score: what becomes of each scaled score before the mask and the softmax: a function of (score, batch, head,
         query, key) written with Python's operators, ``torch.tanh``, ``exp``, ``log``, ``sqrt``, ``abs``, ``minimum``,
-        ``maximum``, ``where``, and elements of tensors such as ``slopes[head]``; :func:`softcap`, :func:`alibi` and
-        :func:`bias` make some. It is called with symbols, once for each call.
+        ``maximum``, ``where``, and elements of tensors such as ``slopes[head]`` (:func:`lookup`); :func:`softcap`,
+        :func:`alibi` and :func:`bias` make some. It is called with symbols, once for each call.
     :param sink: (heads_q,), float32 or q's dtype: ``exp(sink)`` joins the softmax's denominator, as a key without a
         value would.
     :param return_lse: also return the natural logarithm of each query's softmax denominator. No gradient flows
@@ -119,12 +119,7 @@ def attention(
     """
     if _is_any_autocast_enabled():
         q, k, v = autocast(q, k, v)
-    if is_watched() and window is score is sink is None:
-        run = _by_operations if is_transformed(q, k, v) else _by_operator if is_recorded() else None
-        if run is not None:
-            out, lse = run(causal, return_lse, backend, q, k, v, scale)
-            return (out, lse) if return_lse else out
-    if window is not None or score is not None or sink is not None:
+    if window is not None or score is not None or sink is not None or is_watched():
         out, lse = _with_features(q, k, v, causal, window, scale, score, sink, return_lse, backend)
         return (out, lse) if return_lse else out
     try:
@@ -139,7 +134,7 @@ def attention(
     except (AttributeError, TypeError, RuntimeError):  # not tensors, nested ones, unhashable values:
         key = run = None  # validation says which
     if run is None:
-        run = _prepare(key, q, k, v, causal, scale, return_lse, backend)
+        run = _prepare(key, q, k, v, (), scale, causal, None, PLAIN, return_lse, backend)
     out, lse = run(q, k, v, scale)
     return (out, lse) if return_lse else out
 
@@ -164,7 +159,8 @@ def explain(
     raise.
     """
     q, k, v = autocast(q, k, v)
-    problem, extras = _problem(q, k, v, causal, window, scale, score, sink, return_lse)
+    spec, extras = bind(score, sink)
+    problem = _problem(q, k, v, extras, causal, window, scale, spec, return_lse)
     plan = planning.plan(problem, backend)
     copied = getattr(ATTENTION.load(plan.backend), "copied", None)
     if copied is None or any(map(answers_itself, (q, k, v))):  # these have no addresses
@@ -172,69 +168,67 @@ def explain(
     return replace(plan, copied=copied(problem, plan.config, q, k, v, *extras))
 
 
-def _problem(q, k, v, causal, window, scale, score, sink, return_lse) -> tuple[AttentionProblem, tuple]:
-    """The checked problem, and the tensors that its score brings."""
-    spec, extras = bind(score, sink)
-    problem = AttentionProblem.from_tensors(
+def _problem(q, k, v, extras, causal, window, scale, spec, return_lse) -> AttentionProblem:
+    return AttentionProblem.from_tensors(
         q, k, v, causal=causal, window=window, scale=scale, score=spec, extras=extras, return_lse=return_lse
     )
-    return problem, extras
-
-
-def _by_operator(causal, return_lse, backend, q, k, v, scale):
-    """(out, lse) by the operator, for those who record operators or answer them."""
-    if not torch.compiler.is_compiling():  # which checks the operator's arguments as it traces
-        check_tensors(q, k, v)
-        checked_scale(scale, q.shape[3])
-    return operators().attention(q, k, v, causal, scale, return_lse, backend)
-
-
-def _by_operations(causal, return_lse, backend, q, k, v, scale):
-    """(out, lse) by a backend that is made of PyTorch's operations, which transforms see through."""
-    problem, _ = _problem(q, k, v, causal, None, scale, None, None, return_lse)
-    plan = planning.prepared_plan(problem, backend)
-    if not ATTENTION.load(plan.backend).NATIVE_GRAD:
-        raise UnsupportedError(
-            f"attention: backend {plan.backend!r} cannot be transformed by torch.func (grad, vjp, vmap, ...) or "
-            'forward-mode differentiation. Pass backend="sdpa".'
-        )
-    return _detach_lse(plan.run, q, k, v, scale)
 
 
 def _with_features(q, k, v, causal, window, scale, score, sink, return_lse, backend):
-    """(out, lse) of a call with a window, a score function or sinks."""
-    if is_watched() and (is_transformed(q, k, v, sink) or is_recorded()):
-        raise UnsupportedError(
-            "attention: window, score and sink are not there under torch.compile, torch.func and other recordings."
-        )
+    """(out, lse) of a call with a window, a score function or sinks, or of one that somebody watches."""
     spec, extras = bind(score, sink)
+    options = causal, window, spec, return_lse, backend
+    if is_watched():
+        if is_transformed(q, k, v, *extras):
+            return _by_operations(options, q, k, v, scale, *extras)
+        if is_recorded():
+            return _by_operator(options, q, k, v, scale, *extras)
     grad = _is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in (q, k, v, *extras))
     try:
         key = (
             "features", q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,
             q.layout, k.layout, v.layout, type(q), type(k), type(v), causal, type(causal), window,
             scale is None or (type(scale) is float and LEAST_SCALE <= scale <= _LARGEST_SCALE) or (type(scale), scale),
-            spec, tuple(t.device for t in extras), grad, return_lse, type(return_lse), backend, _active_override(),
+            spec, tuple((t.device, type(t)) for t in extras), grad, return_lse, type(return_lse), backend,
+            _active_override(),
         )  # fmt: skip
-        run = _recent(key) or runs.recall(key)
+        run = _recent(key)
     except (AttributeError, TypeError, RuntimeError):
         key = run = None
     if run is None:
-        problem, _ = _problem(q, k, v, causal, window, scale, score, sink, return_lse)
-        run = on_its_device(q, _runner(planning.prepared_plan(problem, backend)))
-        if key is not None:
-            runs.remember(key, run)
+        run = _prepare(key, q, k, v, extras, scale, *options)
     return run(q, k, v, scale, *extras)
 
 
-def _prepare(key: tuple | None, q, k, v, causal, scale, return_lse, backend) -> Run:
+def _by_operator(options, q, k, v, scale, *extras):
+    """(out, lse) by the operator, for those who record operators or answer them."""
+    causal, window, spec, return_lse, backend = options
+    if not torch.compiler.is_compiling():  # which checks the operator's arguments as it traces
+        check_tensors(q, k, v)
+        checked_scale(scale, q.shape[3])
+    return operators().attention(q, k, v, extras, checked_mask(causal, window), scale, spec, return_lse, backend)
+
+
+def _by_operations(options, q, k, v, scale, *extras):
+    """(out, lse) by a backend that is made of PyTorch's operations, which transforms see through."""
+    causal, window, spec, return_lse, backend = options
+    plan = planning.prepared_plan(_problem(q, k, v, extras, causal, window, scale, spec, return_lse), backend)
+    if not ATTENTION.load(plan.backend).NATIVE_GRAD:
+        raise UnsupportedError(
+            f"attention: backend {plan.backend!r} cannot be transformed by torch.func (grad, vjp, vmap, ...) or "
+            f'forward-mode differentiation. Pass backend="{"sdpa" if spec == PLAIN else "reference"}".'
+        )
+    return _detach_lse(plan.run, q, k, v, scale, *extras)
+
+
+def _prepare(key: tuple | None, q, k, v, extras, scale, causal, window, spec, return_lse, backend) -> Run:
     """How to run a kind of call that is no recent one: recalled, or validated, planned and remembered."""
     run = None if key is None else runs.recall(key)
     if run is not None:
         return run
-    if any(map(answers_itself, (q, k, v))):
-        return partial(_by_operator, causal, return_lse, backend)
-    problem, _ = _problem(q, k, v, causal, None, scale, None, None, return_lse)
+    if any(map(answers_itself, (q, k, v, *extras))):
+        return partial(_by_operator, (causal, window, spec, return_lse, backend))
+    problem = _problem(q, k, v, extras, causal, window, scale, spec, return_lse)
     run = on_its_device(q, _runner(planning.prepared_plan(problem, backend)))
     return run if key is None else runs.remember(key, run)
 
@@ -292,18 +286,14 @@ def _gradients(plan: Plan, scale: float | None, q, k, v, out, lse, dout, *extras
     if is_watched() and is_transformed(*tensors):
         return _TransformedGradients.apply(plan, scale, *tensors)
     if is_recorded() or is_batched(dout) or any(map(answers_itself, tensors)):
-        if plan.problem.features - {"head_dim_v"}:
-            raise UnsupportedError(
-                "attention: the gradients of a window, a score function and sinks cannot be recorded or batched."
-            )
         return _gradients_by_operator(plan, scale, *tensors)
     return plan.backward.run(q, k, v, out, lse, dout, None, scale, *extras)  # None: no gradient of the LSE yet
 
 
-def _gradients_by_operator(plan: Plan, scale: float | None, q, k, v, out, lse, dout) -> tuple[torch.Tensor, ...]:
-    backend = plan.backend if plan.backend in ATTENTION.providers else "auto"
-    options = plan.problem.causal, scale, True, plan.problem.return_lse, backend
-    return operators().attention_backward(dout, q, k, v, out, lse, *options)
+def _gradients_by_operator(plan: Plan, scale: float | None, q, k, v, out, lse, dout, *extras):
+    problem, backend = plan.problem, plan.backend if plan.backend in ATTENTION.providers else "auto"
+    options = problem.mask, scale, problem.score, problem.return_lse, backend
+    return operators().attention_backward(dout, q, k, v, out, lse, extras, *options)
 
 
 class _TransformedGradients(torch.autograd.Function):

@@ -11,8 +11,8 @@ from __future__ import annotations
 import ast
 import functools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -68,16 +68,19 @@ _FORMS: dict[str, _Form] = {
 _INFIX = ("+", "-", "*", "/", "<", "<=", "&", "|")
 
 
-@dataclass(frozen=True, eq=False)
 class Expression:
-    """A value inside a score function. Python's arithmetic and torch's functions of the same names make new ones."""
+    """A value inside a score function. Python's arithmetic and torch's functions of the same names make new ones.
 
-    op: str  # of _FORMS, or "constant", "name", "lookup"
-    arguments: tuple[Any, ...]  # Expressions; of a constant its number, of a name itself, of a lookup slot and indices
-    text: str = field(init=False, repr=False)  # decides equality
+    Dynamo traces score functions, too. No dataclass: it would take one that is frozen for a constant of the graph.
+    """
 
-    def __post_init__(self):
-        object.__setattr__(self, "text", self._text())
+    def __init__(self, op: str, arguments: tuple[Any, ...], found: list[torch.Tensor] | None = None):
+        self.op = op  # of _FORMS, or "constant", "name", "lookup"
+        self.arguments = arguments  # Expressions; of a constant its number, of a name itself, of a lookup slot, indices
+        self.text = self._text()  # decides equality
+        if found is None:
+            found = next((a.found for a in arguments if isinstance(a, Expression) and a.found is not None), None)
+        self.found = found  # the tensors that its score function has looked up so far, while that is traced
 
     def __eq__(self, other) -> bool:
         return isinstance(other, Expression) and self.text == other.text
@@ -91,9 +94,10 @@ class Expression:
     def _text(self) -> str:
         if self.op in ("constant", "name"):
             return repr(self.arguments[0]) if self.op == "constant" else self.arguments[0]
-        if self.op in _INFIX:
-            return f"({self.arguments[0]} {self.op} {self.arguments[1]})"
-        return f"{self.op}({', '.join(map(str, self.arguments))})"
+        texts = [a.text if isinstance(a, Expression) else repr(a) for a in self.arguments]
+        if self.op in _INFIX:  # sums of texts: what Dynamo formats it cannot compare
+            return "(" + texts[0] + " " + self.op + " " + texts[1] + ")"
+        return self.op + "(" + ", ".join(texts) + ")"
 
     # ---- building ----
     def __add__(self, other): return _join("+", self, other)
@@ -244,12 +248,22 @@ def _no_operation(name: str) -> InvalidInputError:
 def _wrap(x) -> Expression:
     if isinstance(x, Expression):
         return x
-    if isinstance(x, bool) or not isinstance(x, (int, float)):
+    if isinstance(x, bool) or not isinstance(x, (int, float, torch.SymInt, torch.SymFloat)):
         what = "a whole tensor: look up an element, such as slopes[head]" if isinstance(x, torch.Tensor) else repr(x)
         raise InvalidInputError(f"score: a score function cannot compute with {what}.")
+    if torch.compiler.is_compiling() or isinstance(x, (torch.SymInt, torch.SymFloat)):
+        x = _constant_of_the_graph(x)
     if math.isnan(x):
         raise InvalidInputError("score: a score function cannot compute with NaN.")
     return Expression("constant", (x,))
+
+
+def _constant_of_the_graph(x):
+    """The number that a symbol stands for, from now on in the whole recording."""
+    # Much to import, and eager calls need none of it.
+    from torch.fx.experimental.symbolic_shapes import guard_scalar
+
+    return guard_scalar(x)
 
 
 def _join(op: str, *arguments) -> Expression:
@@ -277,7 +291,7 @@ def _join(op: str, *arguments) -> Expression:
     return Expression(op, arguments)
 
 
-SCORE, BATCH, HEAD, QUERY, KEY = (Expression("name", (name,)) for name in ARGUMENTS)
+SCORE = Expression("name", ("score",))
 # seqlen_k - seqlen_q: ``query + OFFSET`` is where a query stands among the keys, aligned to the bottom right.
 OFFSET = Expression("name", (OFFSET_NAME,))
 
@@ -333,18 +347,19 @@ class Score:
 
 PLAIN = Score()
 
-_tracing: list[list[torch.Tensor]] = []  # the tensors looked up so far, of the traces under way
-
 
 def lookup(tensor: torch.Tensor, *indices) -> Expression:
     """``tensor[indices]`` inside a score function, such as ``slopes[head]`` or ``bias[batch, head, query, key]``.
+
+    Under ``torch.compile(fullgraph=True)`` several indices need this function: Dynamo cannot trace ``bias[...]`` there.
 
     :param tensor: float32, bfloat16 or float16, on the device of q; read where it is, and not differentiated.
     :param indices: one for each dimension: arguments of the score function, integers, or sums, differences, products of
         these. They are clamped to the dimension. A dimension of size 1 serves every index.
     :raises InvalidInputError: outside of a score function, or with other tensors or indices.
     """
-    if not _tracing:
+    found = next((i.found for i in indices if isinstance(i, Expression) and i.found is not None), None)
+    if found is None:
         raise InvalidInputError("score: arguments of a score function mean nothing outside of it.")
     if not isinstance(tensor, torch.Tensor) or tensor.dtype not in LOOKUP_DTYPES:
         given = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
@@ -364,7 +379,6 @@ def lookup(tensor: torch.Tensor, *indices) -> Expression:
         if not _is_integral(index):
             raise InvalidInputError(f"score: {index} is no integer index.")
         wrapped.append(_wrap(0) if size == 1 else index)
-    found = _tracing[-1]
     slot = next((i for i, x in enumerate(found) if x is tensor), len(found))
     if slot == len(found):
         found.append(tensor)
@@ -382,8 +396,8 @@ def _is_integral(x: Expression) -> bool:
 class ScoreFunction:
     """A score function that is traced once: what :func:`softcap`, :func:`alibi` and :func:`bias` return."""
 
-    def __init__(self, function: Callable, name: str):
-        self._function, self._name = function, name
+    def __init__(self, function: Callable, *steps: object):
+        self._function, self._steps = function, steps  # which its name is made of
 
     def __call__(self, score, batch, head, query, key):
         return self._function(score, batch, head, query, key)
@@ -393,7 +407,7 @@ class ScoreFunction:
         return _trace(self._function)
 
     def __repr__(self) -> str:
-        return self._name
+        return " then ".join(map(str, self._steps))
 
 
 def softcap(cap: float) -> ScoreFunction:
@@ -403,7 +417,8 @@ def softcap(cap: float) -> ScoreFunction:
     """
     if isinstance(cap, bool) or not isinstance(cap, (int, float)) or not 0 < cap < math.inf:
         raise InvalidInputError(f"softcap: cap must be a positive number (given {cap!r}).")
-    return _softcap(float(cap))
+    make = _softcap.__wrapped__ if torch.compiler.is_compiling() else _softcap  # Dynamo warns of caches
+    return make(float(cap))
 
 
 @functools.lru_cache(maxsize=256)
@@ -425,7 +440,7 @@ def alibi(slopes: torch.Tensor) -> ScoreFunction:
         raise InvalidInputError(f"alibi: slopes must be a tensor (heads_q,) or (batch, heads_q) (given {given}).")
 
     def change(score, batch, head, query, key):
-        slope = slopes[head] if slopes.dim() == 1 else slopes[batch, head]
+        slope = lookup(slopes, head) if slopes.dim() == 1 else lookup(slopes, batch, head)
         return score - slope * abs(query + OFFSET - key)
 
     return ScoreFunction(change, f"alibi(slopes {tuple(slopes.shape)})")
@@ -441,7 +456,7 @@ def bias(tensor: torch.Tensor) -> ScoreFunction:
     if not isinstance(tensor, torch.Tensor) or tensor.dim() != 4:
         given = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
         raise InvalidInputError(f"bias: needs a tensor (batch, heads_q, seqlen_q, seqlen_k) (given {given}).")
-    return ScoreFunction(lambda score, *at: score + tensor[at], f"bias(tensor {tuple(tensor.shape)})")
+    return ScoreFunction(lambda score, *at: score + lookup(tensor, *at), f"bias(tensor {tuple(tensor.shape)})")
 
 
 def chained(*functions: ScoreFunction | None) -> ScoreFunction | None:
@@ -455,12 +470,12 @@ def chained(*functions: ScoreFunction | None) -> ScoreFunction | None:
             score = function(score, *at)
         return score
 
-    return ScoreFunction(change, " then ".join(map(repr, there)))
+    return ScoreFunction(change, *there)
 
 
 def trace(function: Callable) -> tuple[Expression, tuple[torch.Tensor, ...]]:
     """The expression that a score function computes, and the tensors that it looks up."""
-    if isinstance(function, ScoreFunction):
+    if isinstance(function, ScoreFunction) and not torch.compiler.is_compiling():  # Dynamo has no lock for the memory
         return function.traced
     if not callable(function):
         raise InvalidInputError(
@@ -471,11 +486,10 @@ def trace(function: Callable) -> tuple[Expression, tuple[torch.Tensor, ...]]:
 
 
 def _trace(function: Callable) -> tuple[Expression, tuple[torch.Tensor, ...]]:
-    _tracing.append([])
-    try:
-        expression = _wrap(function(SCORE, BATCH, HEAD, QUERY, KEY))
-    finally:
-        tensors = tuple(_tracing.pop())
+    found: list[torch.Tensor] = []
+    expression = _wrap(function(*(Expression("name", (name,), found) for name in ARGUMENTS)))
+    tensors = tuple(found)
+    found.clear()  # the expression outlives the call, in plans
     if expression.truth:
         raise InvalidInputError(f"attention: score returns a comparison, {expression}. Use torch.where.")
     return expression, tensors
@@ -484,14 +498,19 @@ def _trace(function: Callable) -> tuple[Expression, tuple[torch.Tensor, ...]]:
 def bind(score: Callable | None, sink: torch.Tensor | None) -> tuple[Score, tuple[torch.Tensor, ...]]:
     """The spec of a call's score function and sinks, and the tensors that they bring, in the spec's order."""
     change, captured = (None, ()) if score is None else trace(score)
-    if change == SCORE:
-        change = None
+    return describe(None if change == SCORE else change, captured, sink)
+
+
+def describe(
+    change: Expression | None, captured: Sequence[torch.Tensor], sink: torch.Tensor | None
+) -> tuple[Score, tuple[torch.Tensor, ...]]:
+    """The same of an expression and the tensors that it looks up."""
     spec = Score(
         change,
         tuple((str(t.dtype).removeprefix("torch."), tuple(t.shape)) for t in captured),
         None if sink is None else str(getattr(sink, "dtype", type(sink).__name__)).removeprefix("torch."),
     )
-    return spec, captured if sink is None else (*captured, sink)
+    return spec, tuple(captured) if sink is None else (*captured, sink)
 
 
 def check(spec: Score, extras: tuple[torch.Tensor, ...], q: torch.Tensor, seqlen_k: int) -> None:
@@ -508,6 +527,8 @@ def check(spec: Score, extras: tuple[torch.Tensor, ...], q: torch.Tensor, seqlen
             )
     for one in spec.change.lookups if spec.change is not None else ():
         slot, *indices = one.arguments
+        if slot >= len(spec.captured) or len(indices) != extras[slot].dim():
+            raise InvalidInputError(f"attention: score looks up {one}, and no tensor fits that.")
         for size, index in zip(extras[slot].shape, indices, strict=True):
             if index.op == "name" and index.arguments[0] in sizes and size != sizes[index.arguments[0]]:
                 raise InvalidInputError(
@@ -550,7 +571,9 @@ def _parse(node: ast.AST) -> Expression:
     if isinstance(node, ast.Compare):
         return Expression(_NODES[type(node.ops[0])], (_parse(node.left), _parse(node.comparators[0])))
     if isinstance(node, ast.Call) and node.func.id == "lookup":
-        return Expression("lookup", (node.args[0].value, *map(_parse, node.args[1:])))
+        slot, indices = getattr(node.args[0], "value", None), tuple(map(_parse, node.args[1:]))
+        if type(slot) is int and all(map(_is_integral, indices)):
+            return Expression("lookup", (slot, *indices))
     if isinstance(node, ast.Call) and node.func.id in _FORMS:
         return Expression(node.func.id, tuple(map(_parse, node.args)))
     raise InvalidInputError(f"score: {ast.unparse(node)} is no expression of a score function.")

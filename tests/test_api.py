@@ -352,9 +352,9 @@ def test_second_derivative_of_the_reference():
 def opaque(add_backend):
     """A backend that reads memory, as kernels do: what has none shows."""
 
-    def forward(problem, config, q, k, v):
-        assert all(t.data_ptr() for t in (q, k, v))
-        return reference.forward(problem, config, q, k, v)
+    def forward(problem, config, *tensors):
+        assert all(t.data_ptr() for t in tensors)
+        return reference.forward(problem, config, *tensors)
 
     def backward(problem, config, *tensors):
         assert all(t.data_ptr() for t in tensors if t is not None)
@@ -363,12 +363,22 @@ def opaque(add_backend):
     add_backend("opaque", forward=forward, backward=backward)
 
 
-def test_batched_output_gradients(opaque):
-    q, k, v = inputs(requires_grad=True)
-    out = flashcore.attention(q, k, v, causal=True)
+def featured(q, k, v, sink):
+    score = flashcore.alibi(torch.linspace(0.1, 0.4, q.shape[2]))
+    return flashcore.attention(q, k, v, window=(3, 0), score=score, sink=sink)
+
+
+def plain(q, k, v, sink):
+    return flashcore.attention(q, k, v * sink[0], causal=True)
+
+
+@pytest.mark.parametrize("function", [plain, featured])
+def test_batched_output_gradients(opaque, function):
+    leaves = [*inputs(requires_grad=True), torch.randn(4, requires_grad=True)]
+    out = function(*leaves)
     douts = torch.randn(3, *out.shape)
-    batched = torch.autograd.grad(out, (q, k, v), douts, is_grads_batched=True, retain_graph=True)
-    one_by_one = [torch.autograd.grad(out, (q, k, v), dout, retain_graph=True) for dout in douts]
+    batched = torch.autograd.grad(out, leaves, douts, is_grads_batched=True, retain_graph=True)
+    one_by_one = [torch.autograd.grad(out, leaves, dout, retain_graph=True) for dout in douts]
     torch.testing.assert_close(batched, tuple(map(torch.stack, zip(*one_by_one, strict=True))))
 
 
@@ -381,6 +391,13 @@ def test_vectorized_jacobian(opaque):
     jacobians = [torch.autograd.functional.jacobian(attend, (q, k, v), vectorize=yes) for yes in (False, True)]
     torch.testing.assert_close(*jacobians)
     assert jacobians[0][0].any()
+
+
+def test_vectorized_jacobian_of_features(opaque):
+    tensors = *(t[:1, :2, :2, :4] for t in inputs()), torch.randn(2)
+    jacobians = [torch.autograd.functional.jacobian(featured, tensors, vectorize=yes) for yes in (False, True)]
+    torch.testing.assert_close(*jacobians)
+    assert all(jacobian.any() for jacobian in jacobians[0])
 
 
 def test_tangents_of_output_gradients_are_refused(opaque):

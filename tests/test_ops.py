@@ -18,7 +18,9 @@ from flashcore.backends import recompute, reference
 from flashcore.compat.flash_attn import flash_attn_func, flash_attn_qkvpacked_func
 from flashcore.errors import UnsupportedError
 from flashcore.integrations import sdpa
+from flashcore.mask import CAUSAL, FULL, Mask
 from flashcore.plan import override
+from flashcore.score import PLAIN, bind, chained
 from tests.cases import BY_NAME
 from tests.tolerance import assert_forward, assert_gradients
 
@@ -47,11 +49,11 @@ def layer(q, k, v, **options):
     return flashcore.attention(q * 2, k, v, causal=True, **options) + 1
 
 
-def exact_backward(problem, config, q, k, v, out, lse, dout, dlse):
+def exact_backward(problem, config, q, k, v, out, lse, dout, dlse, *extras):
     """A backward of a backend's own; it fails if it is not fed with the forward's output and LSE."""
-    expected = reference.forward(problem, None, q, k, v)
+    expected = reference.forward(problem, None, q, k, v, *extras)
     torch.testing.assert_close((out, lse), expected)
-    return recompute.reference.backward(problem, None, q, k, v, out, lse, dout, dlse)
+    return recompute.reference.backward(problem, None, q, k, v, out, lse, dout, dlse, *extras)
 
 
 @pytest.fixture(params=["recomputed", "own_backward", "sdpa", "reference"])
@@ -143,6 +145,110 @@ def test_cases(name):
         assert_gradients(grads, q, k, v, dout, causal=case.causal)
 
 
+def _slopes_of_heads(score, batch, head, query, key):
+    return torch.where(key <= query + 3, torch.tanh(score) * SLOPES[head], -torch.inf)
+
+
+SLOPES = torch.tensor([0.5, 0.25, 0.125, 0.0625])
+FEATURES = {
+    "window": lambda: {"window": (3, 1)},
+    "causal_window": lambda: {"window": (2, 0), "causal": True},
+    "softcap": lambda: {"score": flashcore.softcap(2.0)},
+    "alibi": lambda: {"score": flashcore.alibi(SLOPES), "causal": True},
+    "bias": lambda: {"score": flashcore.bias(BIAS * 2)},
+    "function": lambda: {"score": _slopes_of_heads},
+    "lookup": lambda: {"score": lambda score, *at: score * flashcore.lookup(BIAS, *at)},
+    "sink": lambda: {"sink": SINK * 2, "window": (4, 0)},
+    "all": lambda: {"score": chained(flashcore.softcap(2.0), flashcore.bias(BIAS)), "sink": SINK, "window": (3, 0)},
+}
+BIAS, SINK = torch.randn(1, 4, 5, 7), torch.randn(4, requires_grad=True)
+
+
+@pytest.mark.parametrize("made_inside", [False, True])
+@pytest.mark.parametrize("name", FEATURES)
+def test_features_in_one_graph(name, made_inside):
+    """Score functions, too, are traced: what they look up is an input of the graph."""
+    made = FEATURES[name]()
+    wide = torch.randn(2, 7, 2, 24, requires_grad=True)
+
+    def program(q, k, v):
+        options = FEATURES[name]() if made_inside else made
+        return flashcore.attention(q * 2, k, v, **options) + 1
+
+    function, counter = compiled(program)
+    q, k, _ = inputs(requires_grad=True)
+    leaves = [q, k, wide, *([SINK] if "sink" in made else [])]
+    out, expected = function(q, k, wide), program(q, k, wide)
+    torch.testing.assert_close(out, expected)
+    dout = torch.randn_like(out)
+    grads = torch.autograd.grad(out, leaves, dout, retain_graph=True)
+    torch.testing.assert_close(grads, torch.autograd.grad(expected, leaves, dout, retain_graph=True))
+    assert all(grad.any() for grad in grads)
+    assert counter.frame_count == 1
+
+
+def test_features_of_any_lengths_in_one_graph(add_backend):
+    seen = []
+
+    def forward(problem, config, *tensors):
+        seen.append((problem.seqlen_q, problem.seqlen_k, problem.mask, problem.score.captured[1][1]))
+        return reference.forward(problem, config, *tensors)
+
+    add_backend("fake", forward=forward)
+
+    def program(q, k, v, table, window):
+        score = chained(flashcore.alibi(SLOPES), flashcore.bias(table))
+        return flashcore.attention(q, k, v, score=score, sink=SINK, window=window)
+
+    function, counter = compiled(program, dynamic=True)
+    lengths = [(5, 7), (64, 200), (300, 9)]
+    for seqlen_q, seqlen_k in lengths:
+        table, window = torch.randn(1, 4, seqlen_q, seqlen_k), (seqlen_q, 2)
+        arguments = *inputs(seqlen_q, seqlen_k, requires_grad=True), table, window
+        found, expected = function(*arguments), program(*arguments)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(*(torch.autograd.grad(out.sum(), (arguments[1], SINK)) for out in (found, expected)))
+    assert counter.frame_count == 1
+    assert seen[::2] == seen[1::2] == [(q, k, Mask(q, 2), (1, 4, q, k)) for q, k in lengths]
+
+
+def test_numbers_of_a_score_are_constants_of_a_graph():
+    def program(q, k, v, cap, shift):
+        return flashcore.attention(q, k, v, score=lambda s, *at: flashcore.softcap(cap)(s, *at) + at[3] * shift)
+
+    function, _ = compiled(program)
+    tensors = inputs()
+    for cap, shift in ((2.0, 1), (3.0, 2), (4.0, 3)):
+        torch.testing.assert_close(function(*tensors, cap, shift), program(*tensors, cap, shift))
+
+
+def test_features_by_inductor():
+    def program(q, k, v):
+        return flashcore.attention(q * 2, k, v, score=flashcore.alibi(SLOPES * 2), sink=SINK, window=(3, 0)) + 1
+
+    tensors = inputs(requires_grad=True)
+    out, expected = compiled(program, "inductor")[0](*tensors), program(*tensors)
+    torch.testing.assert_close(out, expected)
+    leaves = [*tensors, SINK]
+    torch.testing.assert_close(torch.autograd.grad(out.sum(), leaves), torch.autograd.grad(expected.sum(), leaves))
+
+
+def test_a_score_function_that_dynamo_cannot_trace_breaks_the_graph():
+    """Dynamo does not dispatch on several indices. A program that need not be one graph runs all the same."""
+
+    def program(q, k, v):
+        return flashcore.attention(q, k, v, score=lambda score, *at: score + BIAS[at])
+
+    tensors = inputs()
+    torch.testing.assert_close(torch.compile(program, backend="aot_eager")(*tensors), program(*tensors))
+
+
+def test_learned_look_ups_are_refused_while_tracing():
+    learned = SLOPES.clone().requires_grad_()
+    with pytest.raises(torch._dynamo.exc.TorchDynamoException, match="requires a gradient"):
+        compiled(lambda q, k, v: flashcore.attention(q, k, v, score=flashcore.alibi(learned)))[0](*inputs())
+
+
 @pytest.mark.parametrize("inside", [True, False])
 def test_autocast(inside):
     """In the graph or around it: as the same program does it without a compiler."""
@@ -175,6 +281,10 @@ def test_invalid_arguments_are_named_while_tracing():
     q, k, v = inputs()
     with pytest.raises(RuntimeError, match="k and v must have one seqlen"):
         compiled(flashcore.attention)[0](q, k, v[:, 1:])
+    with pytest.raises(RuntimeError, match=r"sink must be \(4,\)"):
+        compiled(flashcore.attention)[0](q, k, v, sink=torch.zeros(3))
+    with pytest.raises(RuntimeError, match="looks up head in a dimension of size"):
+        compiled(lambda q, k, v: flashcore.attention(q, k, v, score=flashcore.alibi(SLOPES[1:])))[0](q, k, v)
 
 
 def test_export():
@@ -187,6 +297,22 @@ def test_export():
     program = torch.export.export(Layer(), tuple(inputs()), dynamic_shapes=dynamic)
     tensors = inputs(33, 21)
     torch.testing.assert_close(program.module()(*tensors), layer(*tensors))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_export_with_features(recwarn, strict):
+    class Layer(torch.nn.Module):
+        def forward(self, q, k, v, table, sink):
+            score = chained(flashcore.softcap(2.0), flashcore.bias(table))
+            return flashcore.attention(q, k, v, score=score, sink=sink, window=(3, 0))
+
+    seqlen_q, seqlen_k = torch.export.Dim("seqlen_q", min=2), torch.export.Dim("seqlen_k", min=2)
+    dynamic = ({1: seqlen_q}, {1: seqlen_k}, {1: seqlen_k}, {2: seqlen_q, 3: seqlen_k}, None)
+    example = *inputs(), BIAS, SINK.detach()
+    program = torch.export.export(Layer(), example, dynamic_shapes=dynamic, strict=strict)
+    assert not recwarn, "such as of side effects, which traces of score functions do not have"
+    others = *inputs(33, 21), torch.randn(1, 4, 33, 21), torch.randn(4)
+    torch.testing.assert_close(program.module()(*others), Layer()(*others))
 
 
 def test_eager_calls_do_not_use_operators():
@@ -241,12 +367,25 @@ OPCHECK = {
     "lse_grad": ({"requires_grad": True}, {"return_lse": True, "causal": True}),
     "half": ({"dtype": torch.bfloat16, "requires_grad": True}, {}),
     "empty": ({"seqlen_k": 0, "requires_grad": True}, {}),
+    "window": ({"requires_grad": True}, {"window": (3, 1)}),
+    "softcap": ({"requires_grad": True}, {"score": flashcore.softcap(2.0), "causal": True}),
+    "alibi": ({"requires_grad": True}, {"score": flashcore.alibi(torch.rand(4))}),
+    "bias": ({"requires_grad": True}, {"score": flashcore.bias(torch.randn(1, 4, 5, 7)), "window": (4, 0)}),
+    "sink": ({"requires_grad": True}, {"sink": torch.randn(4, requires_grad=True), "return_lse": True}),
+    "head_dim_v": ({"requires_grad": True}, {"head_dim_v": 24}),
 }
 
 
 def arguments(shape: dict, options: dict, backend: str) -> tuple:
+    """Of the forward operator, in its schema's order."""
+    left, right = options.get("window", (None, None))
+    spec, captured = bind(options.get("score"), None)
+    head_dim_v = options.get("head_dim_v", 16)
+    q, k, v = inputs(**shape)
+    v = torch.randn(*v.shape[:3], head_dim_v, dtype=v.dtype).requires_grad_(v.requires_grad)
     return (
-        *inputs(**shape), options.get("causal", False), options.get("scale"), shape.get("requires_grad", False),
+        q, k, v, list(captured) or None, options.get("sink"), left, 0 if options.get("causal") else right,
+        options.get("scale"), None if spec.change is None else spec.change.text, shape.get("requires_grad", False),
         options.get("return_lse", False), backend,
     )  # fmt: skip
 
@@ -264,11 +403,22 @@ def test_forward_operator_of_differentiable_backends(backend):
     torch.library.opcheck(torch.ops.flashcore.attention_forward, arguments(shape, options, backend))
 
 
-@pytest.mark.parametrize("name", ["grad", "causal_grad", "half", "empty"])
+@pytest.mark.parametrize("name", ["grad", "causal_grad", "half", "empty", "window", "head_dim_v"])
 def test_backward_operator(backend, name):
+    check_backward_operator(backend, name)
+
+
+@pytest.mark.parametrize("backend", ["recomputed", "own_backward", "reference"], indirect=True)
+@pytest.mark.parametrize("name", ["softcap", "alibi", "bias", "sink"])
+def test_backward_operator_with_scores_and_sinks(backend, name):
+    check_backward_operator(backend, name)
+
+
+def check_backward_operator(backend, name):
     shape, options = OPCHECK[name]
-    q, k, v, *rest = arguments(shape, options, backend)
+    q, k, v, captured, sink, *rest = arguments(shape, options, backend)
     q, k, v = (t.detach() for t in (q, k, v))
+    rest = captured, None if sink is None else sink.detach(), *rest
     out, lse = torch.ops.flashcore.attention_forward(q, k, v, *rest)
     expanded = out.new_ones(()).expand_as(out)
     for dout in (torch.randn_like(out), expanded):
@@ -278,24 +428,25 @@ def test_backward_operator(backend, name):
 @pytest.mark.parametrize("loss", [torch.sum, lambda out: out.square().sum()])
 def test_second_derivative_is_refused(loss):
     tensors = inputs(requires_grad=True)
-    out, lse = ops.attention(*tensors, False, None, False, "auto")
+    out, lse = ops.attention(*tensors, (), FULL, None, PLAIN, False, "auto")
     with pytest.raises(UnsupportedError, match="second derivatives are not there"):
         torch.autograd.grad(loss(out), tensors[0], create_graph=True)
-    (dq, _, _) = ops.attention_backward(torch.ones_like(out), *tensors, out, lse, False, None, True, False, "auto")
+    (dq, _, _) = ops.attention_backward(torch.ones_like(out), *tensors, out, lse, (), FULL, None, PLAIN, False, "auto")
     with pytest.raises(UnsupportedError, match="second derivatives are not there"):
         dq.sum().backward()
 
 
 def test_batched_output_gradients():
     q, k, v = inputs(requires_grad=True)
-    out, _ = ops.attention(q, k, v, True, None, False, "auto")
+    out, _ = ops.attention(q, k, v, (), CAUSAL, None, PLAIN, False, "auto")
     douts = torch.randn(3, *out.shape)
     batched = torch.autograd.grad(out, (q, k, v), douts, is_grads_batched=True, retain_graph=True)
     one_by_one = [torch.autograd.grad(out, (q, k, v), dout, retain_graph=True) for dout in douts]
     torch.testing.assert_close(batched, tuple(map(torch.stack, zip(*one_by_one, strict=True))))
 
 
-def test_compiled_autograd_over_an_eager_forward(add_backend):
+@pytest.mark.parametrize("features", [False, True])
+def test_compiled_autograd_over_an_eager_forward(add_backend, features):
     """The backward pass is an operator in its graph: a compiler that traced into a launch would find no code in it."""
     ran = []
 
@@ -307,9 +458,13 @@ def test_compiled_autograd_over_an_eager_forward(add_backend):
     add_backend("fake", backward=backward)
     weight = torch.randn(6, 16, requires_grad=True)
 
+    options = {"window": (3, 0), "score": flashcore.alibi(SLOPES)} if features else {"causal": True}
+
     def run():
         tensors = [t.detach().requires_grad_() for t in plain]
-        return [*tensors, weight], flashcore.linear(flashcore.attention(*tensors, causal=True, scale=0.3), weight)
+        sink = SINK.detach().requires_grad_()
+        out = flashcore.attention(*tensors, scale=0.3, sink=sink if features else None, **options)
+        return [*tensors, weight, *([sink] if features else [])], flashcore.linear(out, weight)
 
     plain = inputs()
     dout = torch.randn(2, 5, 4, 6)
@@ -582,7 +737,7 @@ def test_compiled_on_a_gpu(name):
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_operators_on_a_gpu(requires_grad):
     tensors = inputs(dtype=torch.bfloat16, device="cuda", requires_grad=requires_grad)
-    options = (True, None, requires_grad, False, "auto")
+    options = (None, None, None, 0, None, None, requires_grad, False, "auto")
     torch.library.opcheck(torch.ops.flashcore.attention_forward, (*tensors, *options))
 
 

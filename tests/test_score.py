@@ -1,6 +1,10 @@
 """Score functions: what they are traced to, that every language says the same, their derivatives, what is refused."""
 
 import math
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -143,7 +147,31 @@ def test_caps_are_positive(cap):
         softcap(cap)
 
 
-@pytest.mark.parametrize("text", ["__import__('os')", "score.real", "eval(score)", "score if score else key", "'x'"])
+def test_expressions_keep_no_tensors():
+    """They stay in plans, which would keep each call's memory."""
+    made = [torch.ones(1, 1, 3, 4)]
+    expression = trace(lambda s, *at: s + made[0][at])[0]
+    gone = weakref.ref(made.pop())
+    assert gone() is None, expression
+
+
+def test_traces_of_several_threads_do_not_mix():
+    def function(score, batch, head, query, key):
+        inside.wait()
+        return score + TABLE[batch, head, query, key] + SLOPES[head]
+
+    inside = threading.Barrier(4)
+    with ThreadPoolExecutor(4) as pool:
+        traces = [pool.submit(trace, function) for _ in range(4)]
+    assert all([t is x for t, x in zip(one.result()[1], (TABLE, SLOPES), strict=True)] == [True] * 2 for one in traces)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["__import__('os')", "score.real", "eval(score)", "score if score else key", "'x'", "lookup('x', head)",
+     "lookup(1.5, head)", "lookup(True, head)", "lookup(score, head)", "lookup(-1, head)", "lookup(0, score)",
+     "lookup(0, 0.5)"],
+)  # fmt: skip
 def test_text_from_elsewhere_is_not_run(text):
     with pytest.raises((InvalidInputError, AttributeError, KeyError)):
         parse(text)
@@ -156,6 +184,10 @@ def test_sizes_are_checked():
         spec, extras = bind(function, None)
         with pytest.raises(InvalidInputError, match=message):
             scores.check(spec, extras, q, 4)
+    spec, extras = bind(alibi(SLOPES), None)
+    for text in ("lookup(1, head)", "lookup(0, head, key)"):
+        with pytest.raises(InvalidInputError, match="no tensor fits"):
+            scores.check(replace(spec, change=parse(text)), extras, q, 4)
     for sink in (torch.zeros(3), torch.zeros(2, dtype=torch.float64), torch.zeros(1, 2)):
         spec, extras = bind(None, sink)
         with pytest.raises(InvalidInputError, match="sink must be"):

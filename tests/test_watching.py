@@ -34,8 +34,8 @@ def opaque(add_backend):
         floats = (ctypes.c_float * tensor.numel()).from_address(tensor.data_ptr())
         return torch.frombuffer(floats, dtype=torch.float32).view(tensor.shape)
 
-    def forward(problem, config, q, k, v):
-        inputs = [t.contiguous() for t in (q, k, v)]
+    def forward(problem, config, q, *others):
+        inputs = [t.detach().contiguous() for t in (q, *others)]
         results = reference.forward(problem, config, *map(memory, inputs))
         made = tuple(q.new_empty(result.shape) for result in results)
         for tensor, result in zip(made, results, strict=True):
@@ -63,6 +63,34 @@ def test_recorded_calls_are_operators(opaque, function, record):
     example, others = torch.randn(2, 3, 2, 4, 6, 8)
     recorded = torch.jit.trace(program, tuple(example)) if record == "jit" else make_fx(program)(*example)
     torch.testing.assert_close(recorded(*others), program(*others))
+
+
+def featured(q, k, v, slopes, sink, backend="auto"):
+    return flashcore.attention(q, k, v, window=(3, 0), score=flashcore.alibi(slopes), sink=sink, backend=backend)
+
+
+@JIT
+@pytest.mark.parametrize("record", ["jit", "make_fx", "symbolic"])
+def test_recorded_features(opaque, record):
+    example, others = ((*inputs(), torch.rand(4), torch.randn(4)) for _ in range(2))
+
+    def program(q, k, v, slopes, sink):
+        return featured(q, k, v, slopes, sink) + 1
+
+    if record == "jit":
+        recorded = torch.jit.trace(program, example)
+    else:
+        recorded = make_fx(program, tracing_mode="real" if record == "make_fx" else "symbolic")(*example)
+    torch.testing.assert_close(recorded(*others), program(*others))
+
+
+def test_flops_of_features(opaque):
+    q, k, v = inputs(requires_grad=True)
+    with FlopCounterMode(display=False) as plain:
+        flashcore.attention(q, k, v).sum().backward()
+    with FlopCounterMode(display=False) as counter:
+        featured(q, k, v, torch.rand(4), torch.randn(4, requires_grad=True)).sum().backward()
+    assert counter.get_total_flops() == plain.get_total_flops() > 0
 
 
 @JIT
@@ -116,6 +144,16 @@ def test_fake_tensors(opaque):
     assert out[1].shape == (2, 4, 5)
     with pytest.raises(InvalidInputError, match="one seqlen"):
         flashcore.attention(tensors[0], tensors[1], tensors[2][:, 1:])
+
+
+def test_fake_tensors_with_features(opaque):
+    plain = *inputs(), torch.rand(4), torch.randn(4)
+    featured(*plain)
+    mode = FakeTensorMode()
+    fakes = [mode.from_tensor(t) for t in plain]
+    assert type(featured(*fakes)) is FakeTensor
+    with pytest.raises(InvalidInputError, match="sink must be"):
+        featured(*fakes[:4], fakes[4][1:])
 
 
 def test_products_of_fake_tensors():
@@ -181,6 +219,28 @@ def test_transforms_need_pytorchs_operations(opaque):
     )
     with pytest.raises(UnsupportedError, match="cannot be transformed"):
         torch.func.grad(lambda s: (s * flashcore.attention(q, k, v)).sum())(torch.ones(()))
+
+
+def test_transformed_features(opaque):
+    q, k, v = inputs()
+    slopes, sinks = torch.rand(4), torch.randn(3, 4)
+    tensors = [q.requires_grad_(), sinks[0].clone().requires_grad_()]
+    expected = torch.autograd.grad(featured(tensors[0], k, v, slopes, tensors[1], backend="reference").sum(), tensors)
+
+    def loss(q, sink, backend="auto"):
+        return featured(q, k, v, slopes, sink, backend).sum()
+
+    with pytest.raises(UnsupportedError, match=r'cannot be transformed .* Pass backend="reference"'):
+        torch.func.grad(loss)(q.detach(), sinks[0])
+    by_reference = partial(loss, backend="reference")
+    found = torch.func.grad(by_reference, argnums=(0, 1))(q.detach(), sinks[0])
+    torch.testing.assert_close(found, expected)
+    one_by_one = torch.stack([by_reference(q.detach(), sink) for sink in sinks])
+    torch.testing.assert_close(torch.func.vmap(by_reference, (None, 0))(q.detach(), sinks), one_by_one)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(sinks[0], torch.ones(4))
+        tangent = forward_ad.unpack_dual(by_reference(q.detach(), dual)).tangent
+    torch.testing.assert_close(tangent, expected[1].sum())
 
 
 def test_no_gradient_through_a_transformed_lse():
