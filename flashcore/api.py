@@ -107,8 +107,8 @@ def attention(
         :func:`alibi` and :func:`bias` make some. It is called with symbols, once for each call.
     :param sink: (heads_q,), float32 or q's dtype: ``exp(sink)`` joins the softmax's denominator, as a key without a
         value would.
-    :param return_lse: also return the natural logarithm of each query's softmax denominator. No gradient flows
-        through it.
+    :param return_lse: also return the natural logarithm of each query's softmax denominator. It is differentiable:
+        parts of attention over parts of the keys can be merged by it.
     :param backend: ``"auto"``, or the name of one in ``flashcore.backends.ATTENTION.providers``. See :func:`explain`.
     :returns: out, contiguous (batch, seqlen_q, heads_q, head_dim_v) in q's dtype, and with `return_lse` also lse,
         float32 (batch, heads_q, seqlen_q). A query that sees no key gives zeros and -inf.
@@ -218,7 +218,7 @@ def _by_operations(options, q, k, v, scale, *extras):
             f"attention: backend {plan.backend!r} cannot be transformed by torch.func (grad, vjp, vmap, ...) or "
             f'forward-mode differentiation. Pass backend="{"sdpa" if spec == PLAIN else "reference"}".'
         )
-    return _detach_lse(plan.run, q, k, v, scale, *extras)
+    return plan.run(q, k, v, scale, *extras)
 
 
 def _prepare(key: tuple | None, q, k, v, extras, scale, causal, window, spec, return_lse, backend) -> Run:
@@ -237,14 +237,17 @@ def _runner(plan: Plan) -> Run:
     """The shortest way from q, k, v, the scale and extras to (out, lse)."""
     if plan.backward is None:
         return plan.run
-    if plan.backward.backend == planning.AUTOGRAD:
-        return partial(_detach_lse, plan.run)
-    return partial(_Attention.apply, plan)
+    if plan.backward.backend != planning.AUTOGRAD:
+        return partial(_Attention.apply, plan)
+    if plan.problem.return_lse and "dlse" not in ATTENTION.load(plan.backend).FEATURES:
+        return partial(_differentiable_lse, plan)
+    return plan.run
 
 
-def _detach_lse(forward: Run, *arguments):
-    out, lse = forward(*arguments)
-    return out, lse if lse is None else lse.detach()
+def _differentiable_lse(plan: Plan, q, k, v, scale, *extras):
+    """(out, lse) by what autograd sees through, but for the LSE."""
+    out, lse = plan.run(q, k, v, scale, *extras)
+    return out, _Lse.apply(plan, q, k, v, scale, out.detach(), lse.detach(), *extras)
 
 
 class _Attention(torch.autograd.Function):
@@ -259,18 +262,42 @@ class _Attention(torch.autograd.Function):
         ctx.plan, q, k, v, ctx.scale, *extras = inputs
         out, lse = output
         ctx.save_for_backward(q, k, v, out, lse, *extras)
-        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)  # whether the loss depends on the LSE makes a difference
 
     @staticmethod
-    def backward(ctx, dout, _):
-        if _is_grad_enabled():
-            refuse_second_derivative()
-        q, k, v, out, lse, *extras = ctx.saved_tensors
-        dq, dk, dv = _gradients(ctx.plan, ctx.scale, q, k, v, out, lse, dout, *extras)
-        of_extras = [None] * len(extras)
-        if ctx.plan.problem.score.sink is not None and ctx.needs_input_grad[-1]:
-            of_extras[-1] = gradients.of_sinks(extras[-1], out, lse, dout)
+    def backward(ctx, dout, dlse):
+        (dq, dk, dv), of_extras = _differentiate(ctx, dout, dlse)
         return None, dq, dk, dv, None, *of_extras
+
+
+class _Lse(torch.autograd.Function):
+    """Ties the LSE to its gradient alone, where autograd sees through the rest."""
+
+    @staticmethod
+    def forward(plan: Plan, q, k, v, scale, out, lse, *extras):
+        return lse.view_as(lse)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.plan, q, k, v, ctx.scale, out, lse, *extras = inputs
+        ctx.save_for_backward(q, k, v, out, lse, *extras)
+
+    @staticmethod
+    def backward(ctx, dlse):
+        (dq, dk, dv), of_extras = _differentiate(ctx, None, dlse)
+        return None, dq, dk, dv, None, None, None, *of_extras
+
+
+def _differentiate(ctx, dout, dlse):
+    """((dq, dk, dv), gradients of the extras) for what either function saved."""
+    if _is_grad_enabled():
+        refuse_second_derivative()
+    q, k, v, out, lse, *extras = ctx.saved_tensors
+    dout, dlse = gradients.of_results(out, lse, dout, dlse)
+    of_extras = [None] * len(extras)
+    if ctx.plan.problem.score.sink is not None and ctx.needs_input_grad[-1]:
+        of_extras[-1] = gradients.of_sinks(extras[-1], out, lse, dout, dlse)
+    return _gradients(ctx.plan, ctx.scale, q, k, v, out, lse, dout, dlse, *extras), of_extras
 
 
 def refuse_second_derivative(*_):
@@ -280,20 +307,21 @@ def refuse_second_derivative(*_):
     )
 
 
-def _gradients(plan: Plan, scale: float | None, q, k, v, out, lse, dout, *extras) -> tuple[torch.Tensor, ...]:
+def _gradients(plan: Plan, scale: float | None, q, k, v, out, lse, dout, dlse, *extras) -> tuple[torch.Tensor, ...]:
     """(dq, dk, dv) of an eager call, whoever looks at its backward pass alone."""
-    tensors = q, k, v, out, lse, dout, *extras
+    tensors = q, k, v, out, lse, dout, dlse, *extras
     if is_watched() and is_transformed(*tensors):
         return _TransformedGradients.apply(plan, scale, *tensors)
-    if is_recorded() or is_batched(dout) or any(map(answers_itself, tensors)):
+    if is_recorded() or is_batched(dout) or is_batched(dlse) or any(map(answers_itself, tensors)):
         return _gradients_by_operator(plan, scale, *tensors)
-    return plan.backward.run(q, k, v, out, lse, dout, None, scale, *extras)  # None: no gradient of the LSE yet
+    backward = plan.backward if dlse is None else plan.backward_with_dlse
+    return backward.run(q, k, v, out, lse, dout, dlse, scale, *extras)
 
 
-def _gradients_by_operator(plan: Plan, scale: float | None, q, k, v, out, lse, dout, *extras):
+def _gradients_by_operator(plan: Plan, scale: float | None, q, k, v, out, lse, dout, dlse, *extras):
     problem, backend = plan.problem, plan.backend if plan.backend in ATTENTION.providers else "auto"
     options = problem.mask, scale, problem.score, problem.return_lse, backend
-    return operators().attention_backward(dout, q, k, v, out, lse, extras, *options)
+    return operators().attention_backward(dout, dlse, q, k, v, out, lse, extras, *options)
 
 
 class _TransformedGradients(torch.autograd.Function):

@@ -5,6 +5,17 @@ from __future__ import annotations
 import torch
 
 
+def of_results(
+    out: torch.Tensor, lse: torch.Tensor, dout: torch.Tensor | None, dlse: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(dout, dlse) as a backward pass takes them: `dout` is always there, though the loss may depend on the LSE alone.
+
+    An LSE of -inf is that of a query without keys, a constant: its gradient is 0, whatever came of merging it.
+    """
+    dout = torch.zeros_like(out) if dout is None else dout
+    return dout, dlse if dlse is None else dlse.masked_fill(lse.isneginf(), 0.0)
+
+
 def of_sinks(
     sink: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor | None = None
 ) -> torch.Tensor:

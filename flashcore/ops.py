@@ -50,26 +50,25 @@ torch.library.define(
 )
 torch.library.define(
     _BACKWARD,
-    f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_EXTRAS}, {_OPTIONS})"
+    f"(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_EXTRAS}, {_OPTIONS})"
     " -> (Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
 
 
 def attention(q, k, v, extras, mask, scale, spec, return_lse, backend) -> tuple[torch.Tensor, torch.Tensor]:
-    """``flashcore.attention`` by operators. No gradient flows through the LSE."""
+    """``flashcore.attention`` by operators."""
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *extras))
     arguments = _arguments(extras, mask, scale, spec, needs_grad, return_lse, backend)
-    out, lse = torch.ops.flashcore.attention_forward(q, k, v, *arguments)
-    return out, lse.detach()
+    return torch.ops.flashcore.attention_forward(q, k, v, *arguments)
 
 
 def attention_backward(
-    dout, q, k, v, out, lse, extras, mask, scale, spec, return_lse, backend
+    dout, dlse, q, k, v, out, lse, extras, mask, scale, spec, return_lse, backend
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dq, dk, dv) by the operator."""
     arguments = _arguments(extras, mask, scale, spec, True, return_lse, backend)
-    return torch.ops.flashcore.attention_backward(dout, q, k, v, out, lse, *arguments)
+    return torch.ops.flashcore.attention_backward(dout, dlse, q, k, v, out, lse, *arguments)
 
 
 def _arguments(extras, mask, scale, spec, needs_grad, return_lse, backend) -> tuple:
@@ -101,25 +100,26 @@ def _(q, k, v, captured, sink, left, right, scale, score, needs_grad, return_lse
 
 @torch.library.impl(_BACKWARD, "default")
 def _backward(
-    dout, q, k, v, out, lse, captured, sink, left, right, scale, score, needs_grad, return_lse, backend
+    dout, dlse, q, k, v, out, lse, captured, sink, left, right, scale, score, needs_grad, return_lse, backend
 ):
     plan, extras = _plan(q, k, v, captured, sink, left, right, scale, score, needs_grad, return_lse, backend)
-    backward = planning.recorded_backward(plan)
-    grads = calls.on_its_device(q, backward.run)(q, k, v, out, lse, dout, None, scale, *extras)
+    backward = planning.recorded_backward(plan) if dlse is None else plan.backward_with_dlse
+    grads = calls.on_its_device(q, backward.run)(q, k, v, out, lse, dout, dlse, scale, *extras)
     return tuple(grad.contiguous() for grad in grads)
 
 
 @torch.library.register_fake(_BACKWARD)
-def _(dout, q, k, v, *_):
+def _(dout, dlse, q, k, v, *_):
     return tuple(t.new_empty(t.shape) for t in (q, k, v))
 
 
 def _setup_context(ctx, inputs, output):
     q, k, v, captured, sink, *ctx.options = inputs
     ctx.save_for_backward(q, k, v, *output, sink, *captured or ())
+    ctx.set_materialize_grads(False)  # whether the loss depends on the LSE makes a difference
 
 
-def _differentiate(ctx, dout, _):
+def _differentiate(ctx, dout, dlse):
     if torch.is_grad_enabled():
         api.refuse_second_derivative()
     q, k, v, out, lse, sink, *captured = ctx.saved_tensors
@@ -127,8 +127,9 @@ def _differentiate(ctx, dout, _):
     arguments = captured or None, sink, left, right, scale, score, True, return_lse, backend
     if not needs_grad:  # it was recorded where nobody needed a gradient, nor the LSE
         out, lse = torch.ops.flashcore.attention_forward(q, k, v, *arguments)
-    dq, dk, dv = torch.ops.flashcore.attention_backward(dout, q, k, v, out, lse, *arguments)
-    dsink = gradients.of_sinks(sink, out, lse, dout) if ctx.needs_input_grad[4] else None
+    dout, dlse = gradients.of_results(out, lse, dout, dlse)
+    dq, dk, dv = torch.ops.flashcore.attention_backward(dout, dlse, q, k, v, out, lse, *arguments)
+    dsink = gradients.of_sinks(sink, out, lse, dout, dlse) if ctx.needs_input_grad[4] else None
     return dq, dk, dv, [None] * len(captured) or None, dsink, *(None for _ in ctx.options)
 
 
@@ -139,7 +140,7 @@ def _count_forward(q, k, v, *_, out_shape=None) -> int:
 
 
 @register_flop_formula(torch.ops.flashcore.attention_backward)
-def _count_backward(dout, q, k, v, *_, out_shape=None) -> int:
+def _count_backward(dout, dlse, q, k, v, *_, out_shape=None) -> int:
     """Five products: the scores again, and the gradients of the probabilities, q, k and v."""
     return 2 * q[0] * q[2] * q[1] * k[1] * (3 * q[3] + 2 * v[3])
 

@@ -37,6 +37,17 @@ class Plan:
         """The backend, prepared: what the operation's `run` says. It serves all positive scales."""
         return OPERATIONS[self.operation].prepare(self.backend, self.problem, self.config)
 
+    @functools.cached_property
+    def backward_with_dlse(self) -> Plan:
+        """The backward pass where the LSE has a gradient: `backward` if it takes one, else the first that does.
+
+        Not chosen before: most programs that ask for the LSE want no gradient of it.
+        """
+        recorded, operation = recorded_backward(self), OPERATIONS[self.operation].gradient
+        if "dlse" in operation.load(recorded.backend).FEATURES:
+            return recorded
+        return _choose(operation, self.problem, "auto", False, also=frozenset({"dlse"}))
+
     def __str__(self) -> str:
         lines = [("problem", str(self.problem)), *self._choice("backend", "config")]
         if self.backward is not None:
@@ -157,7 +168,14 @@ def recorded_backward(forward: Plan) -> Plan:
     return replace(forward.backward, backend=name, config=config)
 
 
-def _choose(operation: Operation, problem: Any, requested: str, anywhere: bool, first: str | None = None) -> Plan:
+def _choose(
+    operation: Operation,
+    problem: Any,
+    requested: str,
+    anywhere: bool,
+    first: str | None = None,
+    also: frozenset[str] = frozenset(),
+) -> Plan:
     """The provider of a problem, its config, why, and who was rejected on the way."""
     names = tuple(operation.providers)
     if requested != "auto" and requested not in names:
@@ -174,7 +192,7 @@ def _choose(operation: Operation, problem: Any, requested: str, anywhere: bool, 
     rejected: list[tuple[str, str]] = []
     for name in names:
         provider = operation.load(name)
-        refusal = operation.refusal(name, problem)
+        refusal = operation.refusal(name, problem, also)
         reason = refusal or _unavailable(provider, anywhere)
         if reason is None:
             why = "requested" if requested != "auto" else f"the first of {', '.join(names)} that can"

@@ -38,10 +38,10 @@ def is_recorded() -> bool:
     return _is_compiling() or _tracing_state() is not None or _dispatch_modes() > 0
 
 
-def is_batched(tensor: torch.Tensor) -> bool:
+def is_batched(tensor: torch.Tensor | None) -> bool:
     """Whether it stands for a batch of tensors without memory of its own: an output's gradient, where autograd is told
     ``is_grads_batched=True``. PyTorch's fallback takes an operator of such tensors apart; a kernel it cannot."""
-    return not _is_compiling() and _is_legacy_batched(tensor)
+    return tensor is not None and not _is_compiling() and _is_legacy_batched(tensor)
 
 
 def keeps_lengths() -> bool:

@@ -2,6 +2,7 @@
 
 import threading
 import timeit
+from functools import partial
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from flashcore.compat import flash_attn
 from flashcore.errors import InvalidInputError, UnsupportedError
 from flashcore.plan import override
 from tests.cases import BY_NAME
-from tests.tolerance import assert_forward, assert_gradients
+from tests.tolerance import assert_forward, assert_gradients, attention_math
 
 
 def inputs(seqlen_q=5, seqlen_k=7, requires_grad=False, dtype=torch.float32):
@@ -244,8 +245,7 @@ def test_empty(name):
     out, lse = flashcore.attention(q, k, v, causal=case.causal, return_lse=True)
     assert_forward(out.detach(), lse, q, k, v, causal=case.causal)
     assert out.requires_grad
-    assert not lse.requires_grad
-    out.sum().backward()
+    (out.sum() + lse.sum()).backward()
     for tensor in (q, k, v):
         assert tensor.grad.shape == tensor.shape
         assert not tensor.grad.any()
@@ -311,13 +311,169 @@ def test_own_backward_gets_its_arguments(add_backend):
     assert [t.grad.unique().tolist() for t in (q, k, v)] == [[1], [2], [3]]
 
 
-@pytest.mark.parametrize("backend", ["fake", "reference"])
-def test_no_gradient_through_the_lse(add_backend, backend):
-    add_backend("fake")
-    q, k, v = inputs(requires_grad=True)
-    out, lse = flashcore.attention(q, k, v, return_lse=True, backend=backend)
-    assert out.requires_grad
-    assert not lse.requires_grad
+# ---- gradients of the LSE ----------------------------------------------------------------------------------------
+
+LSE_CASES = {
+    "full": {},
+    "causal": {"causal": True},
+    "window": {"window": (3, 1)},
+    "causal_window": {"causal": True, "window": (2, 0)},
+    "softcap": {"score": lambda score, *_: 2.0 * torch.tanh(score / 2.0)},
+    "sink": {"sink": torch.randn(4, dtype=torch.float64)},
+    "window_and_sink": {"window": (2, 0), "sink": torch.randn(4, dtype=torch.float64)},
+}
+NOT_OF_SDPA = ("softcap", "sink", "window_and_sink")
+
+
+def exact_backward(problem, config, *tensors):
+    """Refuses what kernels would multiply with probabilities of 0."""
+    assert not any(t.isnan().any() for t in tensors if t is not None)
+    return recompute.reference.backward(problem, None, *tensors)
+
+
+@pytest.fixture(params=["recomputed", "own_backward", "backward_without_dlse", "reference", "sdpa"])
+def of_lse(request, add_backend):
+    """A backend of each kind, by how the LSE's gradient is computed."""
+    if request.param == "own_backward":
+        add_backend(request.param, backward=exact_backward)
+    elif request.param == "backward_without_dlse":
+        add_backend(request.param, backward=exact_backward, FEATURES=frozenset(backends.FEATURES) - {"dlse"})
+    elif request.param == "recomputed":
+        add_backend(request.param)
+    return request.param
+
+
+def check_gradients_with_the_lse(backend, of_out, seqlen_k=23, **options):
+    """Against autograd over operations in float64: a loss that is linear in the output, and not in the LSE."""
+    leaves = [t.requires_grad_() for t in inputs(17, seqlen_k, dtype=torch.float64)]  # grouped heads
+    if "sink" in options:
+        leaves.append(options["sink"].clone().requires_grad_())
+
+    def gradients(function):
+        sink = {"sink": leaves[3]} if "sink" in options else {}
+        out, lse = function(*leaves[:3], **{**options, **sink})
+        loss = lse.double().square().sum() + (out * weights).sum() * of_out
+        return torch.autograd.grad(loss, leaves, allow_unused=not of_out)
+
+    weights = torch.randn(2, 17, 4, 16, dtype=torch.float64)
+    exact = gradients(partial(attention_math, **{"causal": False, "scale": None, **options}))
+    found = gradients(partial(flashcore.attention, return_lse=True, backend=backend))
+    for by_us, truth in zip(found, exact, strict=True):
+        truth = torch.zeros_like(by_us) if truth is None else truth  # of v, where the loss depends on the LSE alone
+        torch.testing.assert_close(by_us, truth, rtol=1e-5, atol=1e-5)  # the LSE is float32
+    assert found[0].abs().max() > 0.1
+
+
+@pytest.mark.parametrize("of_out", [True, False])
+@pytest.mark.parametrize("name", [name for name in LSE_CASES if name not in NOT_OF_SDPA])
+def test_gradients_with_the_lse(of_lse, name, of_out):
+    check_gradients_with_the_lse(of_lse, of_out, **LSE_CASES[name])
+
+
+@pytest.mark.parametrize("of_lse", ["recomputed", "own_backward", "backward_without_dlse", "reference"], indirect=True)
+@pytest.mark.parametrize("name", NOT_OF_SDPA)
+def test_gradients_with_the_lse_of_scores_and_sinks(of_lse, name):
+    check_gradients_with_the_lse(of_lse, True, **LSE_CASES[name])
+
+
+def test_gradients_with_the_lse_of_few_keys():
+    check_gradients_with_the_lse("auto", True, seqlen_k=17, causal=True)
+    check_gradients_with_the_lse("auto", True, seqlen_k=18, window=(1, 0))
+
+
+@pytest.mark.parametrize("needing", [0, 1, 2])
+def test_gradient_of_the_lse_of_one_input(of_lse, needing):
+    tensors = inputs(17, 23)
+    tensors[needing].requires_grad_()
+    out, lse = flashcore.attention(*tensors, return_lse=True, backend=of_lse)
+    (out.sum() + lse.sum()).backward()
+    assert [t.grad is not None for t in tensors] == [i == needing for i in range(3)]
+
+
+def test_a_loss_without_the_lse_pays_nothing_for_it(add_backend, monkeypatch):
+    got = []
+
+    def backward(problem, config, q, k, v, out, lse, dout, dlse):
+        got.append(dlse)
+        return exact_backward(problem, config, q, k, v, out, lse, dout, dlse)
+
+    add_backend("fake", backward=backward)
+    q, k, v = inputs(17, 23, requires_grad=True)
+    out, lse = flashcore.attention(q, k, v, return_lse=True)
+    torch.autograd.grad(out.sum(), q)
+    assert got == [None]
+    out, lse = flashcore.attention(q, k, v, return_lse=True)
+    torch.autograd.grad(lse.sum(), q)
+    assert (got[1] == 1).all()
+    monkeypatch.setattr(recompute.Recompute, "backward", None)
+    out, lse = flashcore.attention(q, k, v, return_lse=True, backend="sdpa")
+    torch.autograd.grad(out.sum(), q)
+    with pytest.raises(TypeError):
+        torch.autograd.grad(lse.sum(), q)
+
+
+def test_queries_without_keys_have_no_gradient_of_the_lse(of_lse):
+    """Whatever comes of their LSE: two of -inf are merged to NaN."""
+    q, k, v = inputs(33, 20, requires_grad=True)
+    out, lse = flashcore.attention(q, k, v, causal=True, return_lse=True, backend=of_lse)
+    dlse = torch.randn_like(lse)
+    assert lse[..., :13].isneginf().all()
+    wanted = torch.autograd.grad((out, lse), (q, k, v), (out, dlse), retain_graph=True)
+    dlse[..., :13] = torch.nan
+    found = torch.autograd.grad((out, lse), (q, k, v), (out, dlse))
+    torch.testing.assert_close(found, wanted)
+    assert not found[0][:, :13].any()
+    assert found[0][:, 13:].any()
+
+
+def merged(parts):
+    """Attention over all keys of attention over parts of them, as ring attention makes it."""
+    outs, lses = zip(*parts, strict=True)
+    lse = torch.stack(lses).logsumexp(dim=0)
+    weights = ((one - lse).exp().transpose(1, 2)[..., None] for one in lses)
+    return sum(out * weight for out, weight in zip(outs, weights, strict=True)), lse
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_merged_parts_have_the_gradients_of_the_whole(of_lse, causal):
+    q, k, v = (t.requires_grad_() for t in inputs(20, 40, dtype=torch.float64))
+    attend = partial(flashcore.attention, backend=of_lse, return_lse=True)
+    first, second = ((k[:, keys], v[:, keys]) for keys in (slice(0, 20), slice(20, 40)))
+    out, lse = merged([attend(q, *first), attend(q, *second, causal=causal)])
+    exact_out, exact_lse = attention_math(q, k, v, causal=causal, scale=None)
+    torch.testing.assert_close((out, lse.double()), (exact_out, exact_lse), rtol=1e-6, atol=1e-6)
+    weights = torch.randn_like(out)
+    found = torch.autograd.grad((out * weights).sum() + lse.sum(), (q, k, v))
+    exact = torch.autograd.grad((exact_out * weights).sum() + exact_lse.sum(), (q, k, v))
+    torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("of_lse", ["recomputed", "own_backward", "sdpa"], indirect=True)
+def test_second_derivative_of_the_lse_is_refused(of_lse):
+    q, k, v = inputs(17, 23, requires_grad=True)
+    _, lse = flashcore.attention(q, k, v, return_lse=True, backend=of_lse)
+    with pytest.raises(UnsupportedError, match="second derivatives"):
+        torch.autograd.grad(lse.square().sum(), q, create_graph=True)
+
+
+def test_second_derivative_of_the_reference_s_lse():
+    tensors = [t.double().requires_grad_() for t in inputs(2, 3)]
+
+    def attend(*tensors):
+        return [t.double() for t in flashcore.attention(*tensors, causal=True, return_lse=True, backend="reference")]
+
+    assert torch.autograd.gradgradcheck(attend, tensors, fast_mode=True, eps=1e-3, atol=1e-3)
+
+
+def test_batched_gradients_of_the_lse(of_lse):
+    q, k, v = inputs(17, 23, requires_grad=True)
+    out, lse = flashcore.attention(q, k, v, return_lse=True, backend=of_lse)
+    douts, dlses = torch.randn(3, *out.shape), torch.randn(3, *lse.shape)
+    for results, given in (((out, lse), (douts, dlses)), ((lse,), (dlses,))):
+        batched = torch.autograd.grad(results, (q, k), given, is_grads_batched=True, retain_graph=True)
+        pairs = zip(*given, strict=True)
+        one_by_one = [torch.autograd.grad(results, (q, k), one, retain_graph=True) for one in pairs]
+        torch.testing.assert_close(batched, tuple(map(torch.stack, zip(*one_by_one, strict=True))))
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -456,3 +612,25 @@ def test_gradients_on_a_gpu(case, expanded_dout):
     dout = out.new_ones(()).expand_as(out) if expanded_dout else torch.randn_like(out)
     grads = torch.autograd.grad(out, (q, k, v), dout)
     assert_gradients(grads, q, k, v, dout, causal=case.causal, scale=case.scale)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (40, 0)}], ids=str)
+@pytest.mark.parametrize("backward", [None, "torch-flash"])
+@pytest.mark.filterwarnings("ignore::flashcore.errors.FlashCoreWarning")
+def test_merged_parts_on_a_gpu(options, backward):
+    """Also where the backward pass without the LSE is one that cannot have it."""
+    q, k, v = (torch.randn(2, n, 4, 64, device="cuda", dtype=torch.bfloat16).requires_grad_() for n in (256, 512, 512))
+    with override(backward=backward if not options.get("window") else None):
+        attend = partial(flashcore.attention, return_lse=True)
+        parts = [attend(q, k[:, :256], v[:, :256]), attend(q, k[:, 256:], v[:, 256:], **options)]
+        out, _ = merged(parts)
+    dout = torch.randn_like(out)
+    grads = torch.autograd.grad(out, (q, k, v), dout)
+    leaves = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    math = partial(attention_math, causal=False, scale=None)
+    halves = [math(leaves[0], *(t[:, :256] for t in leaves[1:])),
+              math(leaves[0], *(t[:, 256:] for t in leaves[1:]), **options)]  # fmt: skip
+    exact = torch.autograd.grad(merged(halves)[0], leaves, dout.double())
+    for grad, truth in zip(grads, exact, strict=True):
+        assert (grad - truth).norm() < 1e-2 * truth.norm()

@@ -115,16 +115,18 @@ def test_one_graph_for_all_lengths(add_backend, requires_grad):
     assert seen == lengths
 
 
-@pytest.mark.parametrize("backend", ["recomputed", "own_backward", "reference"], indirect=True)
 def test_lse(backend):
     def both(q, k, v):
         return flashcore.attention(q, k, v, return_lse=True, backend=backend)
 
-    q, k, v = inputs(requires_grad=True)
+    q, k, v = inputs(17, 23, requires_grad=True)
     out, lse = compiled(both)[0](q, k, v)
-    assert_forward(out.detach(), lse, q, k, v)
-    assert out.requires_grad
-    assert not lse.requires_grad
+    assert_forward(out.detach(), lse.detach(), q, k, v)
+    losses = out.sum() + lse.square().sum(), lse.square().sum(), out.sum()
+    expected = both(q, k, v)
+    wanted = expected[0].sum() + expected[1].square().sum(), expected[1].square().sum(), expected[0].sum()
+    for pair in zip(losses, wanted, strict=True):
+        torch.testing.assert_close(*(torch.autograd.grad(loss, (q, k), retain_graph=True) for loss in pair))
     with torch.no_grad():
         assert_forward(*compiled(both)[0](q, k, v), q, k, v)
 
@@ -422,16 +424,18 @@ def check_backward_operator(backend, name):
     out, lse = torch.ops.flashcore.attention_forward(q, k, v, *rest)
     expanded = out.new_ones(()).expand_as(out)
     for dout in (torch.randn_like(out), expanded):
-        torch.library.opcheck(torch.ops.flashcore.attention_backward, (dout, q, k, v, out, lse, *rest))
+        for dlse in (None, torch.randn_like(lse)):
+            torch.library.opcheck(torch.ops.flashcore.attention_backward, (dout, dlse, q, k, v, out, lse, *rest))
 
 
 @pytest.mark.parametrize("loss", [torch.sum, lambda out: out.square().sum()])
 def test_second_derivative_is_refused(loss):
     tensors = inputs(requires_grad=True)
-    out, lse = ops.attention(*tensors, (), FULL, None, PLAIN, False, "auto")
+    options = (), FULL, None, PLAIN, False, "auto"
+    out, lse = ops.attention(*tensors, *options)
     with pytest.raises(UnsupportedError, match="second derivatives are not there"):
         torch.autograd.grad(loss(out), tensors[0], create_graph=True)
-    (dq, _, _) = ops.attention_backward(torch.ones_like(out), *tensors, out, lse, (), FULL, None, PLAIN, False, "auto")
+    (dq, _, _) = ops.attention_backward(torch.ones_like(out), None, *tensors, out, lse, *options)
     with pytest.raises(UnsupportedError, match="second derivatives are not there"):
         dq.sum().backward()
 

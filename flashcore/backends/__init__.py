@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
-# What a problem may ask for beyond the plain case (its `features`), in words.
+# What a problem may ask for beyond the plain case (its `features`), in words; the last, the call of a backward pass.
 FEATURES: dict[str, str] = {
     "window": "a sliding window",
     "score": "a score function",
     "sink": "sinks",
     "head_dim_v": "a head_dim of v that differs from q's",
+    "dlse": "a gradient of the LSE",
 }
 
 Run = Callable[..., Any]  # what an operation's `run` says
@@ -27,7 +28,8 @@ Run = Callable[..., Any]  # what an operation's `run` says
 class Provider(Protocol):
     """What every provider's module has. Shapes are those of the operation's problem."""
 
-    FEATURES: frozenset[str]  # of FEATURES: a problem that has another one is refused
+    # Of FEATURES: a problem that has another one is refused. A forward that has "dlse" is one whose LSE autograd sees.
+    FEATURES: frozenset[str]
 
     def unavailable(self) -> str | None:
         """Why this provider cannot run on this machine at all; None if it can. Cached."""
@@ -76,10 +78,10 @@ class Operation:
         found = sys.modules.get(path) or importlib.import_module(path)
         return getattr(found, inner) if inner else found
 
-    def refusal(self, name: str, problem: Any) -> str | None:
-        """What of this problem the provider called `name` lacks; None if it can compute it."""
+    def refusal(self, name: str, problem: Any, also: frozenset[str] = frozenset()) -> str | None:
+        """What of this problem, or of `also`, the provider called `name` lacks; None if it can compute it."""
         provider = self.load(name)
-        missing = problem.features - provider.FEATURES
+        missing = (problem.features | also) - provider.FEATURES
         return next((words for name, words in FEATURES.items() if name in missing), None) or provider.rejects(problem)
 
     def prepare(self, name: str, problem: Any, config: Any) -> Run:
@@ -99,7 +101,8 @@ def _of_scale(function: Callable, problem: Any, config: Any, at: int, *arguments
 # the order of its names.
 
 # dq, dk and dv are shaped like q, k and v. `out` and `lse` may be any provider's. `dout` may have any strides, 0
-# included; dlse is None, or the gradient of the LSE.
+# included; dlse is None, or, for a provider with that feature, the gradient of the LSE: (B, Hq, Sq) of any strides, 0
+# for a query that sees no key.
 ATTENTION_BACKWARD = Operation(
     "attention_backward",
     "backward",

@@ -6,7 +6,7 @@ import torch
 
 from flashcore.problem import AttentionProblem
 
-FEATURES = frozenset({"window", "score", "sink", "head_dim_v"})
+FEATURES = frozenset({"window", "score", "sink", "head_dim_v", "dlse"})
 NATIVE_GRAD = False
 
 

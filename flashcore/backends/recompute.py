@@ -35,9 +35,10 @@ class Recompute:
     def backward(self, problem: AttentionProblem, config: Any, q, k, v, out, lse, dout, dlse, *extras):
         with _on_record():
             inputs = [t.detach().requires_grad_() for t in (q, k, v)]
-            out, _ = ATTENTION.load(self._name).forward(problem, config, *inputs, *extras)
-            dq, dk, dv = torch.autograd.grad(out, inputs, dout)
-        return dq, dk, dv
+            out, lse = ATTENTION.load(self._name).forward(problem, config, *inputs, *extras)
+            if dlse is None:
+                return torch.autograd.grad(out, inputs, dout)
+            return torch.autograd.grad((out, lse), inputs, (dout, dlse))
 
 
 sdpa, reference = Recompute("sdpa"), Recompute("reference")

@@ -15,7 +15,7 @@ import torch
 
 from flashcore.problem import AttentionProblem
 
-FEATURES = frozenset({"window", "score", "sink", "head_dim_v"})
+FEATURES = frozenset({"window", "score", "sink", "head_dim_v", "dlse"})
 NATIVE_GRAD = True
 
 # Scores held at once. 2**26 of them are 256 MiB in float32, a few times over; queries are processed in chunks of that.
@@ -73,9 +73,10 @@ def _attend(
         scores = torch.cat([scores, sink], dim=-1)
         v = torch.nn.functional.pad(v, (0, 0, 0, 0, 0, 1))
 
-    lse = scores.logsumexp(dim=-1)
-    empty = lse.isneginf()[..., None]
-    # Filled before and after: the softmax of an empty row is NaN, and so would be its gradient.
-    probabilities = scores.masked_fill(empty, 0.0).softmax(dim=-1).masked_fill(empty, 0.0)
+    empty = scores.detach().amax(dim=-1, keepdim=True).isneginf()
+    # Filled before and after: the softmax of an empty row is NaN, and so would be its gradient, and that of its LSE.
+    scores = scores.masked_fill(empty, 0.0)
+    lse = scores.logsumexp(dim=-1).masked_fill(empty[..., 0], -torch.inf)
+    probabilities = scores.softmax(dim=-1).masked_fill(empty, 0.0)
     out = torch.einsum("bkgij,bjkd->bikgd", probabilities, v)
     return out.flatten(2, 3), lse.flatten(1, 2)

@@ -6,7 +6,7 @@ from flashcore.backends import Run, triton
 from flashcore.backends.triton.configs import TritonConfig
 from flashcore.problem import AttentionProblem
 
-FEATURES = triton.FEATURES
+FEATURES = triton.FEATURES | {"dlse"}
 
 
 def unavailable() -> str | None:
