@@ -29,6 +29,10 @@ _PUBLIC = {
     "GemmProblem": "gemm_problem",
     "Plan": "plan",
     "plan": "plan",
+    "compat": "compat",
+    "env": "env",
+    "errors": "errors",
+    "integrations": "integrations",
     "CompileError": "errors",
     "EnvironmentProblem": "errors",
     "FlashCoreError": "errors",
@@ -40,7 +44,7 @@ _PUBLIC = {
 __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
-    from flashcore import plan
+    from flashcore import compat, env, errors, integrations, plan
     from flashcore.api import attention, explain
     from flashcore.errors import (
         CompileError,

@@ -6,14 +6,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Literal, overload
+from typing import Literal, NoReturn, overload
 
 import torch
 
 from flashcore import gradients
 from flashcore import plan as planning
 from flashcore.backends import ATTENTION, Run
-from flashcore.calls import Runs, autocast, on_its_device, operators
+from flashcore.calls import Runs, autocast, on_its_device, operators, unknown_keywords
 from flashcore.errors import UnsupportedError
 from flashcore.plan import Plan
 from flashcore.problem import LEAST_SCALE, AttentionProblem, check_tensors, checked_mask, checked_scale
@@ -84,6 +84,7 @@ def attention(
     sink: torch.Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
+    **unknown: NoReturn,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Scaled dot-product attention, ``softmax(scale * q k^T) v`` per head.
 
@@ -117,6 +118,8 @@ def attention(
     :raises UnsupportedError: no backend, or not the requested one, can do it; or a second derivative is asked for,
         which only ``backend="reference"`` has.
     """
+    if unknown:
+        raise TypeError(unknown_keywords(attention, unknown))
     if _is_any_autocast_enabled():
         q, k, v = autocast(q, k, v)
     if window is not None or score is not None or sink is not None or is_watched():
@@ -151,6 +154,7 @@ def explain(
     sink: torch.Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
+    **unknown: NoReturn,
 ) -> Plan:
     """The plan that :func:`attention` would follow for these arguments: print it. Launches nothing.
 
@@ -158,6 +162,8 @@ def explain(
     pass and why, and for each rejected backend the one feature that is missing. Raises what :func:`attention` would
     raise.
     """
+    if unknown:
+        raise TypeError(unknown_keywords(explain, unknown))
     q, k, v = autocast(q, k, v)
     spec, extras = bind(score, sink)
     problem = _problem(q, k, v, extras, causal, window, scale, spec, return_lse)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any
@@ -11,6 +12,30 @@ import torch
 from flashcore.problem import DEVICES
 
 MAX_RUNS = 4096
+
+# What the parameters are called elsewhere -> what to write here.
+_ELSEWHERE = {
+    "is_causal": "causal=",
+    "softmax_scale": "scale=",
+    "sm_scale": "scale=",
+    "window_size": "window=, with None for -1",
+    "softcap": "score=flashcore.softcap(...)",
+    "alibi_slopes": "score=flashcore.alibi(...)",
+    "attn_mask": "score=flashcore.bias(...) for a bias",
+    "s_aux": "sink=",
+    "learnable_sink": "sink=",
+    "return_attn_probs": "return_lse=",
+    "return_softmax_lse": "return_lse=",
+    "enable_gqa": "nothing: k and v may have fewer heads",
+}
+
+
+def unknown_keywords(function: Callable, unknown: dict[str, Any]) -> str:
+    """Python's message about a keyword argument that `function` does not have, and what to write instead."""
+    name = next(iter(unknown))
+    parameters = [p.name for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    hint = _ELSEWHERE.get(name) or f"one of {', '.join(parameters)}"
+    return f"{function.__name__}() got an unexpected keyword argument {name!r}: here it is {hint}"
 
 
 class Runs:

@@ -38,4 +38,4 @@ class EnvironmentProblem(FlashCoreError, RuntimeError):
 
 
 class FlashCoreWarning(UserWarning):
-    """The result is right, but something made it slower than it has to be. Each cause warns once."""
+    """A call is slower than it has to be, or looks like a mistake. Each cause warns once."""

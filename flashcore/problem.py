@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -11,7 +12,7 @@ from typing import ClassVar
 
 import torch
 
-from flashcore.errors import InvalidInputError
+from flashcore.errors import FlashCoreWarning, InvalidInputError
 from flashcore.mask import CAUSAL, FULL, Mask, Visible
 from flashcore.score import PLAIN, SCORE, Score
 from flashcore.score import check as check_score
@@ -27,6 +28,8 @@ DEVICES = ("cuda", "cpu")
 LEAST_SCALE = 1e-20
 # Kernels count positions in 32 bits, and round up to whole tiles: no backend with kernels of its own takes more.
 LONGEST = 2**31 - 2**16
+# More than models have: so many heads of at most so many positions are rather positions of heads.
+MANY_HEADS = 128
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,8 @@ class AttentionProblem:
         arch, sm_count = _gpu(q.device) if q.device.type == "cuda" else (None, 0)
         batch, seqlen_q, heads_q, head_dim = q.shape
         _, seqlen_k, heads_k, head_dim_v = v.shape
+        if heads_k > MANY_HEADS >= max(seqlen_q, seqlen_k):
+            _warn_of_the_layout()
         return cls(
             dtype=DTYPES[q.dtype],
             device=q.device.type,
@@ -282,6 +287,17 @@ def _check_agreement(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
             f"attention: heads_q={heads_q} is not a multiple of heads_k={heads_k} ({shapes}). "
             "The layout is (batch, seqlen, heads, head_dim): are seqlen and heads swapped?"
         )
+
+
+@cache
+def _warn_of_the_layout() -> None:
+    """Once: it may be what is meant."""
+    message = (
+        f"attention: more than {MANY_HEADS} heads, and no more than {MANY_HEADS} positions: are the two swapped? "
+        "flashcore.attention takes (batch, seqlen, heads, head_dim), flashcore.scaled_dot_product_attention "
+        "(batch, heads, seqlen, head_dim). transpose(1, 2) copies nothing."
+    )
+    warnings.warn(message, FlashCoreWarning, stacklevel=2)
 
 
 def checked_mask(causal: bool, window: tuple[int | None, int | None] | None) -> Mask:

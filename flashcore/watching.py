@@ -6,7 +6,7 @@ import torch
 from torch.autograd import forward_ad
 
 _is_compiling = torch.compiler.is_dynamo_compiling  # an export without Dynamo is a dispatch mode
-_tracing_state = torch._C._get_tracing_state
+_is_tracing = torch._C._is_tracing
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 _transforms = torch._C._are_functorch_transforms_active
@@ -15,7 +15,7 @@ _transforms = torch._C._are_functorch_transforms_active
 def is_watched() -> bool:
     """Whether it is worth asking the others: whether a call may have to be more than a launch."""
     return (  # spelled out: every call asks
-        _is_compiling() or _tracing_state() is not None or _dispatch_modes() > 0 or _transforms()
+        _is_compiling() or _is_tracing() or _dispatch_modes() > 0 or _transforms()
         or forward_ad._current_level >= 0
     )  # fmt: skip
 
@@ -35,7 +35,7 @@ def is_transformed(*tensors: torch.Tensor | None) -> bool:
 def is_recorded() -> bool:
     """Whether operators are recorded or answered by somebody else: torch.compile, torch.export, ``torch.jit.trace``,
     or a dispatch mode, such as ``make_fx``, fake tensors or a FLOP counter."""
-    return _is_compiling() or _tracing_state() is not None or _dispatch_modes() > 0
+    return _is_compiling() or _is_tracing() or _dispatch_modes() > 0
 
 
 def is_batched(tensor: torch.Tensor | None) -> bool:
@@ -46,7 +46,7 @@ def is_batched(tensor: torch.Tensor | None) -> bool:
 
 def keeps_lengths() -> bool:
     """Whether what is decided by a length now is decided for all: ``torch.jit.trace``."""
-    return _tracing_state() is not None
+    return not _is_compiling() and _is_tracing()
 
 
 def answers_itself(tensor: object) -> bool:

@@ -1,8 +1,11 @@
 """The public call: what it returns, remembers and leaves alone. Its numbers are the business of tests/backends."""
 
+import inspect
+import re
 import threading
 import timeit
 from functools import partial
+import warnings
 
 import pytest
 import torch
@@ -14,8 +17,9 @@ import flashcore
 from flashcore import api, backends, calls
 from flashcore.backends import recompute, reference
 from flashcore.compat import flash_attn
-from flashcore.errors import InvalidInputError, UnsupportedError
+from flashcore.errors import FlashCoreWarning, InvalidInputError, UnsupportedError
 from flashcore.plan import override
+from flashcore.problem import _warn_of_the_layout
 from tests.cases import BY_NAME
 from tests.tolerance import assert_forward, assert_gradients, attention_math
 
@@ -197,6 +201,51 @@ def test_the_cpu_needs_no_gpu(monkeypatch):
     with FlopCounterMode(display=False):  # by the operators
         flashcore.attention(q, k, v).sum().backward()
         flashcore.linear(x, weight).sum().backward()
+
+
+@pytest.mark.parametrize("function", [flashcore.attention, flashcore.explain])
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"softmax_scale": 0.5}, "'softmax_scale': here it is scale="),
+        ({"is_causal": True}, "'is_causal': here it is causal="),
+        ({"causal": True, "window_size": (5, 0)}, "'window_size': here it is window=, with None for -1"),
+        ({"dropout": 0.1}, "'dropout': here it is one of q, k, v, causal, .*backend$"),
+    ],
+)
+def test_names_that_others_use_are_hinted_at(function, given, says):
+    with pytest.raises(TypeError, match=rf"^{function.__name__}\(\) got an unexpected keyword argument {says}"):
+        function(*inputs(), **given)
+
+
+def test_hints_name_parameters_and_functions_that_exist():
+    for name, hint in calls._ELSEWHERE.items():
+        parameter, _, rest = hint.partition("=")
+        parameters = inspect.signature(flashcore.attention).parameters
+        assert name not in parameters
+        assert parameter in parameters or hint.startswith("nothing")
+        assert all(hasattr(flashcore, function) for function in re.findall(r"flashcore\.(\w+)", rest))
+
+
+@pytest.mark.parametrize(
+    ("q_shape", "k_shape", "warns"),
+    [
+        ((1, 8, 512, 4), (1, 8, 512, 4), True),
+        ((2, 16, 258, 4), (2, 4, 129, 4), True),
+        ((1, 8, 128, 4), (1, 8, 128, 4), False),
+        ((1, 5, 128, 4), (1, 5, 128, 4), False),
+        ((1, 129, 129, 4), (1, 129, 129, 4), False),
+        ((1, 1, 256, 4), (1, 512, 256, 4), False),
+    ],
+)
+def test_a_call_that_looks_like_heads_before_positions_warns_once(q_shape, k_shape, warns):
+    _warn_of_the_layout.cache_clear()
+    q, k = torch.zeros(q_shape), torch.zeros(k_shape)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for causal in (False, True):
+            flashcore.attention(q, k, k, causal=causal)
+    assert [one.category for one in caught] == [FlashCoreWarning] * warns
 
 
 def test_override_is_seen_by_the_next_call(add_backend):

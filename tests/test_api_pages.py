@@ -33,7 +33,9 @@ def test_every_public_name_is_described(pages):
     modules = {name for name, home in flashcore._PUBLIC.items() if name == home}
     assert set(parts) == set(flashcore.__all__) - modules - {"__version__"}
     assert [name for name, text in parts.items() if len(text.partition("\n```\n")[2]) < 20] == []
-    assert {f"flashcore.{name}" for name in modules} <= set(api_pages.MODULES)
+    modules -= {"errors"}  # the page of the package itself has its names
+    for name in modules:
+        assert any(page.startswith(f"flashcore.{name}") for page in api_pages.MODULES), name
 
 
 def test_links_lead_somewhere(pages):

@@ -89,7 +89,7 @@ def signature(function: griffe.Function) -> str:
     """As it would be written, on one line where it fits."""
     shown, kind = [], None
     for parameter in function.parameters:
-        if parameter.name in ("self", "cls"):
+        if parameter.name in ("self", "cls", "unknown"):  # the last takes what is refused
             continue
         if parameter.kind is griffe.ParameterKind.keyword_only and kind is not parameter.kind:
             shown.append("*")
