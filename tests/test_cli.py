@@ -232,6 +232,7 @@ def test_head_dims_choose_the_kernels_that_serve_them():
 @needs_nvrtc
 def test_compile_refuses_what_it_has_no_kernel_for():
     assert "no kernel serves head_dim 512" in flashcore("compile", "--head-dim", "512", code=2)
+    assert "--head-dim" in flashcore("compile", "--head-dim", "-1", code=2)
     assert "no kernels for sm_80" in flashcore("compile", "--arch", "sm_80", code=2)
     assert "contradict" in flashcore("compile", "--all", "--head-dim", "64", code=2)
 

@@ -15,7 +15,7 @@ from flashcore.cli.console import console, fail, progress
 
 
 def compile_kernels(
-    head_dim: Annotated[list[int] | None, typer.Option(help="Only attention kernels that serve this head_dim.")] = None,
+    head_dim: Annotated[list[int] | None, typer.Option(min=1, help="Only attention kernels for this head_dim.")] = None,
     all_kernels: Annotated[bool, typer.Option("--all", help="Every declared kernel (the default).")] = False,
     arch: Annotated[str, typer.Option(help="Architecture to compile for.")] = "sm_90a",
     jobs: Annotated[int | None, typer.Option(min=1, help="Threads; as many as there are CPUs by default.")] = None,
