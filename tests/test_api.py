@@ -4,8 +4,8 @@ import inspect
 import re
 import threading
 import timeit
-from functools import partial
 import warnings
+from functools import partial
 
 import pytest
 import torch
