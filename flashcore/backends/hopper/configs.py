@@ -89,8 +89,7 @@ class ForwardConfig:
         q = self.q_buffers * self.tile_m * (row if self.o_in_ring else max(row, row_v))
         kv = self.key_parts * self.stages * self.tile_n * max(row, row_v)
         barriers = 8 * 2 * (self.key_parts * self.stages + self.q_buffers * self.row_groups)
-        maxima = self.consumers * 64 * 4
-        return -(-(q + kv + barriers + maxima) // 1024) * 1024
+        return -(-(q + kv + barriers) // 1024) * 1024
 
     def infeasible(self) -> str | None:
         """Why this config cannot be a kernel; None if it can."""

@@ -86,7 +86,6 @@ template <class Config> struct ForwardSmem {
   RingBarriers<Config::stages> ring[Config::key_parts];
   u64 q_full[Config::q_buffers][Config::row_groups];
   u64 q_empty[Config::q_buffers][Config::row_groups];
-  float far[Config::consumers][64];  // softmax.cuh
 };
 
 template <class Config> struct ForwardKernel {
@@ -359,11 +358,6 @@ template <class Config> struct ForwardKernel {
       return {row_max, sum, softmax.scale_log2};
     }
 
-    __forceinline__ void epilogue(const Tile& tile, int q_buffer) {
-      const float row_max[2] = {softmax.maximum(0), softmax.maximum(1)};
-      epilogue(tile, q_buffer, row_max, softmax.row_sum);
-    }
-
     __forceinline__ void epilogue(const Tile& tile, int q_buffer, const float (&row_max)[2],
                                   const float (&row_sum)[2]) {
       const float sum[2] = {quad_sum(row_sum[0]), quad_sum(row_sum[1])};
@@ -488,7 +482,7 @@ template <class Config> struct ForwardKernel {
       pin(o);
       pin(p);
       release(v_stage);
-      epilogue(tile, q_cursor.stage);
+      epilogue(tile, q_cursor.stage, softmax.row_max, softmax.row_sum);
       q_cursor.advance();
     }
 
@@ -510,14 +504,14 @@ template <class Config> struct ForwardKernel {
         if (part > 0) return leave_share();
         take_share();
       }
-      epilogue(tile, 0);
+      epilogue(tile, 0, softmax.row_max, softmax.row_sum);
     }
 
     // The other warpgroup's thread with the same number holds the same elements. Its ring is empty by now.
     __forceinline__ float4* share() const { return reinterpret_cast<float4*>(smem.kv[key_parts - 1]) + thread; }
 
     __forceinline__ void leave_share() {
-      share()[0] = make_float4(softmax.maximum(0), softmax.maximum(1), softmax.row_sum[0], softmax.row_sum[1]);
+      share()[0] = make_float4(softmax.row_max[0], softmax.row_max[1], softmax.row_sum[0], softmax.row_sum[1]);
 #pragma unroll
       for (int i = 0; i < head_dim_v / 8; ++i)
         share()[128 * (i + 1)] = make_float4(o[4 * i], o[4 * i + 1], o[4 * i + 2], o[4 * i + 3]);
@@ -531,12 +525,12 @@ template <class Config> struct ForwardKernel {
       float mine[2], theirs[2];  // factors
 #pragma unroll
       for (int slot = 0; slot < 2; ++slot) {
-        const float before = softmax.maximum(slot), m = fmaxf(before, other_max[slot]);
+        const float m = fmaxf(softmax.row_max[slot], other_max[slot]);
         const float offset = m == negative_infinity() ? 0 : m;  // a row without keys: both factors are 0
-        mine[slot] = exp2_approx((before - offset) * softmax.scale_log2);
+        mine[slot] = exp2_approx((softmax.row_max[slot] - offset) * softmax.scale_log2);
         theirs[slot] = exp2_approx((other_max[slot] - offset) * softmax.scale_log2);
         softmax.row_sum[slot] = softmax.row_sum[slot] * mine[slot] + other_sum[slot] * theirs[slot];
-        softmax.refer_to(slot, m);
+        softmax.row_max[slot] = m;
       }
 #pragma unroll
       for (int i = 0; i < head_dim_v / 8; ++i) {
@@ -581,7 +575,7 @@ template <class Config> struct ForwardKernel {
       const int k_stage = acquire();
       issue_qk(s);
       cursor.advance();
-      epilogue(tile, q_buffer);
+      epilogue(tile, q_buffer, softmax.row_max, softmax.row_sum);
       wgmma_wait<0>();
       pin(s);
       release_k(k_stage, false);
@@ -608,7 +602,7 @@ template <class Config> struct ForwardKernel {
         } else if (opened) {
           cross_window_seam<tile_n>(tile, next);
         } else {
-          epilogue(tile, q_cursor.stage);
+          epilogue(tile, q_cursor.stage, softmax.row_max, softmax.row_sum);
           q_cursor.advance();
         }
         tile = next;
@@ -633,7 +627,7 @@ template <class Config> struct ForwardKernel {
       wgmma_wait<1>();
       pin(s);
       release_k(k_stage, next.n_end == 1);
-      const float row_max[2] = {softmax.maximum(0), softmax.maximum(1)};
+      const float row_max[2] = {softmax.row_max[0], softmax.row_max[1]};
       const float row_sum[2] = {softmax.row_sum[0], softmax.row_sum[1]};
       finish_scores(s, next, next.n_end - 1);
       softmax.start(s);
@@ -690,7 +684,7 @@ template <class Config> struct ForwardKernel {
   __forceinline__ void consume(const TensorMap& o_map, int consumer, int thread, int warp) {
     const int wg = consumer % row_groups;
     Consumer{smem, params, o_map, wg, consumer / row_groups, thread, wg * 64 + warp % 4 * 16, {}, {},
-             Softmax(params.scale_log2, smem.far[consumer] + fragment_row(thread))}.run();
+             Softmax(params.scale_log2)}.run();
   }
 };
 

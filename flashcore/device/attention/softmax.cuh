@@ -12,10 +12,8 @@
 // does three operands at a time: the greatest integer, and only where that is negative the least.
 //
 // The exponent is one fused multiply-add, s * scale_log2 - round(row_max * scale_log2). The rounding of the second term
-// is a factor that all exponentials of a row share, but it grows with the maximum. So the scores of a row whose maximum is
-// huge are replaced by what they lie below it, exactly 0 at the maximum: such a row refers to 0, its maximum lies in
-// shared memory, and its threshold is below all scores, so that every block takes the way of one that passes it. The
-// usual way knows nothing of this: an instruction or a register more in it costs 1 to 6 % (docs/log/0020).
+// is a factor that all exponentials of a row share, but it grows with the maximum: where that is huge, row_max is
+// subtracted from the scores first, which leaves exactly 0 at the maximum.
 #pragma once
 #include "../core/fragment.cuh"
 
@@ -25,14 +23,14 @@ struct Softmax {
 
   const float scale_log2;
   const float unit;    // a factor of two in units of the raw scores
-  float* const far;    // the huge maxima: [0] and [8] belong to this thread's rows
-  float row_max[2];    // in units of the raw scores; -inf while a row has seen no key, 0 in a row with a huge maximum
+  float row_max[2];    // in units of the raw scores; -inf while a row has seen no key
   float row_sum[2];    // this thread's share
   float threshold[2];  // in units of the raw scores
   float rescale[2];    // factors for the output when update() returned true
   bool fast;           // no threshold in this warp is negative
+  bool huge;           // some maximum in this warp is
 
-  Softmax(float scale_log2, float* far) : scale_log2(scale_log2), unit(1 / scale_log2), far(far) {}
+  Softmax(float scale_log2) : scale_log2(scale_log2), unit(1 / scale_log2) {}
 
   // Greatest and least bit pattern among this thread's scores of a row and a first one.
   template <int n> static __forceinline__ int greatest(const float (&s)[n], int slot, int m) {
@@ -58,48 +56,18 @@ struct Softmax {
   // A row without keys keeps row_max = -inf: it refers to 0, so that its exponentials are 0, not NaN.
   __forceinline__ float origin(int slot) const { return row_max[slot] == negative_infinity() ? 0 : row_max[slot]; }
 
-  __forceinline__ bool is_huge(float maximum) const {
-    return maximum != negative_infinity() && fabsf(maximum) * scale_log2 >= huge_exponent;
-  }
-
-  // The maximum that a row refers to, once its threshold is set.
-  __forceinline__ float maximum(int slot) const {
-    return threshold[slot] == negative_infinity() && row_max[slot] == 0 ? far[8 * slot] : row_max[slot];
-  }
-
-  __forceinline__ void refer_to(int slot, float maximum) {
-    row_max[slot] = maximum;
-    threshold[slot] = 0;
-  }
-
-  // Rows with a huge maximum refer to 0 from now on. Returns whether the warp has such; those of this thread are in rows.
-  template <int n> __forceinline__ bool refer_to_zero(float (&s)[n], bool (&rows)[2]) {
-    rows[0] = is_huge(row_max[0]);
-    rows[1] = is_huge(row_max[1]);
-    if (!__any_sync(full_warp, rows[0] || rows[1])) return false;
-#pragma unroll
-    for (int slot = 0; slot < 2; ++slot)
-      if (rows[slot]) {
-        far[8 * slot] = row_max[slot];  // all four lanes of the quad write the same
-#pragma unroll
-        for (int i = 2 * slot; i < n; i += 4) {
-          s[i] -= row_max[slot];
-          s[i + 1] -= row_max[slot];
-        }
-        row_max[slot] = 0;
-      }
-    return true;
-  }
-
-  __forceinline__ void lower_thresholds(const bool (&rows)[2]) {
-    if (rows[0]) threshold[0] = negative_infinity();
-    if (rows[1]) threshold[1] = negative_infinity();
-    fast = false;
+  __forceinline__ void set_huge() {
+    huge = __any_sync(full_warp, fmaxf(fabsf(origin(0)), fabsf(origin(1))) * scale_log2 >= huge_exponent);
   }
 
   // s becomes exp2((s - row_max) * scale_log2), and is added to the row sums.
   template <int n> __forceinline__ void exponentiate(float (&s)[n]) {
-    const float offset[2] = {origin(0) * scale_log2, origin(1) * scale_log2};
+    float offset[2] = {origin(0) * scale_log2, origin(1) * scale_log2};
+    if (huge) {
+#pragma unroll
+      for (int i = 0; i < n; ++i) s[i] -= origin(fragment_slot(i));
+      offset[0] = offset[1] = 0;
+    }
 #pragma unroll
     for (int i = 0; i < n; ++i) {
       s[i] = exp2_approx(s[i] * scale_log2 - offset[fragment_slot(i)]);
@@ -121,11 +89,9 @@ struct Softmax {
       for (int slot = 0; slot < 2; ++slot)
         row_max[slot] = quad_max(__int_as_float(top[slot] >= 0 ? top[slot] : least(s, slot, top[slot])));
     }
-    bool huge_rows[2];
-    const bool huge = refer_to_zero(s, huge_rows);
+    set_huge();
     exponentiate(s);
     set_thresholds();
-    if (huge) lower_thresholds(huge_rows);
   }
 
   // Later blocks. Returns, uniformly per warp, whether the output of earlier blocks must be rescaled.
@@ -146,14 +112,14 @@ struct Softmax {
     if (grew) {
 #pragma unroll
       for (int slot = 0; slot < 2; ++slot) {
-        const float before = maximum(slot), m = quad_max(top[slot]);
-        row_max[slot] = m > threshold[slot] ? fmaxf(m, before) : before;
-        rescale[slot] = row_max[slot] > before ? exp2_approx((before - row_max[slot]) * scale_log2) : 1.0f;
+        const float m = quad_max(top[slot]);
+        const bool row_grew = m > threshold[slot];
+        rescale[slot] = row_grew ? exp2_approx((row_max[slot] - m) * scale_log2) : 1.0f;
         row_sum[slot] *= rescale[slot];
+        if (row_grew) row_max[slot] = m;
       }
+      set_huge();
       set_thresholds();
-      bool huge_rows[2];
-      if (refer_to_zero(s, huge_rows)) lower_thresholds(huge_rows);
     }
     exponentiate(s);
     return grew;
