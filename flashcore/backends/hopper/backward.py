@@ -10,7 +10,7 @@ from flashcore.backends.hopper import backward_configs as configs
 from flashcore.backends.hopper import tma
 from flashcore.backends.hopper.backward_configs import BackwardConfig, DqConfig, RowsConfig
 from flashcore.backends.hopper.jit import compile_kernel
-from flashcore.backends.hopper.launch import LOG2_E, Launcher, current_stream
+from flashcore.backends.hopper.launch import LOG2_E, Launcher, current_stream, diagonals
 from flashcore.problem import AttentionProblem
 
 _MAX_MAPS = 1024  # tensor maps kept per operand: the caching allocator hands out the same few addresses
@@ -57,7 +57,7 @@ class BackwardLauncher:
         self._tile_m = config.tile_m
         # Fp32 numbers: the sums of dQ, the numbers of rows; then the turns, 32 bits too.
         self._sums = self._tiles * 2 * _DQ_PART
-        self._rows = self._tiles * 2 * config.tile_m
+        self._rows = self._tiles * (2 * config.tile_m + 4)
         self._workspace = self._sums + self._rows + self._tiles * 2
         self._head_dim = problem.head_dim
         self._box_rows = (config.tile_m, config.tile_n, config.tile_n, config.tile_m, 64, 64, 64)
@@ -68,8 +68,8 @@ class BackwardLauncher:
         self._rows_scalars = i32(problem.heads_q, problem.seqlen_q, blocks, problem.head_dim)
         self._scale = problem.scale
         self._scalars = i32(
-            problem.batch, problem.heads_k, problem.group_size, problem.seqlen_q, problem.seqlen_k, blocks, keys,
-            configs.section(config, problem),
+            problem.batch, problem.heads_k, problem.group_size, problem.seqlen_q, problem.seqlen_k,
+            *diagonals(problem), blocks, keys, configs.section(config, problem),
         )  # fmt: skip
         self._dq_scalars = i32(problem.heads_q, blocks, configs.m_begin(config, problem, 0))
         after = {"programmatic_stream_serialization": True}  # may start before the kernel before it has ended

@@ -10,12 +10,12 @@ import itertools
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
-from flashcore.backends import FEATURES
 from flashcore.backends.hopper.configs import REGISTER_FILE, SMEM_LIMIT
 from flashcore.problem import AttentionProblem
 
 _ELEMENTS = {"bfloat16": "Bf16", "float16": "Fp16"}
 _CONSUMERS = 2  # warpgroups
+_MASKS = {"full": (False, False), "causal": (False, True), "window": (True, True)}  # bounded on the left, on the right
 _L2_BYTES = 32 << 20  # of the L2 cache, for what the CTAs of a section share
 
 
@@ -25,7 +25,8 @@ class BackwardConfig:
 
     dtype: str  # "bfloat16" | "float16"
     head_dim: int  # of the tile: 64 or 128; shorter heads are filled with zeros by TMA
-    causal: bool
+    bounded_left: bool  # the mask hides keys to the left of some queries
+    bounded_right: bool  # ... to the right: a causal mask or a window
     tile_m: int  # queries per step
     stages: int  # ring slots, each one tile of Q and of dO
     dq_buffers: int  # dQ tiles on their way to global memory
@@ -47,7 +48,7 @@ class BackwardConfig:
         ring = self.stages * 2 * self.tile_m * row
         ds = 2 * self.tile_n * -(-self.tile_m // 64) * 128
         dq = self.dq_buffers * _CONSUMERS * 64 * 64 * 4
-        rows = self.stages * 2 * self.tile_m * 4
+        rows = self.stages * (2 * self.tile_m + 4) * 4
         barriers = 8 * (2 * self.stages + 4 + 4 * self.dq_buffers)
         return -(-(kv + ring + ds + dq + rows + barriers) // 1024) * 1024
 
@@ -82,8 +83,9 @@ class BackwardConfig:
         return _ELEMENTS[self.dtype]
 
     def __str__(self) -> str:
+        mask = "window" if self.bounded_left else "causal" if self.bounded_right else "full"
         return (
-            f"{self.dtype} head_dim {self.head_dim} {'causal' if self.causal else 'full'}: tile {self.tile_m} x "
+            f"{self.dtype} head_dim {self.head_dim} {mask}: tile {self.tile_m} x "
             f"{self.tile_n}, {self.stages} stages, {self.dq_buffers} dQ buffers, ordered sums"
         )
 
@@ -139,8 +141,10 @@ class BackwardRow:
     dq_buffers: int
     why: str
 
-    def config(self, dtype: str, causal: bool) -> BackwardConfig:
-        return BackwardConfig(dtype, self.head_dim, causal, self.tile_m, self.stages, self.dq_buffers, why=self.why)
+    def config(self, dtype: str, left: bool, right: bool) -> BackwardConfig:
+        return BackwardConfig(
+            dtype, self.head_dim, left, right, self.tile_m, self.stages, self.dq_buffers, why=self.why
+        )
 
 
 BACKWARD_TABLE: tuple[BackwardRow, ...] = (
@@ -153,8 +157,6 @@ def rejects(problem: AttentionProblem) -> str | None:
     """The one feature of the problem that the backward kernels lack; None if they have all."""
     if problem.dtype not in _ELEMENTS:
         return f"dtype {problem.dtype} is neither bfloat16 nor float16"
-    if problem.features:
-        return FEATURES[min(problem.features)]
     if problem.head_dim > BACKWARD_TABLE[-1].head_dim:
         return f"head_dim {problem.head_dim} > {BACKWARD_TABLE[-1].head_dim}"
     if problem.head_dim % 8:
@@ -167,13 +169,23 @@ def choose_backward(problem: AttentionProblem) -> BackwardConfig:
     if (reason := rejects(problem)) is not None:
         raise LookupError(f"the backward kernels do not take this problem: {reason}")
     row = next(row for row in BACKWARD_TABLE if problem.head_dim <= row.head_dim)
-    return row.config(problem.dtype, problem.causal)
+    return row.config(problem.dtype, problem.visible.bounded_left, problem.visible.bounded_right)
 
 
 def m_begin(config: BackwardConfig, problem: AttentionProblem, n: int) -> int:
     """The first query tile that sees key tile `n` (``KeyTile``)."""
-    offset = problem.seqlen_k - problem.seqlen_q
-    return max(0, n * config.tile_n - offset) // config.tile_m if config.causal else 0
+    mask = problem.mask
+    return max(0, n * config.tile_n - problem.visible.offset - mask.right) // config.tile_m if config.bounded_right else 0
+
+
+def m_end(config: BackwardConfig, problem: AttentionProblem, n: int) -> int:
+    """One past the last query tile that sees key tile `n`."""
+    if not config.bounded_left:
+        return m_blocks(config, problem)
+    last = min((n + 1) * config.tile_n, problem.seqlen_k) - 1 - problem.visible.offset + problem.mask.left
+    if last < 0:
+        return m_begin(config, problem, n)
+    return min(m_blocks(config, problem), last // config.tile_m + 1)
 
 
 def m_blocks(config: BackwardConfig, problem: AttentionProblem) -> int:
@@ -204,14 +216,14 @@ def deal_key_tiles(config: BackwardConfig, problem: AttentionProblem) -> list[tu
 
 def walk(config: BackwardConfig, problem: AttentionProblem, n: int) -> list[tuple[int, int]]:
     """The (head of the group, query tile) steps of key tile `n`, in order: ``QueryWalk`` in Python."""
-    down = range(m_blocks(config, problem) - 1, m_begin(config, problem, n) - 1, -1)
+    down = range(m_end(config, problem, n) - 1, m_begin(config, problem, n) - 1, -1)
     return [(head, m) for head in range(problem.group_size) for m in down]
 
 
 def declared_backward_configs() -> list[tuple[str, BackwardConfig]]:
     """Every variant that :func:`choose_backward` can return, with a name."""
     configs = []
-    for row, causal, dtype in itertools.product(BACKWARD_TABLE, (False, True), _ELEMENTS):
-        mask = "causal" if causal else "full"
-        configs.append((f"backward-{row.head_dim}-{row.tile_m}x128-{mask}-{dtype}", row.config(dtype, causal)))
+    for row, mask, dtype in itertools.product(BACKWARD_TABLE, _MASKS, _ELEMENTS):
+        name = f"backward-{row.head_dim}-{row.tile_m}x128-{mask}-{dtype}"
+        configs.append((name, row.config(dtype, *_MASKS[mask])))
     return configs

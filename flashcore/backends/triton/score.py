@@ -68,12 +68,14 @@ def _made(expression: Expression, precise: bool) -> Callable:
     """An expression as a function of _ARGUMENTS: a (queries, keys) tile or its transpose of unscaled scores, positions
     that broadcast with it, and tuples that say where captured tensors are."""
     text = source(expression)
-    name = f"<score {hashlib.sha256(text.encode()).hexdigest()[:16]}>"
-    linecache.cache[name] = len(text), None, text.splitlines(keepends=True), name  # where Triton reads it
+    # Two functions with one name would be one function to Triton, where a kernel calls both.
+    name = f"score_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    text = text.replace("def change(", f"def {name}(", 1)
+    linecache.cache[f"<{name}>"] = len(text), None, text.splitlines(keepends=True), f"<{name}>"  # where Triton reads it
     scope = {"__name__": __name__, "tl": tl, "step": step, "tanh": tanh if precise else tanh_approx}
-    exec(compile(text, name, "exec"), scope)
+    exec(compile(text, f"<{name}>", "exec"), scope)
     jit = type(step)  # compiled or interpreted, as the kernels are
-    return jit(scope["change"])
+    return jit(scope[name])
 
 
 def source(expression: Expression) -> str:

@@ -1,7 +1,8 @@
 // Before the backward kernel: what it needs to know of every query, and its counters.
 //
 // COMPUTES  delta = rowsum(O * dO) - dLSE; stores -LSE * log2(e) and -delta as backward_schedule.cuh says, -inf and 0
-//   for queries without keys and those past the end of the last tile, and sets the turns of every dQ tile to 0.
+//   for queries without keys and those past the end of the last tile; whether an LSE of the tile is huge; and sets the
+//   turns of every dQ tile to 0.
 //   O, dO (batch, seqlen_q, heads_q, head_dim), 16 bit, rows aligned to 16 bytes, strides in elements; LSE, and dLSE or
 //   null: (batch, heads_q, seqlen_q) fp32.
 // GRID  A CTA per query tile of a head. head_dim / 8 threads share a row, so a warp reads 512 contiguous bytes or more.
@@ -14,6 +15,7 @@ struct RowStrides { u64 batch, row, head; };
 template <class Config> struct RowsKernel {
   static constexpr int row_threads = Config::head_dim / 8;
   static constexpr int passes = Config::tile_m * row_threads / Config::threads;
+  static constexpr float huge = 16384.0f;  // its rounding is 2^-11 or more
   static_assert(Config::tile_m * row_threads % Config::threads == 0 && Config::threads % row_threads == 0);
 
   static __forceinline__ float dot(const uint4& a, const uint4& b) {
@@ -53,6 +55,8 @@ attention_backward_rows_sm90(const u16* out, const u16* dout, const float* lse, 
       b[pass] = *reinterpret_cast<const uint4*>(dout_head_start + row * dout_row);
     }
   }
+  bool huge = false;
+  float* const to_tile = rows + u64(blockIdx.x) * (2 * Config::tile_m + 4);
 #pragma unroll
   for (int pass = 0; pass < Kernel::passes; ++pass) {
     const int i = (pass * Config::threads + threadIdx.x) / Kernel::row_threads, row = m * Config::tile_m + i;
@@ -69,10 +73,12 @@ attention_backward_rows_sm90(const u16* out, const u16* dout, const float* lse, 
           minus_delta = (dlse == nullptr ? 0 : dlse[at]) - delta;
         }
       }
-      float* to = rows + u64(blockIdx.x) * (2 * Config::tile_m) + i;
-      to[0] = minus_lse;
-      to[Config::tile_m] = minus_delta;
+      huge |= fabsf(minus_lse) >= Kernel::huge && minus_lse != negative_infinity();
+      to_tile[i] = minus_lse;
+      to_tile[Config::tile_m + i] = minus_delta;
     }
   }
+  huge = __syncthreads_or(huge);
+  if (threadIdx.x == 0) to_tile[2 * Config::tile_m] = huge;
   if (threadIdx.x < 2) turns[2 * blockIdx.x + threadIdx.x] = 0;
 }

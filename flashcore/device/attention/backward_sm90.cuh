@@ -5,7 +5,8 @@
 //     dV = P^T dO,   dK = scale * dS^T Q,   and dS K, which becomes dQ in backward_dq_sm90.cuh.
 //   Q, dO (batch, seqlen_q, heads_q, d), K, V, dK, dV (batch, seqlen_k, heads_q / group_size, d), 16 bit, any strides
 //   that TMA takes. d <= head_dim: TMA fills the rest with zeros and drops it again. LSE and delta come from
-//   backward_rows_sm90.cuh. Mask: none, or causal aligned to the bottom right. Any scale.
+//   backward_rows_sm90.cuh. Mask: two diagonals (mask.cuh), either of which may be missing. Any scale. Sinks are part of
+//   LSE: nothing else is to be known of them here.
 //
 // GRID AND ORDER  One CTA per tile of 128 keys of one key head; it walks over the tiles of tile_m queries that see it,
 //   of all query heads of the group, so dK and dV are complete in its registers. backward_schedule.cuh: the order, why
@@ -29,7 +30,7 @@
 //   q[stages], dout[stages]    98,304   the ring
 //   ds[2]                      32,768   dS^T of both warpgroups, by parity of the step
 //   dq[dq_buffers][2]          32,768   dQ on its way out
-//   rows[stages][2]             1,536   -lse * log2(e), -delta
+//   rows[stages]                1,584   -lse * log2(e), -delta, whether the first is huge
 //   barriers                      112
 //
 // BARRIERS (mbarrier)
@@ -51,7 +52,8 @@
 //            wait for the other's dS(i) | dQ(i) | dQ(i) -> smem | issue dP(i+1)
 //
 // NUMERICS  S, dP, P, dS and all sums are fp32; P and dS are rounded to 16 bit for the products. A query without keys,
-//   and those past the end, have -lse = -inf, so P = 0. Hidden P are replaced by 0. Keys past the end read as 0.
+//   and those past the end, have -lse = -inf, so P = 0. Hidden P are replaced by 0. Keys past the end read as 0. Where
+//   LSE is huge, its rounding is a factor of P that could overflow: P is then at most 1.
 //
 // EVIDENCE  FlashAttention-2 (arXiv 2307.08691) for the backward pass over key tiles, FlashAttention-3 (arXiv
 //   2407.08608) for P^T and dS^T in registers.
@@ -77,7 +79,7 @@ template <class Config> struct BackwardSmem {
   u8 dout[Config::stages][QTile::bytes];
   u8 ds[2][DsTile::bytes];
   u8 dq[Config::dq_buffers][2][dq_bytes];
-  float rows[Config::stages][2][Config::tile_m];
+  float rows[Config::stages][2 * Config::tile_m + 4];  // as in BackwardParams
   RingBarriers<Config::stages> ring;
   u64 k_full, v_full;
   u64 ds_full[2];
@@ -101,7 +103,7 @@ template <class Config> struct BackwardKernel {
   static_assert(tile_n == 128 && tile_m * head_dim == 64 * 128, "two warpgroups: 64 keys and 64 x 64 of dQ each");
 
   Smem& smem;
-  const BackwardParams& params;
+  const BackwardParams<Config>& params;
   const KeyTile<Config>& tile;
 
   static __forceinline__ void wait(u64& barrier, u32 parity) { mbarrier_wait<Config::wait_limit>(barrier, parity); }
@@ -116,33 +118,34 @@ template <class Config> struct BackwardKernel {
   }
 
   void produce(const TensorMap& q, const TensorMap& k, const TensorMap& v, const TensorMap& dout) {
+    if (tile.steps == 0) return;
     mbarrier_arrive_expect_tx(smem.k_full, KTile::bytes);
     load<KTile>(smem.k, k, smem.k_full, tile.n * tile_n, tile.head);
     wait_for_previous_kernel();
     Cursor cursor;
-    QueryWalk walk(params);
+    QueryWalk<Config> walk(params, tile);
     for (int i = 0; i < tile.steps; ++i) {
       wait(smem.ring.empty[cursor.stage], cursor.phase ^ 1);
       u64& full = smem.ring.full[cursor.stage];
       mbarrier_arrive_expect_tx(full, 2 * QTile::bytes + sizeof(smem.rows[0]));
       const int head = tile.head * params.group_size + walk.head;
       load<QTile>(smem.q[cursor.stage], q, full, walk.m * tile_m, head);
-      bulk_load(smem.rows[cursor.stage], params.rows + u64(walk.index(params, tile)) * (2 * tile_m),
+      bulk_load(smem.rows[cursor.stage], params.rows + u64(walk.index()) * (2 * tile_m + 4),
                 sizeof(smem.rows[0]), full);
       load<QTile>(smem.dout[cursor.stage], dout, full, walk.m * tile_m, head);
       if (i == 0) {
         mbarrier_arrive_expect_tx(smem.v_full, KTile::bytes);
         load<KTile>(smem.v, v, smem.v_full, tile.n * tile_n, tile.head);
       }
-      walk.advance(params, tile);
+      walk.advance();
       cursor.advance();
     }
   }
 
   // ---- dQ on its way to global memory: one thread for each consumer warpgroup --------------------------------------
 
-  __forceinline__ void await_turn(const u32* turn) {
-    for (int tries = 0; load_acquire(turn) != u32(tile.n);)
+  __forceinline__ void await_turn(const u32* counter, int turn) {
+    for (int tries = 0; load_acquire(counter) != u32(turn);)
       if (Config::wait_limit > 0 && ++tries == Config::wait_limit) __trap();
     fence_async_proxy_global();
   }
@@ -150,15 +153,16 @@ template <class Config> struct BackwardKernel {
   void add_dq(int wg) {
     wait_for_previous_kernel();
     DqCursor cursor;
-    QueryWalk walk(params);
+    QueryWalk<Config> walk(params, tile);
     for (int i = 0; i < tile.steps; ++i) {
-      const int part = walk.index(params, tile) * 2 + wg;
-      u32* turn = params.turns + part;
+      const int part = walk.index() * 2 + wg;
+      const int turn = walk.turn();
+      u32* counter = params.turns + part;
       float* sum = params.dq + u64(part) * (Smem::dq_bytes / 4);
       u8* staged = smem.dq[cursor.stage][wg];
-      if (tile.n > 0) await_turn(turn);
+      if (turn > 0) await_turn(counter, turn);
       wait(smem.dq_full[wg][cursor.stage], cursor.phase);
-      if (tile.n > 0)
+      if (turn > 0)
         bulk_add(sum, staged, Smem::dq_bytes);
       else
         bulk_store(sum, staged, Smem::dq_bytes);  // the first one: what lay there is overwritten
@@ -167,8 +171,8 @@ template <class Config> struct BackwardKernel {
       mbarrier_arrive(smem.dq_empty[wg][cursor.stage]);
       bulk_wait<0>();
       fence_async_proxy_global();
-      store_release(turn, tile.n + 1);
-      walk.advance(params, tile);
+      store_release(counter, turn + 1);
+      walk.advance();
       cursor.advance();
     }
   }
@@ -177,7 +181,7 @@ template <class Config> struct BackwardKernel {
 
   struct Consumer {
     Smem& smem;
-    const BackwardParams& params;
+    const BackwardParams<Config>& params;
     const KeyTile<Config>& tile;
     const int wg, thread;
     const int warp_key;    // first key of this warp
@@ -186,7 +190,7 @@ template <class Config> struct BackwardKernel {
     DqCursor dq_cursor;
     u32 parity = 0;  // of the step: its dS buffer
     u32 ds_phase = 0;
-    QueryWalk walk;
+    QueryWalk<Config> walk;
 
     float dk[head_dim / 2], dv[head_dim / 2];
     float s[tile_m / 2];   // S^T, then P^T
@@ -208,7 +212,7 @@ template <class Config> struct BackwardKernel {
 
     __forceinline__ void issue_dp() {
       forget(dp);
-      const float* rows = smem.rows[cursor.stage][1] + 2 * (thread % 4);
+      const float* rows = smem.rows[cursor.stage] + tile_m + 2 * (thread % 4);
 #pragma unroll
       for (int group = 0; group < tile_m / 8; ++group) {
         const float2 x = *reinterpret_cast<const float2*>(rows + 8 * group);
@@ -254,7 +258,7 @@ template <class Config> struct BackwardKernel {
 
     // P^T of the query tile at the cursor, from S^T.
     __forceinline__ void exponentiate() {
-      const float* rows = smem.rows[cursor.stage][0] + 2 * (thread % 4);
+      const float* rows = smem.rows[cursor.stage] + 2 * (thread % 4);
 #pragma unroll
       for (int group = 0; group < tile_m / 8; ++group) {
         const float2 x = *reinterpret_cast<const float2*>(rows + 8 * group);
@@ -263,18 +267,25 @@ template <class Config> struct BackwardKernel {
         s[4 * group + 2] = exp2_approx(s[4 * group + 2] * params.scale_log2 + x.x);
         s[4 * group + 3] = exp2_approx(s[4 * group + 3] * params.scale_log2 + x.y);
       }
+      if (smem.rows[cursor.stage][2 * tile_m] != 0) {
+#pragma unroll
+        for (int i = 0; i < tile_m / 2; ++i) s[i] = fminf(s[i], 1);
+      }
       hide();
     }
 
     // Sets to 0 what the mask hides, where this warp has such.
     __forceinline__ void hide() {
       const int first = walk.m * tile_m;
-      if (first_query<Config>(params, warp_key + 15) <= first) return;
+      if (first_query(params, warp_key + 15) <= first && last_query(params, warp_key) >= first + tile_m - 1) return;
       const int key = warp_key + thread % 32 / 4, col = first + 2 * (thread % 4);
-      const int begin[2] = {first_query<Config>(params, key) - col, first_query<Config>(params, key + 8) - col};
+      const int begin[2] = {first_query(params, key) - col, first_query(params, key + 8) - col};
+      const int last[2] = {last_query(params, key) - col, last_query(params, key + 8) - col};
 #pragma unroll
-      for (int i = 0; i < tile_m / 2; ++i)
-        if (fragment_col(i) < begin[fragment_slot(i)]) s[i] = 0;
+      for (int i = 0; i < tile_m / 2; ++i) {
+        const int slot = fragment_slot(i);
+        if (fragment_col(i) < begin[slot] || (Config::bounded_left && fragment_col(i) > last[slot])) s[i] = 0;
+      }
     }
 
     // dS^T = P^T * dP^T. Of 16 queries dp[8 j ..] then holds the fragment of dS^T, and behind it that of P^T.
@@ -362,6 +373,16 @@ template <class Config> struct BackwardKernel {
     void run(const TensorMap& dk_map, const TensorMap& dv_map) {
 #pragma unroll
       for (int i = 0; i < head_dim / 2; ++i) dk[i] = dv[i] = 0;
+      if (!Config::bounded_left || tile.steps > 0) walk_over_queries();
+      store_gradient(dv, smem.v, dv_map);
+#pragma unroll
+      for (int i = 0; i < head_dim / 2; ++i) dk[i] *= params.scale;
+      named_barrier_sync(1, 256);
+      store_gradient(dk, smem.k, dk_map);
+      if (thread == 0) tma_store_wait_read<0>();
+    }
+
+    __forceinline__ void walk_over_queries() {
       wait(smem.k_full, 0);
       acquire();
       issue_s();
@@ -377,7 +398,7 @@ template <class Config> struct BackwardKernel {
         begin_step();
         if (--i == 0) break;
         cursor.advance();
-        walk.advance(params, tile);
+        walk.advance();
         acquire();
         issue_s();
         issue_dv_dk(stage);
@@ -393,12 +414,6 @@ template <class Config> struct BackwardKernel {
       issue_dv_dk(cursor.stage);
       wait(smem.ds_full[parity], ds_phase);
       end_step(cursor.stage);
-      store_gradient(dv, smem.v, dv_map);
-#pragma unroll
-      for (int i = 0; i < head_dim / 2; ++i) dk[i] *= params.scale;
-      named_barrier_sync(1, 256);
-      store_gradient(dk, smem.k, dk_map);
-      if (thread == 0) tma_store_wait_read<0>();
     }
   };
 
@@ -406,7 +421,7 @@ template <class Config> struct BackwardKernel {
     const int row = wg * 64 + warp % 4 * 16 + thread % 16;  // of the key tile
     const u32 ds_address = smem_address(smem.ds[0]) + row * 128 + (thread % 32 / 16 ^ row % 8) * 16;
     Consumer{smem, params, tile, wg, thread, tile.n * tile_n + wg * 64 + warp % 4 * 16, ds_address, {}, {}, 0, 0,
-             QueryWalk(params)}.run(dk, dv);
+             QueryWalk<Config>(params, tile)}.run(dk, dv);
   }
 };
 
@@ -415,9 +430,10 @@ attention_backward_sm90(const __grid_constant__ TensorMap q, const __grid_consta
                         const __grid_constant__ TensorMap v, const __grid_constant__ TensorMap dout,
                         const __grid_constant__ TensorMap dk, const __grid_constant__ TensorMap dv, const float* rows,
                         float* dq, u32* turns, float scale, float scale_log2, int batch, int heads_k, int group_size,
-                        int seqlen_q, int seqlen_k, int m_blocks, int n_blocks, int section) {
-  const BackwardParams params{rows, dq, turns, scale, scale_log2, batch, heads_k, group_size, seqlen_q, seqlen_k,
-                              m_blocks, n_blocks, section};
+                        int seqlen_q, int seqlen_k, int mask_left, int mask_right, int m_blocks, int n_blocks,
+                        int section) {
+  const BackwardParams<Config> params{rows, dq, turns, scale, scale_log2, batch, heads_k, group_size, seqlen_q,
+                                      {seqlen_k, mask_left, mask_right}, m_blocks, n_blocks, section};
   extern __shared__ __align__(1024) u8 raw_smem[];
   using Kernel = BackwardKernel<Config>;
   auto& smem = *reinterpret_cast<typename Kernel::Smem*>(raw_smem);

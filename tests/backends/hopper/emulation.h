@@ -39,6 +39,7 @@ struct Warp {
 
 struct Cta {
   explicit Cta(int threads, int smem_bytes) : barrier(threads), warps(threads / 32), smem(smem_bytes, 0xff) {}  // NaN
+  std::atomic<int> voted{0};
   std::barrier<> barrier;
   std::vector<Warp> warps;
   std::vector<u8> smem;
@@ -79,6 +80,14 @@ template <class Kernel> void launch(int clusters, int ctas, int threads, int sme
 
 inline void __syncwarp() { this_warp->barrier.arrive_and_wait(); }
 inline void __syncthreads() { this_cta->barrier.arrive_and_wait(); }
+inline int __syncthreads_or(int vote) {
+  if (vote) this_cta->voted = 1;
+  __syncthreads();
+  const int any = this_cta->voted;
+  __syncthreads();
+  this_cta->voted = 0;
+  return any;
+}
 inline void cluster_sync() { this_cluster->barrier.arrive_and_wait(); }
 inline u32 cluster_size() { return this_cluster->ctas.size(); }
 inline u32 cluster_rank() { return blockIdx.x % cluster_size(); }

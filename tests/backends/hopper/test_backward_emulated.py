@@ -26,6 +26,7 @@ from flashcore.backends.hopper.backward_configs import (
     n_blocks,
     section,
 )
+from flashcore.backends.hopper.launch import diagonals
 from flashcore.problem import AttentionProblem
 from tests.backends.hopper.test_decode_emulated import compiler
 from tests.tolerance import assert_gradients, attention_math
@@ -51,9 +52,9 @@ ENTRIES = {
     ),
     BackwardConfig: (
         "const float* rows, float* dq, u32* turns, float scale, float scale_log2, int batch, int heads_k, "
-        "int group_size, int seqlen_q, int seqlen_k, int m_blocks, int n_blocks, int section",
+        "int group_size, int seqlen_q, int seqlen_k, int left, int right, int m_blocks, int n_blocks, int section",
         "attention_backward_sm90(maps[0], maps[1], maps[2], maps[3], maps[4], maps[5], rows, dq, turns, scale, "
-        "scale_log2, batch, heads_k, group_size, seqlen_q, seqlen_k, m_blocks, n_blocks, section)",
+        "scale_log2, batch, heads_k, group_size, seqlen_q, seqlen_k, left, right, m_blocks, n_blocks, section)",
     ),
     DqConfig: (
         "const float* sums, float scale, int heads_q, int m_blocks, int m_begin",
@@ -120,13 +121,13 @@ def address(tensor):
     return ctypes.c_void_p(0 if tensor is None else tensor.data_ptr())
 
 
-def backward(q, k, v, out, lse, dout, dlse=None, causal=False, scale=None):
+def backward(q, k, v, out, lse, dout, dlse=None, causal=False, scale=None, window=None):
     """(dq, dk, dv) of the emulated kernels. Everything that they write is NaN before."""
-    problem = AttentionProblem.from_tensors(q, k, v, causal=causal, scale=scale)
+    problem = AttentionProblem.from_tensors(q, k, v, causal=causal, scale=scale, window=window)
     config = choose_backward(problem)
     blocks, tile_m = m_blocks(config, problem), config.tile_m
     tiles = problem.batch * problem.heads_q * blocks
-    rows = torch.full((tiles, 2, tile_m), torch.nan)
+    rows = torch.full((tiles, 2 * tile_m + 4), torch.nan)
     sums = torch.full((tiles, 2, 4096), torch.nan)
     turns = torch.full((tiles, 2), -1, dtype=torch.int32)
     dq, dk, dv = (torch.full(t.shape, torch.nan, dtype=t.dtype) for t in (q, k, v))
@@ -142,7 +143,7 @@ def backward(q, k, v, out, lse, dout, dlse=None, causal=False, scale=None):
         maps((q, tile_m), (k, 128), (v, 128), (dout, tile_m), (dk, 64), (dv, 64)),
         address(rows), address(sums), address(turns), ctypes.c_float(problem.scale),
         ctypes.c_float(problem.scale / LN2), problem.batch, problem.heads_k, problem.group_size, problem.seqlen_q,
-        problem.seqlen_k, blocks, keys, section(config, problem),
+        problem.seqlen_k, *map(int, diagonals(problem)), blocks, keys, section(config, problem),
     )  # fmt: skip
     assert (turns >= 0).all()
     built(DqConfig("bfloat16", tile_m)).run(
@@ -158,8 +159,8 @@ def random_inputs(batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim):
     return [torch.randn(batch, *shape, head_dim, generator=generator).bfloat16() for shape in shapes]
 
 
-def forward(q, k, v, causal, scale=None):
-    out, lse = attention_math(q, k, v, causal=causal, scale=scale, dtype=torch.float32)
+def forward(q, k, v, causal=False, scale=None, window=None):
+    out, lse = attention_math(q, k, v, causal=causal, scale=scale, window=window, dtype=torch.float32)
     return out.to(q.dtype).contiguous(), lse.contiguous()
 
 
@@ -182,6 +183,35 @@ def test_gradients(shape, head_dim, causal):
     out, lse = forward(q, k, v, causal)
     grads = backward(q, k, v, out, lse, dout, causal=causal)
     assert_gradients(grads, q, k, v, dout, causal=causal)
+
+
+WINDOWS = [
+    # (seqlen_q, seqlen_k, (left, right))
+    (300, 300, (70, 0)),
+    (300, 300, (1, 0)),
+    (200, 520, (127, 0)),  # most keys are nobody's
+    (520, 200, (64, 30)),
+    (257, 257, (100, None)),
+    (129, 400, (None, 60)),
+]
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("case", WINDOWS, ids=str)
+def test_windows(case, head_dim):
+    seqlen_q, seqlen_k, window = case
+    q, k, v, dout = random_inputs(1, seqlen_q, seqlen_k, 2, 1, head_dim)
+    out, lse = forward(q, k, v, window=window)
+    grads = backward(q, k, v, out, lse, dout, window=window)
+    assert_gradients(grads, q, k, v, dout, window=window)
+
+
+def test_huge_scores_stay_finite():
+    """The rounding of a huge LSE is a factor of all P of a row, which must not overflow."""
+    q, k, v, dout = random_inputs(1, 130, 200, 2, 1, 64)
+    q, k = q * 3e4, k * 3e4
+    out, lse = forward(q, k, v)
+    assert all(grad.isfinite().all() for grad in backward(q, k, v, out, lse, dout))
 
 
 @pytest.mark.parametrize("head_dim", [8, 40, 72, 120])

@@ -19,6 +19,7 @@ import torch
 from flashcore.backends import triton as backend
 from flashcore.backends.triton import configs
 from flashcore.backends.triton.configs import LEAST_SHARED_MEMORY, SHARED_MEMORY, TABLES, Tile, choose
+from flashcore.backends.triton.score import functions
 from flashcore.errors import FlashCoreWarning
 from flashcore.mask import CAUSAL, FULL, Mask
 from flashcore.problem import AttentionProblem
@@ -475,6 +476,13 @@ for head_dim, head_dim_v, mask, score, sink in (
             "hazards": hazards[:3], "tanh": "tanh.approx" in compiled.asm["ptx"],
         }))
 """
+
+
+def test_a_score_and_its_derivative_have_two_names():
+    """Functions of one module and name are one function to Triton: the one that a kernel calls first."""
+    spec, _ = bind(softcap(50.0), None)
+    made = functions(replace(H200, score=spec))
+    assert made.change.__name__ != made.slope.__name__
 
 
 @pytest.mark.parametrize("arch", [(8, 0), (9, 0)])
