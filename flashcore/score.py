@@ -23,6 +23,8 @@ from flashcore.errors import InvalidInputError
 ARGUMENTS = ("score", "batch", "head", "query", "key")
 OFFSET_NAME = "offset"
 
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+
 LOOKUP_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -78,9 +80,8 @@ class Expression:
         self.op = op  # of _FORMS, or "constant", "name", "lookup"
         self.arguments = arguments  # Expressions; of a constant its number, of a name itself, of a lookup slot, indices
         self.text = self._text()  # decides equality
-        if found is None:
-            found = next((a.found for a in arguments if isinstance(a, Expression) and a.found is not None), None)
-        self.found = found  # the tensors that its score function has looked up so far, while that is traced
+        # The tensors that its score function has looked up so far, while that is traced.
+        self.found = _found(arguments) if found is None else found
 
     def __eq__(self, other) -> bool:
         return isinstance(other, Expression) and self.text == other.text
@@ -237,6 +238,14 @@ class Expression:
         return total
 
 
+def _found(arguments: Sequence[Any]) -> list[torch.Tensor] | None:
+    """The list of the trace that these are part of."""
+    for one in arguments:
+        if type(one) is Expression and one.found is not None:
+            return one.found
+    return None
+
+
 def _no_operation(name: str) -> InvalidInputError:
     names = ", ".join(("+", "-", "*", "/", "<", "<=", ">", ">=", "&", "|", *(n for n in _FORMS if n.isalpha())))
     return InvalidInputError(
@@ -251,7 +260,7 @@ def _wrap(x) -> Expression:
     if isinstance(x, bool) or not isinstance(x, (int, float, torch.SymInt, torch.SymFloat)):
         what = "a whole tensor: look up an element, such as slopes[head]" if isinstance(x, torch.Tensor) else repr(x)
         raise InvalidInputError(f"score: a score function cannot compute with {what}.")
-    if torch.compiler.is_compiling() or isinstance(x, (torch.SymInt, torch.SymFloat)):
+    if _is_dynamo_compiling() or isinstance(x, (torch.SymInt, torch.SymFloat)):
         x = _constant_of_the_graph(x)
     if math.isnan(x):
         raise InvalidInputError("score: a score function cannot compute with NaN.")
@@ -358,7 +367,7 @@ def lookup(tensor: torch.Tensor, *indices) -> Expression:
         these. They are clamped to the dimension. A dimension of size 1 serves every index.
     :raises InvalidInputError: outside of a score function, or with other tensors or indices.
     """
-    found = next((i.found for i in indices if isinstance(i, Expression) and i.found is not None), None)
+    found = _found(indices)
     if found is None:
         raise InvalidInputError("score: arguments of a score function mean nothing outside of it.")
     if not isinstance(tensor, torch.Tensor) or tensor.dtype not in LOOKUP_DTYPES:
@@ -417,7 +426,7 @@ def softcap(cap: float) -> ScoreFunction:
     """
     if isinstance(cap, bool) or not isinstance(cap, (int, float)) or not 0 < cap < math.inf:
         raise InvalidInputError(f"softcap: cap must be a positive number (given {cap!r}).")
-    make = _softcap.__wrapped__ if torch.compiler.is_compiling() else _softcap  # Dynamo warns of caches
+    make = _softcap.__wrapped__ if _is_dynamo_compiling() else _softcap  # Dynamo warns of caches
     return make(float(cap))
 
 
@@ -475,7 +484,7 @@ def chained(*functions: ScoreFunction | None) -> ScoreFunction | None:
 
 def trace(function: Callable) -> tuple[Expression, tuple[torch.Tensor, ...]]:
     """The expression that a score function computes, and the tensors that it looks up."""
-    if isinstance(function, ScoreFunction) and not torch.compiler.is_compiling():  # Dynamo has no lock for the memory
+    if isinstance(function, ScoreFunction) and not _is_dynamo_compiling():  # Dynamo has no lock for the memory
         return function.traced
     if not callable(function):
         raise InvalidInputError(

@@ -41,9 +41,10 @@ from flashcore.backends.sdpa import scaled_dot_product_attention as torch_sdpa
 from flashcore.errors import FlashCoreWarning, InvalidInputError, UnsupportedError
 from flashcore.integrations.sdpa import computed
 from flashcore.mask import CAUSAL, FULL, Mask
+from flashcore.problem import check_tensors
 from flashcore.score import LOOKUP_DTYPES, bias, chained
 from flashcore.score import softcap as softcapped
-from flashcore.watching import is_recorded, is_watched
+from flashcore.watching import is_recorded, is_transformed, is_watched
 
 try:
     from transformers.utils.output_capturing import _active_collector as _collector
@@ -99,16 +100,18 @@ def attention_forward(
         _refuse("dropout", dropout or None, "dropout, and PyTorch's SDPA no softcap and no sinks")
         return _scored(query, key, value, attention_mask, is_causal, scaling, sliding_window, softcap, s_aux,
                        position_bias), None  # fmt: skip
-    plain = dropout == 0 and not is_watched() and type(query) is torch.Tensor
+    plain = dropout == 0 and type(query) is torch.Tensor and _decides_for_this_call(query, key, value)
     if position_bias is not None:
         if plain and position_bias.dtype in LOOKUP_DTYPES and not _is_learned(position_bias):
             return _scored(query, key, value, attention_mask, is_causal, scaling, sliding_window, None, None,
                            position_bias), None  # fmt: skip
-        _warn_that_pytorch_computes("a position bias with a gradient, in float64, with dropout or when compiled")
+        _warn_that_pytorch_computes("a position bias with a gradient, in float64, with dropout or when traced")
         attention_mask, is_causal = _added(position_bias.to(query.dtype), attention_mask, is_causal, query, key), False
     elif plain and (shown := _shown(attention_mask, is_causal, query, key, sliding_window)) is not None:
         q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         try:
+            if is_recorded():  # an operator's error cannot be caught while it is traced
+                check_tensors(q, k, v)
             return api.attention(q, k, v, **_arguments(shown), scale=scaling), None
         except InvalidInputError:
             pass  # PyTorch may know better
@@ -145,6 +148,11 @@ def _scored(
     score = chained(None if softcap is None else softcapped(softcap), None if added is None else bias(added))
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     return api.attention(q, k, v, **_arguments(shown), scale=scaling, score=score, sink=s_aux)
+
+
+def _decides_for_this_call(query, key, value) -> bool:
+    """Whether what is seen, and that nobody transforms it, may be decided now: what Dynamo records has guards."""
+    return not is_watched() or (torch.compiler.is_dynamo_compiling() and not is_transformed(query, key, value))
 
 
 def _shown(attention_mask, is_causal, query, key, sliding_window) -> Mask | None:

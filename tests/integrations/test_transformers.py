@@ -572,16 +572,38 @@ def test_features_training(featured, kernel, padded):
     assert len(sinks) == (LAYERS if isinstance(models[0].config, transformers.GptOssConfig) else 0)
 
 
-@WARNS
 @needs_v5
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
-def test_compiled_layers_with_a_window():
-    """A window's mask is PyTorch's when a layer is compiled."""
-    model, theirs = build(FEATURES["mistral"]), build(FEATURES["mistral"], "eager")
-    for layer in model.model.layers:
-        layer.compile(backend="aot_eager", fullgraph=True)
+def test_features_of_compiled_layers(featured, kernel):
+    """All that a model has is FlashCore's in a compiled layer, too: a mask that says what it shows is not read."""
+    name, *models = featured
+    for layer in models[0].model.layers:
+        layer.self_attn.compile(backend="aot_eager", fullgraph=True)
     for length in (5, 12, 17):
-        close(model(tokens(2, length), use_cache=False).logits, theirs(tokens(2, length), use_cache=False).logits)
+        prompt = tokens(2, length)
+        kernel.clear()
+        losses = [model(prompt, labels=prompt, use_cache=False).loss for model in models]
+        torch.testing.assert_close(*losses)
+        for loss in losses:
+            loss.backward()
+        hidden = {"window"} if length <= WINDOW else set()
+        assert [p.features for p in kernel] == [has - hidden for has in HAVE[name]]
+    for ours, theirs in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-5)
+    torch._dynamo.reset()
+
+
+@needs_v5
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
+def test_features_generation_by_compiled_layers(kernel):
+    model, theirs = build(FEATURES["mistral"]), build(FEATURES["mistral"], "eager")
+    prompt, options = tokens(2, 11), {**GENERATE, "max_new_tokens": 5}
+    expected = theirs.generate(prompt, **options)
+    for layer in model.model.layers:
+        layer.self_attn.compile(backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(model.generate(prompt, **options), expected)
+    assert len(kernel) == 5 * LAYERS
     torch._dynamo.reset()
 
 
@@ -670,14 +692,20 @@ def build_t5(implementation=integration.NAME, **options):
 
 
 @needs_v5
-def test_position_bias(kernel):
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
+def test_position_bias(kernel, compiled):
     models = build_t5(), build_t5("eager")
+    for layer in models[0].modules():
+        if compiled and type(layer).__name__ == "T5Attention":
+            layer.compile(backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         close(*(model(input_ids=tokens(2, 11), decoder_input_ids=tokens(2, 7, seed=1)).logits for model in models))
     assert [(p.seqlen_q, p.seqlen_k, p.causal) for p in kernel] == [
         *[(11, 11, False)] * LAYERS, *[(7, 7, True), (7, 11, False)] * LAYERS
     ]  # fmt: skip
     assert all(p.features == {"score"} for p in kernel)
+    torch._dynamo.reset()
 
 
 @WARNS
