@@ -28,6 +28,7 @@ _PUBLIC = {
     "AttentionProblem": "problem",
     "GemmProblem": "gemm_problem",
     "Plan": "plan",
+    "distributed": "distributed",
     "plan": "plan",
     "compat": "compat",
     "env": "env",
@@ -44,7 +45,7 @@ _PUBLIC = {
 __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
-    from flashcore import compat, env, errors, integrations, plan
+    from flashcore import compat, distributed, env, errors, integrations, plan
     from flashcore.api import attention, explain
     from flashcore.errors import (
         CompileError,

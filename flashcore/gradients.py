@@ -20,9 +20,10 @@ def of_sinks(
     sink: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The gradient of the sinks (heads_q,): a sink is a key whose value is 0."""
-    delta = (out.float() * dout.float()).sum(dim=-1).transpose(1, 2)  # (B, Hq, Sq)
+    exact = torch.promote_types(out.dtype, torch.float32)
+    delta = (out.to(exact) * dout.to(exact)).sum(dim=-1).transpose(1, 2)  # (B, Hq, Sq)
     if dlse is not None:
         delta = delta - dlse
     # A row without keys whose sink is -inf as well has no probabilities, not NaN.
-    probability = (sink.float()[:, None] - lse).exp().masked_fill(lse.isneginf(), 0.0)
+    probability = (sink.to(exact)[:, None] - lse).exp().masked_fill(lse.isneginf(), 0.0)
     return -(probability * delta).sum(dim=(0, 2)).to(sink.dtype)

@@ -150,7 +150,7 @@ def _plan(name: str, problem: Any, requested: str, forced: Override | None, anyw
 def _backward(operation: Operation, forward: Plan, forced: Override | None, anywhere: bool) -> Plan:
     """The backward pass of a forward: autograd's, that of the same provider, or the first that can follow another's."""
     name = operation.gradient.name
-    if operation.load(forward.backend).NATIVE_GRAD:
+    if operation.load(forward.backend).NATIVE_GRAD and not forward.problem.partial:
         return Plan(name, forward.problem, AUTOGRAD, None, f"{forward.backend} is made of torch operations")
     requested = (forced and forced.backward) or "auto"
     chosen = _choose(operation.gradient, forward.problem, requested, anywhere, first=forward.backend)

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import torch
 
-from flashcore.errors import FlashCoreWarning, InvalidInputError
+from flashcore.errors import FlashCoreWarning, InvalidInputError, UnsupportedError
 from flashcore.mask import CAUSAL, FULL, Mask, Visible
 from flashcore.score import PLAIN, SCORE, Score
 from flashcore.score import check as check_score
@@ -58,6 +58,7 @@ class AttentionProblem:
     score: Score = PLAIN  # what becomes of scaled scores; sinks
     needs_grad: bool = False
     return_lse: bool = False
+    partial: bool = False  # a part of the queries' keys: see backends.FEATURES
 
     @classmethod
     def from_tensors(
@@ -184,6 +185,7 @@ class AttentionProblem:
             "score": self.score.change is not None,
             "sink": self.score.sink is not None,
             "head_dim_v": self.head_dim_v != self.head_dim,
+            "partial": self.partial,
         }
         return frozenset(name for name, there in has.items() if there)
 
@@ -211,7 +213,7 @@ class AttentionProblem:
         where = self.device if self.arch is None else f"sm_{self.arch[0]}{self.arch[1]} ({self.sm_count} SMs)"
         flags = "" if self.mask == FULL else f", {self.mask}"
         flags += "" if self.score == PLAIN else f", {self.score}"
-        flags += "".join(f", {name}" for name in ("needs_grad", "return_lse") if getattr(self, name))
+        flags += "".join(f", {name}" for name in ("partial", "needs_grad", "return_lse") if getattr(self, name))
         shapes = f"q {self.q_shape}, k {self.k_shape}, v {self.v_shape}"
         return f"{self.dtype} on {where}, {shapes}, scale {self.scale:.6g}{flags}"
 
@@ -230,6 +232,11 @@ def _check_tensor(name: str, tensor: torch.Tensor) -> None:
     """What each of q, k, v must be, whatever the others are."""
     if not isinstance(tensor, torch.Tensor):
         raise InvalidInputError(f"attention: {name} must be a torch.Tensor (given {type(tensor).__name__}).")
+    if any(kind.__name__ == "DTensor" for kind in type(tensor).__mro__):  # its class is slow to import
+        raise UnsupportedError(
+            f"attention: {name} is a DTensor (supported: plain tensors). Pass to_local() where batch or heads are "
+            "sharded; where the sequence is, use flashcore.distributed."
+        )
     if tensor.layout is not torch.strided or tensor.is_nested:
         kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
         raise InvalidInputError(

@@ -30,7 +30,10 @@ DOCS = (
     "CHANGELOG.md",
     "CONTRIBUTING.md",
     "SECURITY.md",
-    *(f"docs/{name}.md" for name in ("architecture", "benchmarks", "deployment", "numerics", "performance")),
+    *(
+        f"docs/{name}.md"
+        for name in ("architecture", "benchmarks", "deployment", "distributed", "numerics", "performance")
+    ),
 )
 RUN = {"python", "sh"}
 NOT_RUN = {"text", "dockerfile"}

@@ -1,7 +1,9 @@
 """The scripts of examples/ run as they are, and print what they promise."""
 
+import os
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -37,7 +39,7 @@ CHECKS = {
 
 
 def test_every_example_is_run():
-    assert set(CHECKS) == {path.stem for path in FOLDER.glob("*.py")}
+    assert set(CHECKS) | {"train_distributed"} == {path.stem for path in FOLDER.glob("*.py")}
 
 
 @pytest.mark.parametrize("name", CHECKS)
@@ -71,3 +73,24 @@ def test_example_calls_flashcore(name, monkeypatch):
     with pytest.raises(RuntimeError, match="stop"):
         runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
     assert len(called) == 1
+
+
+def test_two_processes():
+    """They start each other, so the example is a program of its own here."""
+    path = FOLDER / "train_distributed.py"
+    environment = {**os.environ, "PYTHONPATH": str(FOLDER.parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall("loss", done.stdout)) == 4
+    learns("train_distributed", done.stdout)
+
+
+def test_a_process_started_by_torchrun_calls_flashcore(monkeypatch, tmp_path):
+    def refuse(*args, **kwargs):
+        raise RuntimeError("stop")
+
+    monkeypatch.setattr("flashcore.distributed.attention", refuse)
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": 0}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(RuntimeError, match="stop"):
+        runpy.run_path(str(FOLDER / "train_distributed.py"), run_name="__main__")

@@ -340,7 +340,7 @@ def test_printed(add_backend, without_kernels):
         "needs_grad",
         f"backend   fake: the first of {', '.join(backends.ATTENTION.providers)} that can",
         "config    Config(tile=64, why='small tiles fill the machine'): small tiles fill the machine",
-        "backward  sdpa-recompute: the first of torch-flash, sdpa-recompute, reference-recompute that "
+        "backward  sdpa-recompute: the first of torch-flash, sdpa-recompute, reference-recompute, reference that "
         "can",
         "          SdpaConfig(expand_heads=False): SDPA's flash kernel reads grouped heads where they are",
         "          not torch-flash: a tensor that is not on an NVIDIA GPU",
@@ -378,7 +378,7 @@ def test_own_backward_first(add_backend, without_kernels):
     add_backend("other", backward=None)
     add_backend("fake", backward=None)
     chosen = plan(replace(ON_HOPPER, needs_grad=True))
-    names = "fake, other, torch-flash, sdpa-recompute, reference-recompute"
+    names = "fake, other, torch-flash, sdpa-recompute, reference-recompute, reference"
     assert (chosen.backward.backend, chosen.backward.why) == ("fake", f"the first of {names} that can")
 
 

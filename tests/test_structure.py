@@ -55,3 +55,13 @@ def test_no_module_is_imported_by_what_it_imports():
 
 def test_the_exceptions_are_there():
     assert all(other in imports_of(name) for name, other in UPWARDS)
+
+
+def test_nothing_below_knows_of_several_devices():
+    """But for the package itself, which has the name, and benchmarks, which measure it."""
+    above = ("flashcore.distributed", "flashcore.bench", "flashcore.cli")
+    below = [name for name in MODULES if name != "flashcore" and not name.startswith(above)]
+    assert "flashcore.api" in below
+    assert [name for name in below if any(o.startswith("flashcore.distributed") for o in imports_of(name))] == []
+    for name in ("ring", "ulysses"):
+        assert "flashcore.distributed.layout" in imports_of(f"flashcore.distributed.{name}")

@@ -16,6 +16,7 @@ TARGET = ROOT / "docs" / "api"
 MODULES = (
     "flashcore",
     "flashcore.plan",
+    "flashcore.distributed",
     "flashcore.integrations.sdpa",
     "flashcore.integrations.transformers",
     "flashcore.compat.flash_attn",

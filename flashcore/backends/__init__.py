@@ -20,6 +20,9 @@ FEATURES: dict[str, str] = {
     "sink": "sinks",
     "head_dim_v": "a head_dim of v that differs from q's",
     "dlse": "a gradient of the LSE",
+    # The output and the LSE are merged with those of other keys, so they are better not rounded: who can returns them,
+    # and gradients, in float32 (float64 for float64). The backward pass gets the output and the LSE of all keys.
+    "partial": "a part of the keys, with the LSE of all in the backward pass",
 }
 
 Run = Callable[..., Any]  # what an operation's `run` says
@@ -113,6 +116,7 @@ ATTENTION_BACKWARD = Operation(
         "torch-flash": "torch_flash",
         "sdpa-recompute": "recompute:sdpa",
         "reference-recompute": "recompute:reference",
+        "reference": "reference_backward",
     },
     empty="empty",
 )

@@ -6,7 +6,7 @@ import torch
 
 from flashcore.problem import AttentionProblem
 
-FEATURES = frozenset({"window", "score", "sink", "head_dim_v", "dlse"})
+FEATURES = frozenset({"window", "score", "sink", "head_dim_v", "dlse", "partial"})
 NATIVE_GRAD = False
 
 

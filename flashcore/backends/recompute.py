@@ -21,7 +21,7 @@ class Recompute:
 
     @property
     def FEATURES(self) -> frozenset[str]:
-        return ATTENTION.load(self._name).FEATURES
+        return ATTENTION.load(self._name).FEATURES - {"partial"}  # it would find the LSE of the part
 
     def unavailable(self) -> str | None:
         return ATTENTION.load(self._name).unavailable()

@@ -15,7 +15,7 @@ import torch
 
 from flashcore.problem import AttentionProblem
 
-FEATURES = frozenset({"window", "score", "sink", "head_dim_v", "dlse"})
+FEATURES = frozenset({"window", "score", "sink", "head_dim_v", "dlse", "partial"})
 NATIVE_GRAD = True
 
 # Scores held at once. 2**26 of them are 256 MiB in float32, a few times over; queries are processed in chunks of that.
@@ -45,7 +45,7 @@ def forward(
         ]
         out = torch.cat([out for out, _ in chunks], dim=1)
         lse = torch.cat([lse for _, lse in chunks], dim=2)
-    return out.to(q.dtype), lse.float()
+    return (out, lse) if problem.partial else (out.to(q.dtype), lse.float())
 
 
 def _attend(

@@ -26,7 +26,7 @@ from flashcore.backends import reference
 from flashcore.problem import LONGEST, AttentionProblem
 from flashcore.watching import is_transformed
 
-FEATURES = frozenset({"window", "head_dim_v"})
+FEATURES = frozenset({"window", "head_dim_v", "partial"})
 NATIVE_GRAD = True
 
 # Mask entries held at once when lengths differ: 2**24 are 16 MiB as bool, 32 MiB when SDPA widens them to half.
@@ -130,6 +130,7 @@ def forward(
     scale = problem.scale
     if scale <= 0:  # fused kernels mask with -inf before they scale: NaN or +inf unless the scale is positive
         q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
+    dtype = q.dtype
     q, k, v = (readable(t).transpose(1, 2) for t in (q, k, v))  # (B, H, S, D), as SDPA wants them
     grouped = problem.group_size > 1 and not config.expand_heads
     attend = partial(_kernel(problem, transformed), scale=scale, enable_gqa=grouped)
@@ -145,7 +146,9 @@ def forward(
             if empty:
                 out = F.pad(out, (0, 0, empty, 0))
                 lse = None if lse is None else F.pad(lse, (empty, 0), value=-torch.inf)
-    return out.transpose(1, 2).contiguous(), None if lse is None else lse.float().contiguous()
+    if not problem.partial:
+        out, lse = out.to(dtype), None if lse is None else lse.float()
+    return out.transpose(1, 2).contiguous(), None if lse is None else lse.contiguous()
 
 
 def _few_keys(problem: AttentionProblem) -> bool:
@@ -209,14 +212,14 @@ def _by_cpu_kernel_for_half(q, k, v, **options):
 def _by_cpu_kernel_with_lse(q, k, v, attn_mask=None, **options):
     """The same in float32, since the LSE that the kernel gives in half is 6e-5 off, or in float64."""
     exact = torch.float64 if q.dtype is torch.float64 else torch.float32
-    dtype, q, k, v = q.dtype, q.to(exact), k.to(exact), v.to(exact)
+    q, k, v = q.to(exact), k.to(exact), v.to(exact)
     out, lse = _cpu_kernel(q, k, v, attn_mask=attn_mask, **options)
     if (lse == 0).any():  # so it is for a row whose scores are all -inf, too: that of its first key tells
         first = 0 if attn_mask is None else attn_mask.int().argmax(dim=-1)
         keys = k.detach()[:, :, first].repeat_interleave(q.shape[1] // k.shape[1], dim=1)
         scores = torch.einsum("bhid,bhd->bhi" if attn_mask is None else "bhid,bhid->bhi", q.detach(), keys)
         lse = lse.masked_fill((lse == 0) & scores.isneginf(), -torch.inf)
-    return out.to(dtype), lse
+    return out, lse
 
 
 def _cpu_kernel(q, k, v, attn_mask=None, is_causal=False, *, scale, enable_gqa):

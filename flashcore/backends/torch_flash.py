@@ -7,7 +7,7 @@ import torch
 from flashcore.backends import sdpa
 from flashcore.problem import LONGEST, AttentionProblem
 
-FEATURES: frozenset[str] = frozenset()
+FEATURES = frozenset({"partial"})
 
 
 def unavailable() -> str | None:

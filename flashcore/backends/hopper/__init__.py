@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from flashcore.backends import Run
 
-FEATURES = frozenset({"window", "score", "sink", "head_dim_v"})
+FEATURES = frozenset({"window", "score", "sink", "head_dim_v", "partial"})
 NATIVE_GRAD = False
 
 # Keys from which on it matters that the clusters of so few heads leave SMs idle (docs/log/0018).

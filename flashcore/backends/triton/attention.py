@@ -55,6 +55,7 @@ def prepare_forward(problem: AttentionProblem, config: TritonConfig) -> Forward:
     sign = 1 if changed else (problem.scale > 0) - (problem.scale < 0)
     out_shape, lse_shape = problem.out_shape, problem.lse_shape
     strides_out = (math.prod(out_shape), *_strides(out_shape)[:3])
+    out_dtype = torch.float32 if problem.partial else getattr(torch, problem.dtype)
     launch = Launch(
         attention_fwd, (tiles * batch_heads, splits, 1), (batch_heads, *scalars(problem, batch_heads)),
         constants(problem, tile)
@@ -68,7 +69,7 @@ def prepare_forward(problem: AttentionProblem, config: TritonConfig) -> Forward:
         return float(scale), abs(float(scale)) * LOG2E if sign else 1.0
 
     def unsplit(q: Tensor, k: Tensor, v: Tensor, scale: float, *extras: Tensor) -> tuple[Tensor, Tensor]:
-        out = torch.empty(out_shape, dtype=q.dtype, device=q.device)
+        out = torch.empty(out_shape, dtype=out_dtype, device=q.device)
         lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device)
         sink = extras[-1].contiguous() if has_sink else lse
         strides = q.stride(), k.stride(), v.stride(), strides_out
@@ -94,7 +95,7 @@ def prepare_forward(problem: AttentionProblem, config: TritonConfig) -> Forward:
         parts_lse = torch.empty((splits, *lse_shape), dtype=torch.float32, device=device)
         strides = q.stride(), k.stride(), v.stride(), strides_out
         _launch(launch, (q, k, v, parts_lse, parts, parts_lse), strides, scales(scale), problem, extras)
-        out = torch.empty(out_shape, dtype=q.dtype, device=device)
+        out = torch.empty(out_shape, dtype=out_dtype, device=device)
         lse = torch.empty(lse_shape, dtype=torch.float32, device=device)
         merge((parts, parts_lse, extras[-1].contiguous() if has_sink else lse, out, lse), ())
         return out, lse
@@ -120,7 +121,8 @@ def prepare_backward(problem: AttentionProblem, config: TritonConfig) -> Backwar
         q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, scale: float,
         *extras: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+        dtype = torch.float32 if problem.partial else q.dtype
+        dq, dk, dv = (torch.empty(t.shape, dtype=dtype, device=t.device) for t in (q, k, v))
         stats = torch.empty(stats_shape, dtype=torch.float32, device=q.device)
         if dlse is None:
             launch_dq(q, k, v, out, dout, lse, lse, stats, dq, scale, *extras)
