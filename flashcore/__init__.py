@@ -27,6 +27,7 @@ _PUBLIC = {
     "scaled_dot_product_attention": "integrations.sdpa",
     "AttentionProblem": "problem",
     "GemmProblem": "gemm_problem",
+    "Packed": "sequences",
     "Plan": "plan",
     "distributed": "distributed",
     "plan": "plan",
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from flashcore.plan import Plan
     from flashcore.problem import AttentionProblem
     from flashcore.score import alibi, bias, lookup, softcap
+    from flashcore.sequences import Packed
 
 
 def __getattr__(name: str):

@@ -17,7 +17,8 @@ from flashcore.calls import Runs, autocast, on_its_device, operators, unknown_ke
 from flashcore.errors import UnsupportedError
 from flashcore.plan import Plan
 from flashcore.problem import LEAST_SCALE, AttentionProblem, check_tensors, checked_mask, checked_scale
-from flashcore.score import PLAIN, bind
+from flashcore.score import PLAIN, Score, bind
+from flashcore.sequences import Packed
 from flashcore.watching import answers_itself, is_batched, is_recorded, is_transformed, is_watched
 
 # Strides are not part of a kind: no check and no plan depends on them. Neither is the size of a scale.
@@ -41,6 +42,8 @@ def attention(
     scale: float | None = None,
     score: Callable | None = None,
     sink: torch.Tensor | None = None,
+    queries: Packed | None = None,
+    keys: Packed | None = None,
     return_lse: Literal[False] = False,
     backend: str = "auto",
 ) -> torch.Tensor: ...
@@ -55,6 +58,8 @@ def attention(
     scale: float | None = None,
     score: Callable | None = None,
     sink: torch.Tensor | None = None,
+    queries: Packed | None = None,
+    keys: Packed | None = None,
     return_lse: Literal[True],
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
@@ -69,6 +74,8 @@ def attention(
     scale: float | None = None,
     score: Callable | None = None,
     sink: torch.Tensor | None = None,
+    queries: Packed | None = None,
+    keys: Packed | None = None,
     return_lse: bool,
     backend: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
@@ -82,6 +89,8 @@ def attention(
     scale: float | None = None,
     score: Callable | None = None,
     sink: torch.Tensor | None = None,
+    queries: Packed | None = None,
+    keys: Packed | None = None,
     return_lse: bool = False,
     backend: str = "auto",
     **unknown: NoReturn,
@@ -91,7 +100,7 @@ def attention(
     Under ``torch.autocast`` q, k and v are first cast to its dtype, as PyTorch's SDPA does it.
 
     :param q: queries, (batch, seqlen_q, heads_q, head_dim); bfloat16, float16, float32 or float64, on CUDA or CPU. Any
-        strides: views of packed or transposed tensors are read where they are.
+        strides: views of tensors that hold more, or have other orders, are read where they are.
     :param k: keys, (batch, seqlen_k, heads_k, head_dim). heads_q must be a multiple of heads_k; query head ``h`` reads
         key head ``h // (heads_q // heads_k)`` (grouped-query and multi-query attention).
     :param v: values, (batch, seqlen_k, heads_k, head_dim_v).
@@ -108,11 +117,17 @@ def attention(
         :func:`alibi` and :func:`bias` make some. It is called with symbols, once for each call.
     :param sink: (heads_q,), float32 or q's dtype: ``exp(sink)`` joins the softmax's denominator, as a key without a
         value would.
+    :param queries: a :class:`Packed`, which says where the sequences of a packed q lie, (total_q, heads_q, head_dim).
+        Their masks are aligned each to its own bottom right; a score function's indices are those of the sequence, and
+        inside of it.
+    :param keys: the same of k and v, (total_k, heads_k, head_dim) and (total_k, heads_k, head_dim_v). Both are given,
+        for as many sequences, or neither.
     :param return_lse: also return the natural logarithm of each query's softmax denominator. It is differentiable:
         parts of attention over parts of the keys can be merged by it.
     :param backend: ``"auto"``, or the name of one in ``flashcore.backends.ATTENTION.providers``. See :func:`explain`.
     :returns: out, contiguous (batch, seqlen_q, heads_q, head_dim_v) in q's dtype, and with `return_lse` also lse,
-        float32 (batch, heads_q, seqlen_q). A query that sees no key gives zeros and -inf.
+        float32 (batch, heads_q, seqlen_q). A query that sees no key gives zeros and -inf. Of packed sequences they are
+        (total_q, heads_q, head_dim_v) and (heads_q, total_q); rows that belong to no sequence are zeros and -inf.
 
     :raises InvalidInputError: arguments that no backend could accept.
     :raises UnsupportedError: no backend, or not the requested one, can do it; or a second derivative is asked for,
@@ -122,8 +137,11 @@ def attention(
         raise TypeError(unknown_keywords(attention, unknown))
     if _is_any_autocast_enabled():
         q, k, v = autocast(q, k, v)
-    if window is not None or score is not None or sink is not None or is_watched():
-        out, lse = _with_features(q, k, v, causal, window, scale, score, sink, return_lse, backend)
+    if (
+        window is not None or score is not None or sink is not None or queries is not None or keys is not None
+        or is_watched()
+    ):  # fmt: skip
+        out, lse = _with_features(q, k, v, causal, window, scale, score, sink, queries, keys, return_lse, backend)
         return (out, lse) if return_lse else out
     try:
         grad = _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
@@ -137,7 +155,7 @@ def attention(
     except (AttributeError, TypeError, RuntimeError):  # not tensors, nested ones, unhashable values:
         key = run = None  # validation says which
     if run is None:
-        run = _prepare(key, q, k, v, (), scale, causal, None, PLAIN, return_lse, backend)
+        run = _prepare(key, q, k, v, (), scale, causal, None, PLAIN, (), return_lse, backend)
     out, lse = run(q, k, v, scale)
     return (out, lse) if return_lse else out
 
@@ -152,6 +170,8 @@ def explain(
     scale: float | None = None,
     score: Callable | None = None,
     sink: torch.Tensor | None = None,
+    queries: Packed | None = None,
+    keys: Packed | None = None,
     return_lse: bool = False,
     backend: str = "auto",
     **unknown: NoReturn,
@@ -165,8 +185,8 @@ def explain(
     if unknown:
         raise TypeError(unknown_keywords(explain, unknown))
     q, k, v = autocast(q, k, v)
-    spec, extras = bind(score, sink)
-    problem = _problem(q, k, v, extras, causal, window, scale, spec, return_lse)
+    spec, extras, packed = _specs(score, sink, queries, keys)
+    problem = _problem(q, k, v, extras, causal, window, scale, spec, packed, return_lse)
     plan = planning.plan(problem, backend)
     copied = getattr(ATTENTION.load(plan.backend), "copied", None)
     if copied is None or any(map(answers_itself, (q, k, v))):  # these have no addresses
@@ -174,16 +194,27 @@ def explain(
     return replace(plan, copied=copied(problem, plan.config, q, k, v, *extras))
 
 
-def _problem(q, k, v, extras, causal, window, scale, spec, return_lse) -> AttentionProblem:
-    return AttentionProblem.from_tensors(
-        q, k, v, causal=causal, window=window, scale=scale, score=spec, extras=extras, return_lse=return_lse
-    )
-
-
-def _with_features(q, k, v, causal, window, scale, score, sink, return_lse, backend):
-    """(out, lse) of a call with a window, a score function or sinks, or of one that somebody watches."""
+def _specs(score, sink, queries, keys) -> tuple[Score, tuple[torch.Tensor, ...], tuple]:
+    """The score's spec, all tensors after q, k and v, and where packed sequences lie: (queries, keys), or ()."""
     spec, extras = bind(score, sink)
-    options = causal, window, spec, return_lse, backend
+    if queries is None and keys is None:
+        return spec, extras, ()
+    places = (t for rows in (queries, keys) for t in getattr(rows, "tensors", ()))  # validation says what is none
+    return spec, (*places, *extras), (queries, keys)
+
+
+def _problem(q, k, v, extras, causal, window, scale, spec, packed, return_lse) -> AttentionProblem:
+    queries, keys = packed or (None, None)
+    return AttentionProblem.from_tensors(
+        q, k, v, causal=causal, window=window, scale=scale, score=spec, extras=extras, queries=queries, keys=keys,
+        return_lse=return_lse,
+    )  # fmt: skip
+
+
+def _with_features(q, k, v, causal, window, scale, score, sink, queries, keys, return_lse, backend):
+    """(out, lse) of a call with a window, a score function, sinks or packed sequences, or that somebody watches."""
+    spec, extras, packed = _specs(score, sink, queries, keys)
+    options = causal, window, spec, packed, return_lse, backend
     if is_watched():
         if is_transformed(q, k, v, *extras):
             return _by_operations(options, q, k, v, scale, *extras)
@@ -195,8 +226,8 @@ def _with_features(q, k, v, causal, window, scale, score, sink, return_lse, back
             "features", q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,
             q.layout, k.layout, v.layout, type(q), type(k), type(v), causal, type(causal), window,
             scale is None or (type(scale) is float and LEAST_SCALE <= scale <= _LARGEST_SCALE) or (type(scale), scale),
-            spec, tuple((t.device, type(t)) for t in extras), grad, return_lse, type(return_lse), backend,
-            _active_override(),
+            spec, tuple(rows.kind for rows in packed), tuple((t.device, type(t)) for t in extras), grad, return_lse,
+            type(return_lse), backend, _active_override(),
         )  # fmt: skip
         run = _recent(key)
     except (AttributeError, TypeError, RuntimeError):
@@ -208,7 +239,8 @@ def _with_features(q, k, v, causal, window, scale, score, sink, return_lse, back
 
 def _by_operator(options, q, k, v, scale, *extras):
     """(out, lse) by the operator, for those who record operators or answer them."""
-    causal, window, spec, return_lse, backend = options
+    causal, window, spec, packed, return_lse, backend = options
+    _refuse_packed(packed)
     if not torch.compiler.is_compiling():  # which checks the operator's arguments as it traces
         check_tensors(q, k, v)
         checked_scale(scale, q.shape[3])
@@ -217,8 +249,9 @@ def _by_operator(options, q, k, v, scale, *extras):
 
 def _by_operations(options, q, k, v, scale, *extras):
     """(out, lse) by a backend that is made of PyTorch's operations, which transforms see through."""
-    causal, window, spec, return_lse, backend = options
-    plan = planning.prepared_plan(_problem(q, k, v, extras, causal, window, scale, spec, return_lse), backend)
+    causal, window, spec, packed, return_lse, backend = options
+    _refuse_packed(packed)
+    plan = planning.prepared_plan(_problem(q, k, v, extras, causal, window, scale, spec, packed, return_lse), backend)
     if not ATTENTION.load(plan.backend).NATIVE_GRAD:
         raise UnsupportedError(
             f"attention: backend {plan.backend!r} cannot be transformed by torch.func (grad, vjp, vmap, ...) or "
@@ -227,14 +260,21 @@ def _by_operations(options, q, k, v, scale, *extras):
     return plan.run(q, k, v, scale, *extras)
 
 
-def _prepare(key: tuple | None, q, k, v, extras, scale, causal, window, spec, return_lse, backend) -> Run:
+def _refuse_packed(packed: object) -> None:
+    if packed:
+        raise UnsupportedError(
+            "attention: packed sequences are not there under torch.compile, torch.func and other recordings."
+        )
+
+
+def _prepare(key: tuple | None, q, k, v, extras, scale, causal, window, spec, packed, return_lse, backend) -> Run:
     """How to run a kind of call that is no recent one: recalled, or validated, planned and remembered."""
     run = None if key is None else runs.recall(key)
     if run is not None:
         return run
     if any(map(answers_itself, (q, k, v, *extras))):
-        return partial(_by_operator, (causal, window, spec, return_lse, backend))
-    problem = _problem(q, k, v, extras, causal, window, scale, spec, return_lse)
+        return partial(_by_operator, (causal, window, spec, packed, return_lse, backend))
+    problem = _problem(q, k, v, extras, causal, window, scale, spec, packed, return_lse)
     run = on_its_device(q, _runner(planning.prepared_plan(problem, backend)))
     return run if key is None else runs.remember(key, run)
 
@@ -325,6 +365,7 @@ def _gradients(plan: Plan, scale: float | None, q, k, v, out, lse, dout, dlse, *
 
 
 def _gradients_by_operator(plan: Plan, scale: float | None, q, k, v, out, lse, dout, dlse, *extras):
+    _refuse_packed(plan.problem.packed)
     problem, backend = plan.problem, plan.backend if plan.backend in ATTENTION.providers else "auto"
     options = problem.mask, scale, problem.score, problem.return_lse, backend
     return operators().attention_backward(dout, dlse, q, k, v, out, lse, extras, *options)

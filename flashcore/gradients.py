@@ -20,6 +20,8 @@ def of_sinks(
     sink: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The gradient of the sinks (heads_q,): a sink is a key whose value is 0."""
+    if out.dim() == 3:  # packed sequences: (total, Hq, Dv) and (Hq, total)
+        out, lse, dout, dlse = (t if t is None else t[None] for t in (out, lse, dout, dlse))
     exact = torch.promote_types(out.dtype, torch.float32)
     delta = (out.to(exact) * dout.to(exact)).sum(dim=-1).transpose(1, 2)  # (B, Hq, Sq)
     if dlse is not None:

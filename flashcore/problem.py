@@ -16,6 +16,7 @@ from flashcore.errors import FlashCoreWarning, InvalidInputError, UnsupportedErr
 from flashcore.mask import CAUSAL, FULL, Mask, Visible
 from flashcore.score import PLAIN, SCORE, Score
 from flashcore.score import check as check_score
+from flashcore.sequences import DENSE, Dense, Packed, PackedSpec
 
 DTYPES = {
     torch.bfloat16: "bfloat16",
@@ -36,8 +37,8 @@ MANY_HEADS = 128
 class AttentionProblem:
     """``softmax(scale * q k^T + mask) v`` for one set of shapes. Hashable: plans are memoised by it.
 
-    Tensors are (batch, seqlen, heads, head_dim); ``heads_q`` is a multiple of ``heads_k``, and query head ``h`` reads
-    key/value head ``h // group_size``.
+    Tensors are (batch, seqlen, heads, head_dim), those of packed sequences (total, heads, head_dim); ``heads_q`` is a
+    multiple of ``heads_k``, and query head ``h`` reads key/value head ``h // group_size``.
     """
 
     operation: ClassVar[str] = "attention"
@@ -47,7 +48,7 @@ class AttentionProblem:
     arch: tuple[int, int] | None  # compute capability, such as (9, 0); None on the CPU and on AMD's GPUs
     sm_count: int  # streaming multiprocessors; 0 on the CPU
     batch: int
-    seqlen_q: int
+    seqlen_q: int  # of packed sequences the longest that may come
     seqlen_k: int
     heads_q: int
     heads_k: int
@@ -59,6 +60,8 @@ class AttentionProblem:
     needs_grad: bool = False
     return_lse: bool = False
     partial: bool = False  # a part of the queries' keys: see backends.FEATURES
+    queries: Dense | PackedSpec = DENSE  # where their rows lie
+    keys: Dense | PackedSpec = DENSE
 
     @classmethod
     def from_tensors(
@@ -73,24 +76,33 @@ class AttentionProblem:
         score: Score = PLAIN,
         extras: tuple[torch.Tensor, ...] = (),
         return_lse: bool = False,
+        queries: Packed | None = None,
+        keys: Packed | None = None,
     ) -> AttentionProblem:
         """Check the arguments of ``flashcore.attention`` and name their dimensions.
 
-        :param extras: the tensors that `score` brings, in the order of its ``tensors``.
+        :param extras: the tensors that the specs bring, in the order of :attr:`tensors`; those of `score` will do.
         :raises InvalidInputError: naming the argument, the rule it breaks and what to do.
         """
-        check_tensors(q, k, v)
+        packed = queries is not None or keys is not None
+        check_tensors(q, k, v, packed=packed)
         for name, flag in {"causal": causal, "return_lse": return_lse}.items():
             if not isinstance(flag, bool):
                 raise InvalidInputError(f"attention: {name} must be True or False (given {flag!r}).")
 
         mask = checked_mask(causal, window)
-        check_score(score, extras, q, k.shape[1])
+        heads_q, head_dim = q.shape[-2:]
+        heads_k, head_dim_v = v.shape[-2:]
+        if packed:
+            check_packed(queries, keys, q)
+            batch, seqlen_q, seqlen_k = queries.batch, queries.longest, keys.longest
+            places = {"queries": queries.of(q.shape[0]), "keys": keys.of(k.shape[0])}
+        else:
+            (batch, seqlen_q), seqlen_k, places = q.shape[:2], k.shape[1], {}
+            if heads_k > MANY_HEADS >= max(seqlen_q, seqlen_k):
+                _warn_of_the_layout()
+        check_score(score, extras[len(extras) - len(score.tensors) :], q, seqlen_k, batch if packed else None)
         arch, sm_count = _gpu(q.device) if q.device.type == "cuda" else (None, 0)
-        batch, seqlen_q, heads_q, head_dim = q.shape
-        _, seqlen_k, heads_k, head_dim_v = v.shape
-        if heads_k > MANY_HEADS >= max(seqlen_q, seqlen_k):
-            _warn_of_the_layout()
         return cls(
             dtype=DTYPES[q.dtype],
             device=q.device.type,
@@ -108,6 +120,7 @@ class AttentionProblem:
             score=score,
             needs_grad=torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *extras)),
             return_lse=return_lse,
+            **places,
         )
 
     @classmethod
@@ -157,7 +170,29 @@ class AttentionProblem:
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to multiply: the output has no elements, or no query has a key."""
-        return self.batch == 0 or self.seqlen_q == 0 or self.seqlen_k == 0
+        if not self.packed:
+            return self.batch == 0 or self.seqlen_q == 0 or self.seqlen_k == 0
+        # With sinks the LSE of a query without a key depends on whether some sequence owns it.
+        no_keys = self.score.sink is None and (self.seqlen_k == 0 or self.keys.total == 0)
+        return self.batch == 0 or self.seqlen_q == 0 or self.queries.total == 0 or no_keys
+
+    @property
+    def packed(self) -> bool:
+        """Whether the sequences are packed: queries and keys, or neither."""
+        return isinstance(self.queries, PackedSpec)
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Names of the tensors that come after q, k and v, in their order: those that specs bring."""
+        places = (f"{name}_{side}" for side, rows in (("q", self.queries), ("k", self.keys)) for name in rows.tensors)
+        return (*places, *self.score.tensors)
+
+    def split(self, extras: Sequence[torch.Tensor]) -> tuple[Packed, Packed, Sequence[torch.Tensor]]:
+        """The tensors after q, k and v, where sequences are packed: queries, keys, and those that the score brings."""
+        keys, score = len(self.queries.tensors), len(self.queries.tensors) + len(self.keys.tensors)
+        offsets_q, *used_q = extras[:keys]
+        offsets_k, *used_k = extras[keys:score]
+        return Packed(offsets_q, self.seqlen_q, *used_q), Packed(offsets_k, self.seqlen_k, *used_k), extras[score:]
 
     @property
     def causal(self) -> bool:
@@ -186,28 +221,30 @@ class AttentionProblem:
             "sink": self.score.sink is not None,
             "head_dim_v": self.head_dim_v != self.head_dim,
             "partial": self.partial,
+            "packed": self.packed,
         }
         return frozenset(name for name, there in has.items() if there)
 
     @property
-    def q_shape(self) -> tuple[int, int, int, int]:
-        return self.batch, self.seqlen_q, self.heads_q, self.head_dim
+    def q_shape(self) -> tuple[int, ...]:
+        return *self.queries.shape(self.batch, self.seqlen_q), self.heads_q, self.head_dim
 
     @property
-    def k_shape(self) -> tuple[int, int, int, int]:
-        return self.batch, self.seqlen_k, self.heads_k, self.head_dim
+    def k_shape(self) -> tuple[int, ...]:
+        return *self.keys.shape(self.batch, self.seqlen_k), self.heads_k, self.head_dim
 
     @property
-    def v_shape(self) -> tuple[int, int, int, int]:
-        return self.batch, self.seqlen_k, self.heads_k, self.head_dim_v
+    def v_shape(self) -> tuple[int, ...]:
+        return *self.k_shape[:-1], self.head_dim_v
 
     @property
-    def out_shape(self) -> tuple[int, int, int, int]:
-        return self.batch, self.seqlen_q, self.heads_q, self.head_dim_v
+    def out_shape(self) -> tuple[int, ...]:
+        return *self.q_shape[:-1], self.head_dim_v
 
     @property
-    def lse_shape(self) -> tuple[int, int, int]:
-        return self.batch, self.heads_q, self.seqlen_q
+    def lse_shape(self) -> tuple[int, ...]:
+        *batch, rows = self.queries.shape(self.batch, self.seqlen_q)
+        return *batch, self.heads_q, rows
 
     def __str__(self) -> str:
         where = self.device if self.arch is None else f"sm_{self.arch[0]}{self.arch[1]} ({self.sm_count} SMs)"
@@ -215,20 +252,22 @@ class AttentionProblem:
         flags += "" if self.score == PLAIN else f", {self.score}"
         flags += "".join(f", {name}" for name in ("partial", "needs_grad", "return_lse") if getattr(self, name))
         shapes = f"q {self.q_shape}, k {self.k_shape}, v {self.v_shape}"
+        if self.packed:
+            shapes += f", {self.batch} sequences of up to {self.seqlen_q} queries and {self.seqlen_k} keys"
         return f"{self.dtype} on {where}, {shapes}, scale {self.scale:.6g}{flags}"
 
 
-def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, packed: bool = False) -> None:
     """Check what ``flashcore.attention`` demands of its tensors. Works while they are traced.
 
     :raises InvalidInputError: naming the argument, the rule it breaks and what to do.
     """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        _check_tensor(name, tensor)
+        _check_tensor(name, tensor, "(total, heads, head_dim)" if packed else "(batch, seqlen, heads, head_dim)")
     _check_agreement(q, k, v)
 
 
-def _check_tensor(name: str, tensor: torch.Tensor) -> None:
+def _check_tensor(name: str, tensor: torch.Tensor, layout: str) -> None:
     """What each of q, k, v must be, whatever the others are."""
     if not isinstance(tensor, torch.Tensor):
         raise InvalidInputError(f"attention: {name} must be a torch.Tensor (given {type(tensor).__name__}).")
@@ -251,12 +290,13 @@ def _check_tensor(name: str, tensor: torch.Tensor) -> None:
         raise InvalidInputError(
             f"attention: {name} is on {tensor.device} (supported: {', '.join(DEVICES)}). Move it first."
         )
-    if tensor.dim() != 4:
+    if tensor.dim() != len(layout.split(", ")):
+        packed = " of packed sequences" if "total" in layout else ""
         raise InvalidInputError(
-            f"attention: {name} must have 4 dimensions, (batch, seqlen, heads, head_dim) "
+            f"attention: {name}{packed} must have {len(layout.split(', '))} dimensions, {layout} "
             f"(given {tensor.dim()}: {tuple(tensor.shape)})."
         )
-    heads, head_dim = tensor.shape[2:]
+    heads, head_dim = tensor.shape[-2:]
     if heads == 0 or head_dim == 0:
         what = "heads" if heads == 0 else "head_dim"
         raise InvalidInputError(
@@ -278,17 +318,17 @@ def _check_agreement(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
             f"attention: q, k and v must be on one device (given q {q.device}, k {k.device}, v {v.device}). "
             "Move them to one."
         )
-    if not q.shape[0] == k.shape[0] == v.shape[0]:
+    if not q.shape[:-3] == k.shape[:-3] == v.shape[:-3]:
         raise InvalidInputError(
             f"attention: q, k and v must have one batch size ({shapes}). Expand the smaller ones: it copies nothing."
         )
-    if k.shape[1] != v.shape[1]:
+    if k.shape[-3] != v.shape[-3]:
         raise InvalidInputError(f"attention: k and v must have one seqlen ({shapes}).")
-    if k.shape[2] != v.shape[2]:
+    if k.shape[-2] != v.shape[-2]:
         raise InvalidInputError(f"attention: k and v must have the same number of heads ({shapes}).")
-    if q.shape[3] != k.shape[3]:
+    if q.shape[-1] != k.shape[-1]:
         raise InvalidInputError(f"attention: q and k must have one head_dim ({shapes}). Only v's may differ.")
-    heads_q, heads_k = q.shape[2], k.shape[2]
+    heads_q, heads_k = q.shape[-2], k.shape[-2]
     if heads_q % heads_k:
         raise InvalidInputError(
             f"attention: heads_q={heads_q} is not a multiple of heads_k={heads_k} ({shapes}). "
@@ -305,6 +345,30 @@ def _warn_of_the_layout() -> None:
         "(batch, heads, seqlen, head_dim). transpose(1, 2) copies nothing."
     )
     warnings.warn(message, FlashCoreWarning, stacklevel=2)
+
+
+def check_packed(queries: Packed | None, keys: Packed | None, q: torch.Tensor) -> None:
+    """What packed queries and keys must have in common.
+
+    :raises InvalidInputError: they have not.
+    :raises UnsupportedError: only one side is packed.
+    """
+    for name, given in (("queries", queries), ("keys", keys)):
+        if given is None:
+            raise UnsupportedError(
+                f"attention: {name} are dense and the others packed, which is not supported. Pass {name}=Packed(...): "
+                "of a dense tensor its offsets are torch.arange(batch + 1) * seqlen, and it is seen as (total, ...)."
+            )
+        if not isinstance(given, Packed):
+            raise InvalidInputError(f"attention: {name} must be flashcore.Packed or None (given {given!r}).")
+        if given.offsets.device != q.device:
+            raise InvalidInputError(
+                f"attention: offsets of the {name} are on {given.offsets.device}, q on {q.device}. Move them there."
+            )
+    if queries.batch != keys.batch:
+        raise InvalidInputError(
+            f"attention: queries and keys must be of one number of sequences (given {queries.batch} and {keys.batch})."
+        )
 
 
 def checked_mask(causal: bool, window: tuple[int | None, int | None] | None) -> Mask:

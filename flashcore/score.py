@@ -522,9 +522,18 @@ def describe(
     return spec, tuple(captured) if sink is None else (*captured, sink)
 
 
-def check(spec: Score, extras: tuple[torch.Tensor, ...], q: torch.Tensor, seqlen_k: int) -> None:
-    """Raise InvalidInputError unless these tensors, in the spec's order, fit queries and keys."""
-    sizes = dict(zip(("batch", "head", "query", "key"), (q.shape[0], q.shape[2], q.shape[1], seqlen_k), strict=True))
+def check(
+    spec: Score, extras: tuple[torch.Tensor, ...], q: torch.Tensor, seqlen_k: int, packed: int | None = None
+) -> None:
+    """Raise InvalidInputError unless these tensors, in the spec's order, fit queries and keys.
+
+    :param packed: how many sequences are packed in q; None: it is dense.
+    """
+    heads_q = q.shape[-2]
+    if packed is None:
+        sizes = {"batch": q.shape[0], "head": heads_q, "query": q.shape[1], "key": seqlen_k}
+    else:  # whose lengths are on the device
+        sizes = {"batch": packed, "head": heads_q}
     for name, tensor in zip(spec.tensors, extras, strict=True):
         if not isinstance(tensor, torch.Tensor):
             raise InvalidInputError(f"attention: {name} must be a torch.Tensor (given {type(tensor).__name__}).")
@@ -546,9 +555,9 @@ def check(spec: Score, extras: tuple[torch.Tensor, ...], q: torch.Tensor, seqlen
                 )
     if spec.sink is not None:
         sink = extras[-1]
-        if sink.shape != (q.shape[2],) or sink.dtype not in (torch.float32, q.dtype):
+        if sink.shape != (heads_q,) or sink.dtype not in (torch.float32, q.dtype):
             raise InvalidInputError(
-                f"attention: sink must be ({q.shape[2]},), one for each query head, in float32 or q's dtype "
+                f"attention: sink must be ({heads_q},), one for each query head, in float32 or q's dtype "
                 f"(given {tuple(sink.shape)} in {spec.sink})."
             )
 

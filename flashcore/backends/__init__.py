@@ -23,6 +23,7 @@ FEATURES: dict[str, str] = {
     # The output and the LSE are merged with those of other keys, so they are better not rounded: who can returns them,
     # and gradients, in float32 (float64 for float64). The backward pass gets the output and the LSE of all keys.
     "partial": "a part of the keys, with the LSE of all in the backward pass",
+    "packed": "packed sequences",
 }
 
 Run = Callable[..., Any]  # what an operation's `run` says
@@ -100,8 +101,8 @@ def _of_scale(function: Callable, problem: Any, config: Any, at: int, *arguments
     return function(problem.scaled(arguments[at]), config, *arguments[:at], *arguments[at + 1 :])
 
 
-# In all of these: a scale of None is the default one, and extras are the tensors that the problem's score brings, in
-# the order of its names.
+# In all of these: a scale of None is the default one, and extras are the tensors that the problem names in `tensors`,
+# in that order: offsets of packed sequences, then what the score looks up, then sinks.
 
 # dq, dk and dv are shaped like q, k and v. `out` and `lse` may be any provider's. `dout` may have any strides, 0
 # included; dlse is None, or, for a provider with that feature, the gradient of the LSE: (B, Hq, Sq) of any strides, 0
@@ -122,7 +123,8 @@ ATTENTION_BACKWARD = Operation(
 )
 
 # `out` is contiguous (B, Sq, Hq, Dv) in q's dtype, `lse` contiguous float32 (B, Hq, Sq): the natural logarithm, -inf
-# for a query that sees no key; its output row is 0. It may be None unless the problem needs it (where autograd sees
+# for a query that sees no key; its output row is 0. Of packed sequences they are (total, Hq, Dv) and (Hq, total), and
+# rows of no sequence like those that see no key. The LSE may be None unless the problem needs it (where autograd sees
 # through the provider: unless the caller wants it).
 ATTENTION = Operation(
     "attention",

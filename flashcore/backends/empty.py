@@ -6,7 +6,7 @@ import torch
 
 from flashcore.problem import AttentionProblem
 
-FEATURES = frozenset({"window", "score", "sink", "head_dim_v", "dlse", "partial"})
+FEATURES = frozenset({"window", "score", "sink", "head_dim_v", "dlse", "partial", "packed"})
 NATIVE_GRAD = False
 
 
@@ -15,7 +15,7 @@ def unavailable() -> str | None:
 
 
 def rejects(problem: AttentionProblem) -> str | None:
-    return None if problem.is_empty else "batch, seqlen_q and seqlen_k are all positive"
+    return None if problem.is_empty else "there are a batch, queries and keys"
 
 
 def configure(problem: AttentionProblem) -> None:
@@ -26,7 +26,7 @@ def forward(
     problem: AttentionProblem, config: None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *extras: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     lse = q.new_full(problem.lse_shape, -torch.inf, dtype=torch.float32)
-    if problem.score.sink is not None:
+    if problem.score.sink is not None and not problem.packed:  # no sequence owns a row there
         lse = torch.logaddexp(lse, extras[-1].float()[:, None])
     return q.new_zeros(problem.out_shape), lse
 

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import torch
 
+from flashcore.mask import Visible
 from flashcore.problem import AttentionProblem
+from flashcore.sequences import Packed
 
-FEATURES = frozenset({"window", "score", "sink", "head_dim_v", "dlse", "partial"})
+FEATURES = frozenset({"window", "score", "sink", "head_dim_v", "dlse", "partial", "packed"})
 NATIVE_GRAD = True
 
 # Scores held at once. 2**26 of them are 256 MiB in float32, a few times over; queries are processed in chunks of that.
@@ -37,20 +39,66 @@ def configure(problem: AttentionProblem) -> None:
 def forward(
     problem: AttentionProblem, config: None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *extras: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    chunk = max(1, CHUNK_SCORES // (problem.batch * problem.heads_q * problem.seqlen_k))
     with torch.autocast(q.device.type, enabled=False):
-        chunks = [
-            _attend(problem, start, q[:, start : start + chunk], k, v, *extras)
-            for start in range(0, problem.seqlen_q, chunk)
-        ]
-        out = torch.cat([out for out, _ in chunks], dim=1)
-        lse = torch.cat([lse for _, lse in chunks], dim=2)
+        if problem.packed:
+            out, lse = _each_sequence(problem, q, k, v, *extras)
+        else:
+            out, lse = _attention(problem, problem.visible, range(problem.batch), q, k, v, *extras)
     return (out, lse) if problem.partial else (out.to(q.dtype), lse.float())
 
 
-def _attend(
-    problem: AttentionProblem, start: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *extras: torch.Tensor
+def _each_sequence(
+    problem: AttentionProblem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *extras: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Packed sequences, one after the other: out (total, Hq, Dv), lse (Hq, total)."""
+    queries, keys, extras = problem.split(extras)
+    rows_q, rows_k = _rows(queries, q), _rows(keys, k)
+    sequences = zip(_taken(q, rows_q), _taken(k, rows_k), _taken(v, rows_k), strict=True)
+    each = [
+        _attention(problem, problem.mask.of(queries.length(b), keys.length(b)), range(b, b + 1), *one, *extras)
+        for b, one in enumerate(sequences)
+    ]
+    outs, lses = torch.cat([out[0] for out, _ in each]), torch.cat([lse[0] for _, lse in each], dim=1)
+    out = outs.new_zeros(len(q) + 1, *outs.shape[1:]).index_copy(0, torch.cat(rows_q), outs)
+    lse = lses.new_full((len(lses), len(q) + 1), -torch.inf).index_copy(1, torch.cat(rows_q), lses)
+    return out[:-1], lse[:, :-1].contiguous()
+
+
+def _rows(packed: Packed, tensor: torch.Tensor) -> list[torch.Tensor]:
+    """In which rows of `tensor` each sequence is. What is beyond its length is one past the tensor's end; none is
+    without a row."""
+    ranges = [torch.arange(max(1, _most(packed, b)), device=tensor.device) for b in range(packed.batch)]
+    return [torch.where(i < packed.length(b), packed.at(b, i), len(tensor)) for b, i in enumerate(ranges)]
+
+
+def _most(packed: Packed, b: int) -> int:
+    """How many rows sequence `b` has at most. To count them one would have to wait for a GPU."""
+    return packed.longest if packed.offsets.is_cuda else int(packed.length(b))
+
+
+def _taken(tensor: torch.Tensor, rows: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Each sequence's rows, as a batch of one: zeros past the end."""
+    padded = torch.nn.functional.pad(tensor, (0, 0, 0, 0, 0, 1))
+    return [one[None] for one in padded.index_select(0, torch.cat(rows)).split(list(map(len, rows)))]
+
+
+def _attention(
+    problem: AttentionProblem, visible: Visible, batches: range, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    *extras: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Attention of these sequences of a batch, in chunks of queries: out (B, Sq, Hq, Dv), lse (B, Hq, Sq)."""
+    chunk = max(1, CHUNK_SCORES // (len(batches) * problem.heads_q * k.shape[1]))
+    chunks = [
+        _attend(problem, visible, batches, start, q[:, start : start + chunk], k, v, *extras)
+        for start in range(0, q.shape[1], chunk)
+    ]
+    return torch.cat([out for out, _ in chunks], dim=1), torch.cat([lse for _, lse in chunks], dim=2)
+
+
+def _attend(
+    problem: AttentionProblem, visible: Visible, batches: range, start: int, q: torch.Tensor, k: torch.Tensor,
+    v: torch.Tensor, *extras: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Attention of the queries from `start` on, as many as `q` holds: out (B, Sq, Hq, Dv), lse (B, Hq, Sq)."""
     exact = torch.float64 if q.dtype is torch.float64 else torch.float32
     q, k, v = q.to(exact), k.to(exact), v.to(exact)
@@ -59,15 +107,15 @@ def _attend(
     q = q.unflatten(2, (problem.heads_k, problem.group_size))
     scores = torch.einsum("bikgd,bjkd->bkgij", q, k) * problem.scale
     i = torch.arange(start, start + q.shape[1], device=q.device)[:, None]
-    j = torch.arange(problem.seqlen_k, device=q.device)[None, :]
+    j = torch.arange(k.shape[1], device=q.device)[None, :]
     if problem.score.change is not None:
         heads = torch.arange(problem.heads_q, device=q.device).view(-1, problem.group_size, 1, 1)
-        batches = torch.arange(problem.batch, device=q.device).view(-1, 1, 1, 1, 1)
-        names = {"score": scores, "batch": batches, "head": heads, "query": i, "key": j,
-                 "offset": problem.visible.offset}  # fmt: skip
+        batch = torch.arange(batches.start, batches.stop, device=q.device).view(-1, 1, 1, 1, 1)
+        names = {"score": scores, "batch": batch, "head": heads, "query": i, "key": j,
+                 "offset": visible.offset}  # fmt: skip
         captured = tuple(tensor.to(exact) for tensor in extras[: len(problem.score.captured)])
         scores = torch.as_tensor(problem.score.change.value(names, captured)).to(exact).expand_as(scores)
-    scores = scores.masked_fill(~problem.visible.keep(i, j), -torch.inf)
+    scores = scores.masked_fill(~visible.keep(i, j), -torch.inf)
     if problem.score.sink is not None:  # one more key, whose value is 0
         sink = extras[-1].to(exact).view(-1, problem.group_size, 1, 1).expand(*scores.shape[:-1], 1)
         scores = torch.cat([scores, sink], dim=-1)

@@ -1,0 +1,281 @@
+"""Packed sequences: what is refused, what a plan depends on, and that lengths stay on the device."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import flashcore
+from flashcore import Packed, api
+from flashcore.backends import reference
+from flashcore.errors import InvalidInputError, UnsupportedError
+from flashcore.plan import override
+from flashcore.problem import AttentionProblem
+from flashcore.sequences import PackedSpec
+from tests.packed import BY_NAME, PACKED_CASES, PackedCase, assert_packed_forward
+
+
+def lengths(*numbers, dtype=torch.int32):
+    return torch.tensor(numbers, dtype=dtype)
+
+
+def inputs(total_q=10, total_k=12, **options):
+    return [torch.randn(n, heads, 16, **options) for n, heads in ((total_q, 4), (total_k, 2), (total_k, 2))]
+
+
+NO_PACKED = {
+    "offsets: list": ({"offsets": [0, 4]}, r"offsets must be a torch.Tensor \(given list\)"),
+    "offsets: int64": ({"offsets": lengths(0, 4, dtype=torch.int64)}, r"offsets must be int32 .*\(given int64 \(2,\)"),
+    "offsets: 2-D": ({"offsets": lengths(0, 4)[None]}, r"offsets must be int32 \(batch \+ 1,\), .*\(1, 2\)"),
+    "offsets: strided": ({"offsets": lengths(0, 1, 4)[::2]}, r"contiguous \(given int32 \(2,\), strides \(2,\)\)"),
+    "offsets: empty": ({"offsets": lengths()}, r"at least one number, 0"),
+    "longest: negative": ({"longest": -1}, r"longest must be an int from 0 on, known to the host \(given -1\)"),
+    "longest: bool": ({"longest": True}, r"longest must be an int .*\(given True\)"),
+    "longest: float": ({"longest": 4.0}, r"longest must be an int .*\(given 4.0\)"),
+    "longest: tensor": ({"longest": torch.tensor(4)}, r"longest must be an int .*\(given Tensor\)"),
+    "used: batch": ({"used": lengths(1, 2)}, r"used must be \(1,\), as offsets have 1 sequences"),
+    "used: int64": ({"used": lengths(1, dtype=torch.int64)}, r"used must be int32 \(batch,\).*int64"),
+    "used: device": ({"used": torch.empty(1, dtype=torch.int32, device="meta")}, r"beside them on cpu .*on meta"),
+}
+
+
+@pytest.mark.parametrize("name", NO_PACKED)
+def test_what_is_no_packed(name):
+    change, message = NO_PACKED[name]
+    with pytest.raises(InvalidInputError, match=message) as caught:
+        Packed(**({"offsets": lengths(0, 4), "longest": 4} | change))
+    assert str(caught.value).startswith("Packed: ")
+
+
+ONE = Packed(lengths(0, 10), 10)
+TWO = Packed(lengths(0, 4, 12), 8)
+INVALID = {
+    "batch": (inputs(), {"queries": ONE, "keys": TWO}, r"of one number of sequences \(given 1 and 2\)"),
+    "4-D": ([t[None] for t in inputs()], {"queries": ONE, "keys": ONE}, r"q of packed sequences must have 3 dimen"),
+    "3-D": (inputs(), {}, r"q must have 4 dimensions"),
+    "kv": ((*inputs()[:2], inputs(total_k=11)[2]), {"queries": ONE, "keys": ONE}, r"k and v must have one seqlen"),
+    "heads": ((inputs()[0][:, 1:], *inputs()[1:]), {"queries": ONE, "keys": ONE}, r"heads_q=3 is not a multiple"),
+    "a list": (inputs(), {"queries": [0, 4], "keys": ONE}, r"queries must be flashcore.Packed or None \(given \[0"),
+    "a tensor": (inputs(), {"queries": ONE, "keys": ONE.offsets}, r"keys must be flashcore.Packed or None"),
+    "device": (
+        inputs(),
+        {"queries": Packed(torch.empty(2, dtype=torch.int32, device="meta"), 4), "keys": ONE},
+        r"offsets of the queries are on meta, q on cpu\. Move them there",
+    ),
+    "slopes": (
+        inputs(),
+        {"queries": TWO, "keys": TWO, "score": flashcore.alibi(torch.ones(3, 4))},
+        r"looks up batch in a dimension of size 3, but there are 2",
+    ),
+    "sink": (inputs(), {"queries": TWO, "keys": TWO, "sink": torch.ones(3)}, r"sink must be \(4,\)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("call", [flashcore.attention, flashcore.explain])
+@pytest.mark.parametrize("name", INVALID)
+def test_invalid(call, name):
+    tensors, options, message = INVALID[name]
+    with pytest.raises(InvalidInputError, match=message) as caught:
+        call(*tensors, **options)
+    assert str(caught.value).startswith("attention: ")
+
+
+@pytest.mark.parametrize(("given", "dense"), [("queries", "keys"), ("keys", "queries")])
+def test_one_side_alone_is_refused_by_name(given, dense):
+    with pytest.raises(UnsupportedError, match=f"{dense} are dense and the others packed.* Pass {dense}=Packed"):
+        flashcore.attention(*inputs(), **{given: ONE})
+
+
+def test_invalid_stays_invalid_after_a_valid_call_of_that_shape():
+    tensors = inputs()
+    flashcore.attention(*tensors, queries=ONE, keys=ONE)
+    with pytest.raises(InvalidInputError, match="one number of sequences"):
+        flashcore.attention(*tensors, queries=ONE, keys=TWO)
+    with pytest.raises(InvalidInputError, match="4 dimensions"):
+        flashcore.attention(*tensors)
+
+
+def test_dimensions_are_named():
+    q, k, v = inputs()
+    problem = AttentionProblem.from_tensors(q, k, v, causal=True, queries=Packed(lengths(0, 4, 10), 7), keys=TWO)
+    assert (problem.batch, problem.seqlen_q, problem.seqlen_k) == (2, 7, 8)
+    assert (problem.queries, problem.keys) == (PackedSpec(10), PackedSpec(12))
+    assert (problem.q_shape, problem.k_shape, problem.v_shape) == (q.shape, k.shape, v.shape)
+    assert (problem.out_shape, problem.lse_shape) == ((10, 4, 16), (4, 10))
+    assert problem.features == {"packed"}
+    assert str(problem) == (
+        "float32 on cpu, q (10, 4, 16), k (12, 2, 16), v (12, 2, 16), 2 sequences of up to 7 queries and 8 keys, "
+        "scale 0.25, causal"
+    )
+
+
+def test_tensors_come_in_the_order_of_their_names():
+    used = Packed(lengths(0, 4, 10), 7, lengths(4, 5))
+    score, sink = flashcore.alibi(torch.ones(4)), torch.zeros(4)
+    spec, extras, packed = api._specs(score, sink, used, TWO)
+    problem = api._problem(*inputs(), extras, True, None, None, spec, packed, False)
+    assert problem.tensors == ("offsets_q", "used_q", "offsets_k", "captured0", "sink")
+    assert extras[0] is used.offsets
+    assert extras[1] is used.used
+    assert extras[2] is TWO.offsets
+    assert extras[4] is sink
+    queries, keys, of_score = problem.split(extras)
+    assert (queries.kind, keys.kind) == (used.kind, TWO.kind)
+    assert len(of_score) == 2
+
+
+@pytest.mark.parametrize("case", PACKED_CASES, ids=str)
+def test_length_and_at(case):
+    for name, numbers in (("queries", case.lengths_q), ("keys", case.keys)):
+        packed = case.packed()[name]
+        for b, rows in enumerate(case.places(numbers)):
+            n = int(packed.length(b))
+            assert packed.at(b, torch.arange(n)).tolist() == list(range(rows.start, rows.stop))
+
+
+def test_a_length_is_never_beyond_its_bounds():
+    packed = Packed(lengths(0, 4, 10, 7), 5, lengths(-3, 100, 2))
+    assert [int(packed.length(b)) for b in range(3)] == [0, 5, 0]
+
+
+def test_it_prints_a_plan():
+    case = BY_NAME["edges_causal"]
+    printed = str(flashcore.explain(*case.inputs(), causal=True, **case.packed()))
+    assert "8 sequences of up to 129 queries and 129 keys" in printed
+    assert "rejected  hopper: packed sequences" in printed
+    assert "rejected  sdpa: packed sequences" in printed
+
+
+def test_offsets_that_change_in_place_need_no_new_plan(monkeypatch):
+    """As a captured graph replays a launch: the same call, other lengths."""
+    before = PackedCase("", (30, 0, 50, 1), (20, 40, 33, 3), causal=True, more=30)
+    after = PackedCase("", (1, 60, 17, 3), (70, 1, 0, 25), causal=True)
+    packed = before.packed()
+    q, k, v = before.inputs()
+    assert_packed_forward(before, flashcore.attention(q, k, v, causal=True, **packed), None, q, k, v)
+    monkeypatch.setattr(api, "_problem", None)  # nobody describes the call again
+    for name, rows in after.packed().items():
+        packed[name].offsets.copy_(rows.offsets)
+    q, k, v = after.inputs()
+    assert_packed_forward(after, flashcore.attention(q, k, v, causal=True, **packed), None, q, k, v)
+
+
+def test_calls_that_differ_in_what_packed_says_are_not_mixed_up():
+    q, k, v = inputs()
+    whole = flashcore.attention(q, k, v, queries=ONE, keys=ONE)
+    cut = flashcore.attention(q, k, v, queries=Packed(ONE.offsets, 4), keys=Packed(ONE.offsets, 4))
+    used = flashcore.attention(q, k, v, queries=ONE, keys=Packed(ONE.offsets, 10, lengths(4)))
+    assert not cut[4:].any()
+    assert whole.isfinite().all()
+    assert torch.equal(cut[:4], used[:4])
+    assert not torch.equal(cut[:4], whole[:4])
+
+
+@pytest.mark.parametrize("case", [case for case in PACKED_CASES if case.lengths_q], ids=str)
+def test_the_reference_does_not_need_exact_lengths(monkeypatch, case):
+    """As on a GPU, which it does not wait for: bounds of the lengths give the same."""
+    q, k, v = (t.detach().requires_grad_() for t in case.inputs())
+    call = {**case.options(), **case.packed(), "backend": "reference", "return_lse": True}
+    results = []
+    for most in (reference._most, lambda packed, b: packed.longest):
+        monkeypatch.setattr(reference, "_most", most)
+        out, lse = flashcore.attention(q, k, v, **call)
+        results.append((out, lse, *torch.autograd.grad(out, (q, k, v), torch.ones_like(out))))
+    for exact, bounded in zip(*results, strict=True):
+        torch.testing.assert_close(bounded, exact)
+
+
+def test_autocast():
+    tensors = inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = flashcore.attention(*tensors, queries=ONE, keys=ONE)
+    assert out.dtype == torch.bfloat16
+
+
+def test_recompute_gives_the_gradients_of_who_has_none(add_backend):
+    """And offsets among the extras get none."""
+    add_backend("fake")
+    case = BY_NAME["sink"]
+    q, k, v = (t.detach().requires_grad_() for t in case.inputs())
+    options = case.options()
+    sink = options["sink"].requires_grad_()
+    with override(backward="reference-recompute"):
+        mine = flashcore.attention(q, k, v, **options, **case.packed())
+    theirs = flashcore.attention(q, k, v, **options, **case.packed(), backend="reference")
+    dout = torch.randn_like(mine)
+    grads, expected = (torch.autograd.grad(out, (q, k, v, sink), dout) for out in (mine, theirs))
+    for grad, right in zip(grads, expected, strict=True):
+        torch.testing.assert_close(grad, right, rtol=2e-2, atol=2e-2)
+
+
+def test_recordings_and_transforms_are_refused():
+    q, k, v = inputs()
+
+    def call(q, k, v):
+        return flashcore.attention(q, k, v, queries=ONE, keys=ONE).sum()
+
+    with pytest.raises(UnsupportedError, match="packed sequences are not there"):
+        torch.func.grad(call)(q, k, v)
+    with pytest.raises(UnsupportedError, match="packed sequences are not there"):
+        torch.jit.trace(call, (q, k, v))
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(t) for t in (q, k, v)]
+    with pytest.raises(UnsupportedError, match="packed sequences are not there"):
+        call(*fakes)
+    leaves = [t.requires_grad_() for t in inputs()]
+    with pytest.raises(UnsupportedError, match="packed sequences are not there"), FlopCounterMode(display=False):
+        call(*leaves)
+
+
+def test_a_recorded_backward_pass_is_refused(add_backend):
+    add_backend("fake", backward=lambda *_: None)
+    leaves = [t.requires_grad_() for t in inputs()]
+    out = flashcore.attention(*leaves, queries=ONE, keys=ONE)
+    with pytest.raises(UnsupportedError, match="packed sequences are not there"), FlopCounterMode(display=False):
+        out.sum().backward()
+
+
+def test_the_lse_is_differentiable():
+    case = BY_NAME["sink"]
+    q, k, v = (t.detach().float().requires_grad_() for t in case.inputs())
+    options = case.options()
+    leaves = [q, k, v, options["sink"].requires_grad_()]
+    out, lse = flashcore.attention(q, k, v, **options, **case.packed(), return_lse=True)
+    exact, exact_lse = case.math(*leaves)
+    of_out, of_lse = torch.randn_like(out), torch.randn_like(lse).masked_fill(lse.isneginf(), 0.0)
+    expected = torch.autograd.grad((exact, exact_lse), leaves, (of_out.double(), of_lse.double()))
+    for grad, right in zip(torch.autograd.grad((out, lse), leaves, (of_out, of_lse)), expected, strict=True):
+        torch.testing.assert_close(grad, right, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_nothing_waits_for_the_gpu(backend):
+    case = BY_NAME["sink"]
+    q, k, v = (t.detach().requires_grad_() for t in case.inputs("cuda"))
+    call = {**case.options("cuda"), **case.packed("cuda"), "backend": backend}
+    torch.autograd.grad(flashcore.attention(q, k, v, **call).sum(), (q, k, v))  # kernels are compiled
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.autograd.grad(flashcore.attention(q, k, v, **call).sum(), (q, k, v))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_reads_the_lengths_when_it_replays():
+    before = PackedCase("", (30, 0, 50, 1), (20, 40, 33, 3), causal=True, more=30)
+    after = PackedCase("", (1, 60, 17, 3), (70, 1, 0, 25), causal=True)
+    packed, (q, k, v) = before.packed("cuda"), before.inputs("cuda")
+    flashcore.attention(q, k, v, causal=True, **packed)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = flashcore.attention(q, k, v, causal=True, return_lse=True, **packed)
+    for case in (before, after):
+        for name, rows in case.packed("cuda").items():
+            packed[name].offsets.copy_(rows.offsets)
+        for mine, theirs in zip((q, k, v), case.inputs("cuda"), strict=True):
+            mine.copy_(theirs)
+        graph.replay()
+        assert_packed_forward(case, out, lse, q, k, v)
