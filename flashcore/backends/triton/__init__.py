@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from flashcore.backends import Run
 
-FEATURES = frozenset({"window", "score", "sink", "head_dim_v", "partial"})
+FEATURES = frozenset({"window", "score", "sink", "head_dim_v", "partial", "packed"})
 NATIVE_GRAD = False
 
 USER_TABLE = "triton_tiles.json"  # in the cache directory
@@ -38,6 +38,7 @@ SUPPORTED_TRITON = (3, 4), (3, 8)
 INTERPRETER_IS_MENDED = False  # set by tests
 _INTERPRETED = "Triton runs in its interpreter here, which computes garbage with bfloat16: unset TRITON_INTERPRET"
 MEASURED = frozenset({(9, 0)})  # the compute capabilities with records in benchmarks/results
+_MOST_ROWS = 256  # of a tile
 _FEW_ROWS = 16  # up to which reading the keys takes the time, not multiplying them
 
 
@@ -134,6 +135,8 @@ def rejects(problem: AttentionProblem) -> str | None:
             return f"{name} {head_dim} > {MAX_HEAD_DIM}"
     if max(problem.seqlen_q, problem.seqlen_k) > LONGEST:
         return f"seqlen {max(problem.seqlen_q, problem.seqlen_k)} > {LONGEST}"
+    if problem.packed and max(problem.queries.total, problem.keys.total) + problem.batch * _MOST_ROWS > LONGEST:
+        return f"more than {LONGEST} packed rows, with one tile for each sequence"
     if "window" in problem.features and problem.seqlen_q + problem.seqlen_k > LONGEST:
         return f"a window over {problem.seqlen_q} queries and {problem.seqlen_k} keys, together more than {LONGEST}"
     if problem.batch * problem.heads_q * math.ceil(max(problem.seqlen_q, problem.seqlen_k) / 16) >= 2**31:

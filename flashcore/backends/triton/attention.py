@@ -2,7 +2,9 @@
 
 What follows from the problem and its config is worked out once (`prepare_forward`, `prepare_backward`); a call looks at
 nothing but the scale and the strides and addresses of its tensors. See launch.py for how a kernel is started. `extras`
-are the tensors that the problem's score brings: those that it looks up, then the sinks.
+are the tensors that the problem names: those that say where packed sequences lie, those that its score looks up, sinks.
+
+Kernels see packed sequences as a batch of one: tensors get a dimension here, and results lose it.
 """
 
 from __future__ import annotations
@@ -53,15 +55,22 @@ def prepare_forward(problem: AttentionProblem, config: TritonConfig) -> Forward:
     tiles = triton.cdiv(problem.seqlen_q * members, tile.tile_m)
     changed, has_sink = problem.score.change is not None, problem.score.sink is not None
     sign = 1 if changed else (problem.scale > 0) - (problem.scale < 0)
-    out_shape, lse_shape = problem.out_shape, problem.lse_shape
+    out_shape, lse_shape = _seen(problem, problem.out_shape), _seen(problem, problem.lse_shape)
     strides_out = (math.prod(out_shape), *_strides(out_shape)[:3])
     out_dtype = torch.float32 if problem.partial else getattr(torch, problem.dtype)
     launch = Launch(
         attention_fwd, (tiles * batch_heads, splits, 1), (batch_heads, *scalars(problem, batch_heads)),
         constants(problem, tile)
-        | dict(PACK=config.pack_gqa, SIGN=sign, SINK=has_sink and splits == 1, Q_REGS=tile.q_registers),
+        | dict(PACK=config.pack_gqa, SIGN=sign, SINK=has_sink, Q_REGS=tile.q_registers),
         _options(tile), _streams(problem, 1, 2, tile.tile_n),
     )  # fmt: skip
+
+    def allocate(out_shape: tuple, lse_shape: tuple, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        if problem.packed:  # rows of no sequence are nobody's to write
+            lse = torch.full(lse_shape, -torch.inf, dtype=torch.float32, device=device)
+            return torch.zeros(out_shape, dtype=dtype, device=device), lse
+        lse = torch.empty(lse_shape, dtype=torch.float32, device=device)
+        return torch.empty(out_shape, dtype=dtype, device=device), lse
 
     def scales(scale: float) -> tuple[float, float]:
         if changed:
@@ -69,21 +78,20 @@ def prepare_forward(problem: AttentionProblem, config: TritonConfig) -> Forward:
         return float(scale), abs(float(scale)) * LOG2E if sign else 1.0
 
     def unsplit(q: Tensor, k: Tensor, v: Tensor, scale: float, *extras: Tensor) -> tuple[Tensor, Tensor]:
-        out = torch.empty(out_shape, dtype=out_dtype, device=q.device)
-        lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device)
+        out, lse = allocate(out_shape, lse_shape, out_dtype, q.device)
         sink = extras[-1].contiguous() if has_sink else lse
         strides = q.stride(), k.stride(), v.stride(), strides_out
         _launch(launch, (q, k, v, sink, out, lse), strides, scales(scale), problem, extras)
         return out, lse
 
     if splits == 1:
-        return unsplit
+        return _packed(unsplit, 3) if problem.packed else unsplit
 
     rows = math.prod(lse_shape)
     merge = Launch(
-        combine, (rows, 1, 1), (rows, problem.seqlen_q, problem.heads_q, splits),
+        combine, (rows, 1, 1), (rows, lse_shape[2], problem.heads_q, splits),
         dict(
-            BLOCK_S=min(64, triton.next_power_of_2(splits)), SINK=has_sink, HEAD_DIM_V=problem.head_dim_v,
+            BLOCK_S=min(64, triton.next_power_of_2(splits)), HEAD_DIM_V=problem.head_dim_v,
             BLOCK_DV=padded_head_dim(problem.head_dim_v),
         ),
         dict(num_warps=1 if splits <= 16 else 4),
@@ -91,38 +99,38 @@ def prepare_forward(problem: AttentionProblem, config: TritonConfig) -> Forward:
 
     def split(q: Tensor, k: Tensor, v: Tensor, scale: float, *extras: Tensor) -> tuple[Tensor, Tensor]:
         device = q.device
-        parts = torch.empty((splits, *out_shape), dtype=torch.float32, device=device)
-        parts_lse = torch.empty((splits, *lse_shape), dtype=torch.float32, device=device)
+        parts, parts_lse = allocate((splits, *out_shape), (splits, *lse_shape), torch.float32, device)
+        sink = extras[-1].contiguous() if has_sink else parts_lse
         strides = q.stride(), k.stride(), v.stride(), strides_out
-        _launch(launch, (q, k, v, parts_lse, parts, parts_lse), strides, scales(scale), problem, extras)
+        _launch(launch, (q, k, v, sink, parts, parts_lse), strides, scales(scale), problem, extras)
         out = torch.empty(out_shape, dtype=out_dtype, device=device)
         lse = torch.empty(lse_shape, dtype=torch.float32, device=device)
-        merge((parts, parts_lse, extras[-1].contiguous() if has_sink else lse, out, lse), ())
+        merge((parts, parts_lse, out, lse), ())
         return out, lse
 
-    return split
+    return _packed(split, 3) if problem.packed else split
 
 
 @lru_cache(maxsize=1024)
 def prepare_backward(problem: AttentionProblem, config: TritonConfig) -> Backward:
     """`backward` as a callable (q, k, v, out, lse, dout, dlse, scale, *extras) -> (dq, dk, dv)."""
-    stats_shape = stats_shape_of(problem, config)
-    rows = stats_shape[3]
-    launch_dq, launch_dq_with_dlse = (prepare_dq(problem, config.dq, rows, with_dlse) for with_dlse in (False, True))
+    stats_shape, align = stats_shape_of(problem, config), alignment(config)
+    launch_dq, launch_dq_with_dlse = (prepare_dq(problem, config.dq, align, with_dlse) for with_dlse in (False, True))
     if config.dv is None:
-        passes = [prepare_dkdv(problem, config.dkdv, rows, config.dq)]
+        passes = [prepare_dkdv(problem, config.dkdv, align, config.dq)]
     else:
         passes = [
-            prepare_dkdv(problem, config.dkdv, rows, config.dq, dv=False),
-            prepare_dkdv(problem, config.dv, rows, config.dq, dk=False),
+            prepare_dkdv(problem, config.dkdv, align, config.dq, dv=False),
+            prepare_dkdv(problem, config.dv, align, config.dq, dk=False),
         ]
+    allocate = torch.zeros if problem.packed else torch.empty
 
     def run(
         q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, scale: float,
         *extras: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         dtype = torch.float32 if problem.partial else q.dtype
-        dq, dk, dv = (torch.empty(t.shape, dtype=dtype, device=t.device) for t in (q, k, v))
+        dq, dk, dv = (allocate(t.shape, dtype=dtype, device=t.device) for t in (q, k, v))
         stats = torch.empty(stats_shape, dtype=torch.float32, device=q.device)
         if dlse is None:
             launch_dq(q, k, v, out, dout, lse, lse, stats, dq, scale, *extras)
@@ -132,26 +140,53 @@ def prepare_backward(problem: AttentionProblem, config: TritonConfig) -> Backwar
             launch(q, k, v, dout, stats, dk, dv, scale, *extras)
         return dq, dk, dv
 
-    return run
+    return _packed(run, 7) if problem.packed else run
+
+
+def _packed(run: Callable, tensors: int) -> Callable:
+    """`run` of packed sequences, whose first arguments are so many tensors or None."""
+
+    def run_packed(*arguments):
+        seen = (t if t is None else t[None] for t in arguments[:tensors])
+        return tuple(result[0] for result in run(*seen, *arguments[tensors:]))
+
+    return run_packed
+
+
+def _seen(problem: AttentionProblem, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (1, *shape) if problem.packed else shape
+
+
+def alignment(config: TritonConfig) -> int:
+    """The rows of whole tiles of all backward kernels."""
+    return math.lcm(*(tile.tile_m for tile in (config.dq, config.dkdv, config.dv) if tile is not None))
 
 
 def stats_shape_of(problem: AttentionProblem, config: TritonConfig) -> tuple[int, int, int, int]:
     """Of the workspace that the first backward kernel fills for the others: (4, B, Hq, rows), rows in whole tiles."""
-    tiles = [tile.tile_m for tile in (config.dq, config.dkdv, config.dv) if tile is not None]
-    return 4, problem.batch, problem.heads_q, _round_up(problem.seqlen_q, math.lcm(*tiles))
+    batch = 1 if problem.packed else problem.batch
+    return 4, batch, problem.heads_q, _stats_rows(problem, alignment(config))
 
 
-def prepare_dq(problem: AttentionProblem, tile: Tile, rows: int, with_dlse: bool = False) -> Callable[..., None]:
+def _stats_rows(problem: AttentionProblem, align: int) -> int:
+    if problem.packed:
+        return (problem.queries.total // align + problem.batch) * align
+    return _round_up(problem.seqlen_q, align)
+
+
+def prepare_dq(problem: AttentionProblem, tile: Tile, align: int, with_dlse: bool = False) -> Callable[..., None]:
     """A callable (q, k, v, out, dout, lse, dlse, stats, dq, scale, *extras) that fills dq and stats.
 
-    :param rows: as stats are (4, B, Hq, rows).
+    :param align: what :func:`alignment` says.
     :param with_dlse: whether there is a dlse; what is passed for it is not used otherwise.
     """
     heads = problem.batch * problem.heads_q
     has_sink = problem.score.sink is not None
+    rows = _round_up(problem.seqlen_q, align)
     launch = Launch(
-        attention_bwd_dq, (rows // tile.tile_m * heads, 1, 1), (heads, *scalars(problem, heads, rows)),
-        backward_constants(problem, tile) | dict(DLSE=with_dlse, SINK=has_sink),
+        attention_bwd_dq, (rows // tile.tile_m * heads, 1, 1),
+        (heads, *scalars(problem, heads, rows, _stats_rows(problem, align))),
+        backward_constants(problem, tile, align) | dict(DLSE=with_dlse, SINK=has_sink),
         _options(tile), _streams(problem, 1, 2, tile.tile_n),
     )  # fmt: skip
 
@@ -165,17 +200,18 @@ def prepare_dq(problem: AttentionProblem, tile: Tile, rows: int, with_dlse: bool
 
 
 def prepare_dkdv(
-    problem: AttentionProblem, tile: Tile, rows: int, dq_tile: Tile, dk: bool = True, dv: bool = True
+    problem: AttentionProblem, tile: Tile, align: int, dq_tile: Tile, dk: bool = True, dv: bool = True
 ) -> Callable[..., None]:
     """A callable (q, k, v, dout, stats, dk, dv, scale, *extras) that fills dk, dv or both from stats.
 
+    :param align: what :func:`alignment` says.
     :param dq_tile: of the kernel that fills them.
     """
-    heads = problem.batch * problem.heads_k
+    heads, rows = problem.batch * problem.heads_k, _round_up(problem.seqlen_q, align)
     launch = Launch(
         attention_bwd_dkdv, (triton.cdiv(problem.seqlen_k, tile.tile_n) * heads, 1, 1),
-        (heads, *scalars(problem, heads, rows, rows // dq_tile.tile_m)),
-        backward_constants(problem, tile) | dict(DK=dk, DV=dv),
+        (heads, *scalars(problem, heads, rows, _stats_rows(problem, align), dq_tile.tile_m)),
+        backward_constants(problem, tile, align) | dict(DK=dk, DV=dv),
         _options(tile), _streams(problem, 0, 3, tile.tile_m),
     )  # fmt: skip
 
@@ -190,30 +226,39 @@ def prepare_dkdv(
 def constants(problem: AttentionProblem, tile: Tile) -> dict[str, Any]:
     """The constexprs that all kernels have, in their order."""
     visible = problem.visible
+    used_q, used_k = (int("used" in rows.tensors) for rows in (problem.queries, problem.keys))
+    places = len(problem.score.captured) if problem.packed else None
     return dict(
         GROUP=problem.group_size, BOUND_LEFT=visible.bounded_left, BOUND_RIGHT=visible.bounded_right,
         CHANGE=score.functions(problem).change, HEAD_DIM=problem.head_dim, HEAD_DIM_V=problem.head_dim_v,
         BLOCK_D=padded_head_dim(problem.head_dim), BLOCK_DV=padded_head_dim(problem.head_dim_v), TILE_M=tile.tile_m,
-        TILE_N=tile.tile_n, LOOKAHEAD=tile.lookahead, TMA=tile.tma,
+        TILE_N=tile.tile_n, LOOKAHEAD=tile.lookahead, TMA=tile.tma and not problem.packed, PLACES=places,
+        USED_Q=used_q, USED_K=used_k,
     )  # fmt: skip
 
 
-def backward_constants(problem: AttentionProblem, tile: Tile) -> dict[str, Any]:
+def backward_constants(problem: AttentionProblem, tile: Tile, align: int) -> dict[str, Any]:
     """The constexprs that both backward kernels have, in their order."""
     row = problem.heads_q * max(problem.head_dim, problem.head_dim_v)  # elements of a gradient, at most
-    return constants(problem, tile) | dict(FAR=256 * row >= 2**31, SLOPE=score.functions(problem).slope)
+    return constants(problem, tile) | dict(
+        FAR=256 * row >= 2**31, SLOPE=score.functions(problem).slope, ALIGN=align if problem.packed else None,
+    )  # fmt: skip
 
 
 def scalars(problem: AttentionProblem, heads: int, *rows: int) -> tuple:
     """The integers that all kernels have after the number of `heads` that programs are made for."""
     return (
-        heads_per_section(problem, heads), problem.seqlen_q, problem.seqlen_k, problem.heads_k, *rows,
-        *diagonals(problem), tuple(shape for _, shape in problem.score.captured) or None,
+        heads_per_section(problem, heads), problem.seqlen_q, problem.seqlen_k, problem.q_shape[-3], problem.k_shape[-3],
+        problem.heads_k, *rows, *diagonals(problem), tuple(shape for _, shape in problem.score.captured) or None,
     )  # fmt: skip
 
 
 def diagonals(problem: AttentionProblem) -> tuple[int, int]:
-    """``left`` and ``right`` of tiles.py. Where there is no bound: beyond all keys."""
+    """``left`` and ``right`` of tiles.py, or what `sequence` makes them of. Where there is none: beyond all keys."""
+    if problem.packed:
+        left = problem.seqlen_k if problem.mask.left is None else min(problem.mask.left, problem.seqlen_k)
+        right = problem.seqlen_q if problem.mask.right is None else min(problem.mask.right, problem.seqlen_q)
+        return left, right
     mask, offset = problem.mask, problem.visible.offset
     left = -problem.seqlen_q if mask.left is None else max(offset - mask.left, -problem.seqlen_q)
     right = problem.seqlen_k if mask.right is None else min(offset + mask.right, problem.seqlen_k)
@@ -221,12 +266,15 @@ def diagonals(problem: AttentionProblem) -> tuple[int, int]:
 
 
 def _launch(launch: Launch, tensors: tuple, strides: tuple, scales: tuple, problem: AttentionProblem, extras: tuple):
-    """Launch a kernel with the tensors that the score looks up: None, or tuples of them and of their strides."""
-    captured = extras[: len(problem.score.captured)]
-    if captured:
-        launch(tensors, (*strides, tuple(t.stride() for t in captured)), *scales, captured=captured)
-    else:
-        launch(tensors, (None, *strides, None), *scales)
+    """Launch a kernel with `captured`: None, or the tensors that the score looks up, and behind them those that say
+    where packed sequences lie."""
+    if extras:
+        places = len(problem.queries.tensors) + len(problem.keys.tensors)
+        looked_up = extras[places : places + len(problem.score.captured)]
+        if captured := (*looked_up, *extras[:places]):
+            launch(tensors, (*strides, tuple(t.stride() for t in looked_up) or None), *scales, captured=captured)
+            return
+    launch(tensors, (None, *strides, None), *scales)
 
 
 def _backward_scales(problem: AttentionProblem, scale: float) -> tuple[float, float, float]:

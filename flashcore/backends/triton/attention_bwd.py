@@ -17,7 +17,8 @@ Kernels     attention_bwd_dq   a program owns TILE_M queries of one query head a
             floating-point atomics, no float32 copy of dQ in memory and no third pass over it.
 Workspace   stats, float32 (4, B, Hq, rows): -lse * log2(e), delta, and what huge scores need; rows = Sq rounded up to
             all kernels' tiles, so that the second kernel reads it without bounds. Rows that see no key, and rows past
-            Sq, have -inf for the first: P = exp2(s - inf) = 0 for them, and dS = 0.
+            Sq, have -inf for the first: P = exp2(s - inf) = 0 for them, and dS = 0. `stats_of` says where those of a
+            packed sequence are.
 Data flow   dq:   q, dout -> shared memory once;  k, v -> buffers -> S, dP -> dS in registers -> dS K into dq
             dkdv: k, v -> shared memory once;  q, dout -> buffers -> S^T, dP^T -> P^T, dS^T in registers -> dV, dK
             Keys are the rows of S^T, so P^T and dS^T are first operands straight from registers.
@@ -51,6 +52,7 @@ from flashcore.backends.triton.tiles import (
     load_rows,
     queries_of,
     round_here,
+    sequence,
     store_rows,
     tile_and_head,
 )
@@ -60,36 +62,65 @@ HUGE = tl.constexpr(2.0**15)  # an LSE in units of log2
 FLAGS = tl.constexpr(512)  # that are read at once
 
 
-@triton.jit(do_not_specialize=["batch_heads", "section", "seqlen_q", "seqlen_k", "heads_k", "rows", "left", "right",
-                               "sizes"])
+@triton.jit
+def stats_of(batch_head, batch, head, heads, batches, first_q, seqlen_q, rows, stats_rows, ALIGN: tl.constexpr):
+    """(at, plane, rows): where in stats a head's statistics of a sequence begin, how large a plane is, and how many
+    they are, in whole tiles of all kernels.
+
+    Of packed sequences a row of stats holds all of a head's. Each begins with a tile of ALIGN rows, one further for
+    each sequence before it: none ends in the tile where the next begins.
+    """
+    at = tl.cast(batch_head, tl.int64) * stats_rows
+    plane = tl.cast(batches * heads, tl.int64) * stats_rows
+    if ALIGN is not None:
+        at = tl.cast(head, tl.int64) * stats_rows + (first_q // ALIGN + batch) * ALIGN
+        plane = tl.cast(heads, tl.int64) * stats_rows
+        rows = tl.cdiv(seqlen_q, ALIGN) * ALIGN
+    return at, plane, rows
+
+
+@triton.jit(do_not_specialize=["batch_heads", "section", "seqlen_q", "seqlen_k", "total_q", "total_k", "heads_k",
+                               "rows", "stats_rows", "left", "right", "sizes"])
 def attention_bwd_dq(q, k, v, sink, out, dout, lse, dlse, stats, dq, captured, strides_q, strides_k, strides_v,
                      strides_out, strides_dout, strides_dq, strides_captured, scale, scale_log2, scale_grad,
-                     batch_heads, section, seqlen_q, seqlen_k, heads_k, rows, left, right, sizes,
-                     GROUP: tl.constexpr, BOUND_LEFT: tl.constexpr, BOUND_RIGHT: tl.constexpr, CHANGE: tl.constexpr,
-                     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-                     TILE_M: tl.constexpr, TILE_N: tl.constexpr, LOOKAHEAD: tl.constexpr, TMA: tl.constexpr,
-                     FAR: tl.constexpr, SLOPE: tl.constexpr, DLSE: tl.constexpr, SINK: tl.constexpr):
-    """lse and dlse are contiguous (B, Hq, Sq); dlse is not used without DLSE. `rows` is the length of a row of stats.
-    `scale_grad` is what dS is to be multiplied with. The others are as in attention_fwd."""
-    tiles = rows // TILE_M  # with those past seqlen_q, which only write stats
-    tile, batch_head = tile_and_head(tiles, batch_heads, section)
-    if BOUND_RIGHT:
-        tile = tiles - 1 - tile
+                     batch_heads, section, seqlen_q, seqlen_k, total_q, total_k, heads_k, rows, stats_rows, left, right,
+                     sizes, GROUP: tl.constexpr, BOUND_LEFT: tl.constexpr, BOUND_RIGHT: tl.constexpr,
+                     CHANGE: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
+                     BLOCK_DV: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, LOOKAHEAD: tl.constexpr,
+                     TMA: tl.constexpr, PLACES: tl.constexpr, USED_Q: tl.constexpr, USED_K: tl.constexpr,
+                     FAR: tl.constexpr, SLOPE: tl.constexpr, ALIGN: tl.constexpr, DLSE: tl.constexpr,
+                     SINK: tl.constexpr):
+    """lse and dlse are contiguous (B, Hq, Sq); dlse is not used without DLSE. A sequence has up to `rows` rows of
+    stats, a row of stats has `stats_rows`. `scale_grad` is what dS is to be multiplied with. The others are as in
+    attention_fwd."""
+    tile, batch_head = tile_and_head(rows // TILE_M, batch_heads, section)
     heads = heads_k * GROUP
     batch = batch_head // heads
     head = batch_head % heads
     head_k = head // GROUP
+    slab, first_q, first_k = batch, 0, 0
+    if PLACES is not None:
+        slab = 0
+        first_q, seqlen_q, first_k, seqlen_k, left, right = sequence(
+            captured, batch, total_q, total_k, seqlen_q, seqlen_k, left, right, PLACES, USED_Q, USED_K)
+    at, plane, rows = stats_of(batch_head, batch, head, heads, batch_heads // heads, first_q, seqlen_q, rows,
+                               stats_rows, ALIGN)
+    tiles = rows // TILE_M  # with those past seqlen_q, which only write stats
+    if BOUND_RIGHT:
+        tile = tiles - 1 - tile
+    if PLACES is not None and (tile < 0) | (tile >= tiles):
+        return
     first = tile * TILE_M
     query = first + tl.arange(0, TILE_M)
 
-    q_head = head_base(q, batch, head, strides_q, False)
+    q_head = head_base(q, slab, first_q, head, strides_q, False)
     q_tile = load_rows(q_head, batch, head, first, seqlen_q, strides_q, HEAD_DIM, TILE_M, BLOCK_D, False)
-    dout_head = head_base(dout, batch, head, strides_dout, False)
+    dout_head = head_base(dout, slab, first_q, head, strides_dout, False)
     dout_tile = load_rows(dout_head, batch, head, first, seqlen_q, strides_dout, HEAD_DIM_V, TILE_M, BLOCK_DV, False)
-    out_head = head_base(out, batch, head, strides_out, False)
+    out_head = head_base(out, slab, first_q, head, strides_out, False)
     out_tile = load_rows(out_head, batch, head, first, seqlen_q, strides_out, HEAD_DIM_V, TILE_M, BLOCK_DV, False)
     delta = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
-    head_rows = tl.cast(batch_head, tl.int64) * seqlen_q + query
+    head_rows = tl.cast(slab * heads + head, tl.int64) * total_q + first_q + query
     row_lse = tl.load(lse + head_rows, mask=query < seqlen_q, other=float("-inf"))
     if DLSE:
         delta -= tl.load(dlse + head_rows, mask=query < seqlen_q, other=0.0)
@@ -101,8 +132,8 @@ def attention_bwd_dq(q, k, v, sink, out, dout, lse, dlse, stats, dq, captured, s
     stop = tl.where(first < seqlen_q, limit, start)
     last_full = full_stop - TILE_N
 
-    k_head = head_base(k, batch, head_k, strides_k, TMA)
-    v_head = head_base(v, batch, head_k, strides_v, TMA)
+    k_head = head_base(k, slab, first_k, head_k, strides_k, TMA)
+    v_head = head_base(v, slab, first_k, head_k, strides_v, TMA)
     positions = scale, batch, head, query[:, None], seqlen_k - seqlen_q
     looked_up = captured, strides_captured, sizes
     visible = sees_from, sees_to
@@ -116,12 +147,11 @@ def attention_bwd_dq(q, k, v, sink, out, dout, lse, dlse, stats, dq, captured, s
         if SINK:
             row_sum += tl.exp2(tl.load(sink + head).to(tl.float32) * LOG2E - row_max * scale_log2)
         minus_lse = tl.where(row_sum == 0.0, float("-inf"), -tl.log2(row_sum))
-    plane = tl.cast(batch_heads, tl.int64) * rows
-    stats_row = stats + tl.cast(batch_head, tl.int64) * rows + query
+    stats_row = stats + at + query
     tl.store(stats_row, minus_lse)
     tl.store(stats_row + plane, delta)
     tl.store(stats_row + 2 * plane, row_max)
-    tl.store(stats + 3 * plane + tl.cast(batch_head, tl.int64) * tiles + tile, huge.to(tl.float32))
+    tl.store(stats + 3 * plane + at + tile, huge.to(tl.float32))
     if huge:
         tl.debug_barrier()  # other threads read the maxima
 
@@ -168,7 +198,8 @@ def attention_bwd_dq(q, k, v, sink, out, dout, lse, dlse, stats, dq, captured, s
         else:
             ds = ds.to(q.dtype.element_ty)
         acc = tl.dot(ds, k_tile, acc, input_precision="ieee")
-    store_rows(dq, acc * scale_grad, batch, head, first, seqlen_q, strides_dq, HEAD_DIM, TILE_M, BLOCK_D, FAR)
+    store_rows(dq, acc * scale_grad, slab, head, first_q + first, first_q + seqlen_q, strides_dq, HEAD_DIM, TILE_M,
+               BLOCK_D, FAR)
 
 
 @triton.jit
@@ -207,26 +238,34 @@ def below(s, row_max):
     return tl.where(tl.abs(gap) <= tl.abs(row_max) * 2.0**-22, 0.0, gap)
 
 
-@triton.jit(do_not_specialize=["batch_heads", "section", "seqlen_q", "seqlen_k", "heads_k", "rows", "stats_tiles",
-                               "left", "right", "sizes"])
+@triton.jit(do_not_specialize=["batch_heads", "section", "seqlen_q", "seqlen_k", "total_q", "total_k", "heads_k",
+                               "rows", "stats_rows", "stats_tile", "left", "right", "sizes"])
 def attention_bwd_dkdv(q, k, v, dout, stats, dk, dv, captured, strides_q, strides_k, strides_v, strides_dout,
                        strides_dk, strides_dv, strides_captured, scale, scale_log2, scale_grad, batch_heads, section,
-                       seqlen_q, seqlen_k, heads_k, rows, stats_tiles, left, right, sizes,
+                       seqlen_q, seqlen_k, total_q, total_k, heads_k, rows, stats_rows, stats_tile, left, right, sizes,
                        GROUP: tl.constexpr, BOUND_LEFT: tl.constexpr, BOUND_RIGHT: tl.constexpr, CHANGE: tl.constexpr,
                        HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
                        TILE_M: tl.constexpr, TILE_N: tl.constexpr, LOOKAHEAD: tl.constexpr, TMA: tl.constexpr,
-                       FAR: tl.constexpr, SLOPE: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr):
-    """`batch_heads` counts B * Hk here; stats have `rows` rows for each head in `stats_tiles` tiles. DK, DV: which are
-    computed; the pointers to what is not are not used."""
+                       PLACES: tl.constexpr, USED_Q: tl.constexpr, USED_K: tl.constexpr, FAR: tl.constexpr,
+                       SLOPE: tl.constexpr, ALIGN: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr):
+    """`batch_heads` counts B * Hk here; stats were filled in tiles of `stats_tile` rows. DK, DV: which are computed;
+    the pointers to what is not are not used."""
     tile, batch_head = tile_and_head(tl.cdiv(seqlen_k, TILE_N), batch_heads, section)
     batch = batch_head // heads_k
     head_k = batch_head % heads_k
     first = tile * TILE_N
+    slab, first_q, first_k = batch, 0, 0
+    if PLACES is not None:
+        slab = 0
+        first_q, seqlen_q, first_k, seqlen_k, left, right = sequence(
+            captured, batch, total_q, total_k, seqlen_q, seqlen_k, left, right, PLACES, USED_Q, USED_K)
+        if first >= seqlen_k:
+            return
 
-    k_head = head_base(k, batch, head_k, strides_k, False)
+    k_head = head_base(k, slab, first_k, head_k, strides_k, False)
     k_tile = load_rows(k_head, batch, head_k, first, seqlen_k, strides_k, HEAD_DIM, TILE_N, BLOCK_D, False)
     if DK:
-        v_head = head_base(v, batch, head_k, strides_v, False)
+        v_head = head_base(v, slab, first_k, head_k, strides_v, False)
         v_tile = load_rows(v_head, batch, head_k, first, seqlen_k, strides_v, HEAD_DIM_V, TILE_N, BLOCK_DV, False)
 
     last = tl.minimum(first + TILE_N, seqlen_k) - 1
@@ -236,12 +275,14 @@ def attention_bwd_dkdv(q, k, v, dout, stats, dk, dv, captured, strides_q, stride
     steps = tiles * GROUP
     last_full = full_stop - TILE_M
 
-    plane = tl.cast(batch_heads * GROUP, tl.int64) * rows
-    flags = stats + 3 * plane + tl.cast(batch_head * GROUP, tl.int64) * stats_tiles  # of all heads of the group
+    at, plane, rows = stats_of(batch_head * GROUP, batch, head_k * GROUP, heads_k * GROUP, batch_heads // heads_k,
+                               first_q, seqlen_q, rows, stats_rows, ALIGN)
+    stats_tiles = rows // stats_tile
     any_huge = tl.zeros([FLAGS], tl.float32)
-    for flag in tl.range(0, GROUP * stats_tiles, FLAGS):
+    for flag in tl.range(0, GROUP * stats_tiles, FLAGS):  # of all heads of the group
         index = flag + tl.arange(0, FLAGS)
-        any_huge = tl.maximum(any_huge, tl.load(flags + index, mask=index < GROUP * stats_tiles, other=0.0))
+        flags = stats + 3 * plane + at + (index // stats_tiles).to(tl.int64) * stats_rows + index % stats_tiles
+        any_huge = tl.maximum(any_huge, tl.load(flags, mask=index < GROUP * stats_tiles, other=0.0))
     huge = tl.max(any_huge, 0) != 0.0
 
     if DK:
@@ -249,7 +290,7 @@ def attention_bwd_dkdv(q, k, v, dout, stats, dk, dv, captured, strides_q, stride
     if DV:
         dv_acc = tl.zeros([TILE_N, BLOCK_DV], tl.float32)
     if LOOKAHEAD:
-        q_head = head_base(q, batch, head_k * GROUP, strides_q, TMA)
+        q_head = head_base(q, slab, first_q, head_k * GROUP, strides_q, TMA)
         q_tile = load_rows(q_head, batch, head_k * GROUP, start, seqlen_q, strides_q, HEAD_DIM, TILE_M, BLOCK_D, TMA)
         s = tl.dot(k_tile, q_tile.T, input_precision="ieee")
     for step in tl.range(0, steps):
@@ -257,11 +298,11 @@ def attention_bwd_dkdv(q, k, v, dout, stats, dk, dv, captured, strides_q, stride
         head = head_k * GROUP + member
         query = start + (step - member * tiles) * TILE_M
         if DK or not LOOKAHEAD:
-            q_head = head_base(q, batch, head, strides_q, TMA)
+            q_head = head_base(q, slab, first_q, head, strides_q, TMA)
             q_tile = load_rows(q_head, batch, head, query, seqlen_q, strides_q, HEAD_DIM, TILE_M, BLOCK_D, TMA)
-        dout_head = head_base(dout, batch, head, strides_dout, TMA)
+        dout_head = head_base(dout, slab, first_q, head, strides_dout, TMA)
         dout_tile = load_rows(dout_head, batch, head, query, seqlen_q, strides_dout, HEAD_DIM_V, TILE_M, BLOCK_DV, TMA)
-        head_stats = stats + tl.cast(batch_head * GROUP + member, tl.int64) * rows + query
+        head_stats = stats + at + tl.cast(member, tl.int64) * stats_rows + query
         minus_lse = tl.load(head_stats + tl.arange(0, TILE_M))
         if DK:
             delta = tl.load(head_stats + plane + tl.arange(0, TILE_M))
@@ -302,7 +343,7 @@ def attention_bwd_dkdv(q, k, v, dout, stats, dk, dv, captured, strides_q, stride
             next_member = next_step // tiles if GROUP > 1 else 0
             next_head = head_k * GROUP + next_member
             next_query = start + (next_step - next_member * tiles) * TILE_M
-            q_head = head_base(q, batch, next_head, strides_q, TMA)
+            q_head = head_base(q, slab, first_q, next_head, strides_q, TMA)
             q_next = load_rows(q_head, batch, next_head, next_query, seqlen_q, strides_q, HEAD_DIM, TILE_M, BLOCK_D,
                                TMA)
             s = tl.dot(k_tile, q_next.T, input_precision="ieee")
@@ -315,6 +356,8 @@ def attention_bwd_dkdv(q, k, v, dout, stats, dk, dv, captured, strides_q, stride
         else:
             dv_acc = tl.dot(p.to(k.dtype.element_ty), dout_tile, dv_acc, input_precision="ieee")
     if DK:
-        store_rows(dk, dk_acc * scale_grad, batch, head_k, first, seqlen_k, strides_dk, HEAD_DIM, TILE_N, BLOCK_D, FAR)
+        store_rows(dk, dk_acc * scale_grad, slab, head_k, first_k + first, first_k + seqlen_k, strides_dk, HEAD_DIM,
+                   TILE_N, BLOCK_D, FAR)
     if DV:
-        store_rows(dv, dv_acc, batch, head_k, first, seqlen_k, strides_dv, HEAD_DIM_V, TILE_N, BLOCK_DV, FAR)
+        store_rows(dv, dv_acc, slab, head_k, first_k + first, first_k + seqlen_k, strides_dv, HEAD_DIM_V, TILE_N,
+                   BLOCK_DV, FAR)

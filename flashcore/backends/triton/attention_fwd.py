@@ -5,6 +5,7 @@ Computes    out = softmax(change(scale * q k^T) + mask) v, and lse = log(sum(exp
             head; with sinks exp(sink) joins the sum. q (B, Sq, Hq, D), k (B, Sk, Hk, D), v (B, Sk, Hk, Dv), out
             (B, Sq, Hq, Dv), Hq a multiple of Hk; lse float32 (B, Hq, Sq). float16, bfloat16, and float32 without
             tensor cores; D and Dv up to 256. Masks are windows aligned to the bottom right, causal among them.
+            Sequences are of one length, or packed (see tiles.py): q (total, Hq, D), lse (Hq, total).
 Grid        (row tiles x heads, splits). A program owns TILE_M rows of one head and one contiguous share (split) of the
             keys that these rows see. PACK makes rows of all GROUP query heads of a key head, row = query * GROUP +
             member, so that each tile of keys is read once per group: what decoding needs. Order: `tile_and_head`;
@@ -30,8 +31,8 @@ Numerics    Without a change scores stay unscaled; scale * log2(e) is folded int
             a row sees no key, which `combine` then weighs with exactly 0. P is rounded to the input dtype for P V;
             everything else is float32. The order of all additions depends on shapes and config only: repeated calls
             give the same bits.
-Huge scores The rounding of row_max is a factor that all exponentials of a row and their sum share: from HUGE on up to 2,
-            from 2^28 on more than P holds. A program that finds such a maximum in the end does its keys again, by
+Huge scores The rounding of row_max is a factor that all exponentials of a row and their sum share: from HUGE on up to
+            2, from 2^28 on more than P holds. A program that finds such a maximum in the end does its keys again, by
             p = exp2((s - row_max) * scale_log2): one operation more per element, and exact where all the weight is.
             Changed scores, and float32 without tensor cores, are computed so from the start.
 """
@@ -47,6 +48,7 @@ from flashcore.backends.triton.tiles import (
     keys_of,
     load_rows,
     round_here,
+    sequence,
     tile_and_head,
 )
 
@@ -55,37 +57,47 @@ LOG2E = tl.constexpr(1.4426950408889634)
 HUGE = tl.constexpr(2.0**24)  # a maximum in units of log2
 
 
-@triton.jit(do_not_specialize=["batch_heads", "section", "seqlen_q", "seqlen_k", "heads_k", "left", "right", "sizes"])
+@triton.jit(do_not_specialize=["batch_heads", "section", "seqlen_q", "seqlen_k", "total_q", "total_k", "heads_k",
+                               "left", "right", "sizes"])
 def attention_fwd(q, k, v, sink, out, lse, captured, strides_q, strides_k, strides_v, strides_out, strides_captured,
-                  scale, scale_log2, batch_heads, section, seqlen_q, seqlen_k, heads_k, left, right, sizes,
-                  GROUP: tl.constexpr, BOUND_LEFT: tl.constexpr, BOUND_RIGHT: tl.constexpr, CHANGE: tl.constexpr,
-                  HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-                  TILE_M: tl.constexpr, TILE_N: tl.constexpr, LOOKAHEAD: tl.constexpr, TMA: tl.constexpr,
-                  PACK: tl.constexpr, SIGN: tl.constexpr, SINK: tl.constexpr, Q_REGS: tl.constexpr):
+                  scale, scale_log2, batch_heads, section, seqlen_q, seqlen_k, total_q, total_k, heads_k, left, right,
+                  sizes, GROUP: tl.constexpr, BOUND_LEFT: tl.constexpr, BOUND_RIGHT: tl.constexpr,
+                  CHANGE: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
+                  BLOCK_DV: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, LOOKAHEAD: tl.constexpr,
+                  TMA: tl.constexpr, PLACES: tl.constexpr, USED_Q: tl.constexpr,
+                  USED_K: tl.constexpr, PACK: tl.constexpr, SIGN: tl.constexpr, SINK: tl.constexpr,
+                  Q_REGS: tl.constexpr):
     """`batch_heads` counts the heads that programs are made for: B * Hk with PACK, else B * Hq. `out` is
     (splits, B, Sq, Hq, Dv) with `strides_out` in that order, `lse` is contiguous (splits, B, Hq, Sq), `sink` is (Hq,)
-    and not used without SINK: `combine` adds it to splits. `captured` is None, or a tuple of the tensors that CHANGE
-    looks up and whose shapes are `sizes`; `scale` is for CHANGE."""
+    and not used without SINK. `captured` is None, or a tuple of the tensors that CHANGE looks up and whose shapes are
+    `sizes`; `scale` is for CHANGE. Of packed sequences seqlen_q and seqlen_k are bounds, total_q and total_k the rows
+    of the tensors, left and right how far the mask reaches; of others total is seqlen, and PLACES None."""
     members: tl.constexpr = GROUP if PACK else 1  # query heads in one tile
     sharing: tl.constexpr = 1 if PACK else GROUP  # programs' heads that read the same key head
-    rows = seqlen_q * members
-    tiles = tl.cdiv(rows, TILE_M)
-    tile, batch_head = tile_and_head(tiles, batch_heads, section)
-    if BOUND_RIGHT:
-        tile = tiles - 1 - tile
+    tile, batch_head = tile_and_head(tl.cdiv(seqlen_q * members, TILE_M), batch_heads, section)
     split = tl.program_id(1)
     heads = heads_k * sharing
     batch = batch_head // heads
     head = batch_head % heads
     head_k = head // sharing
+    slab, slabs, first_q, first_k = batch, batch_heads // heads, 0, 0  # where the sequence lies
+    if PLACES is not None:
+        slab, slabs = 0, 1
+        first_q, seqlen_q, first_k, seqlen_k, left, right = sequence(
+            captured, batch, total_q, total_k, seqlen_q, seqlen_k, left, right, PLACES, USED_Q, USED_K)
+    rows = seqlen_q * members
+    if BOUND_RIGHT:
+        tile = tl.cdiv(rows, TILE_M) - 1 - tile
+    if PLACES is not None and (tile < 0) | (tile * TILE_M >= rows):
+        return
 
     row = tile * TILE_M + tl.arange(0, TILE_M)
     col = tl.arange(0, BLOCK_D)
     query = row // members
     head_q = head * members + row % members
     inside = (row < rows)[:, None] & (col < HEAD_DIM)[None, :]
-    q_rows = head_base(q, batch, 0, strides_q, False) + (query.to(tl.int64) * strides_q[1]
-                                                         + head_q.to(tl.int64) * strides_q[2])
+    q_rows = head_base(q, slab, first_q, 0, strides_q, False) + (query.to(tl.int64) * strides_q[1]
+                                                                 + head_q.to(tl.int64) * strides_q[2])
     q_tile = tl.load(q_rows[:, None] + (col.to(tl.int64) * strides_q[3])[None, :], mask=inside, other=0.0)
     if SIGN != 1:
         q_tile = (q_tile.to(tl.float32) * SIGN).to(q.dtype.element_ty)
@@ -103,8 +115,8 @@ def attention_fwd(q, k, v, sink, out, lse, captured, strides_q, strides_k, strid
     start = lowest + tl.minimum(split * per_split, blocks) * TILE_N
     stop = lowest + tl.minimum((split + 1) * per_split, blocks) * TILE_N
 
-    k_head = head_base(k, batch, head_k, strides_k, TMA)
-    v_head = head_base(v, batch, head_k, strides_v, TMA)
+    k_head = head_base(k, slab, first_k, head_k, strides_k, TMA)
+    v_head = head_base(v, slab, first_k, head_k, strides_v, TMA)
     positions = scale, batch, head_q[:, None] if PACK else head, query[:, None], seqlen_k - seqlen_q
     looked_up = captured, strides_captured, sizes
     visible = sees_from, sees_to, full_start, full_stop - TILE_N
@@ -119,19 +131,19 @@ def attention_fwd(q, k, v, sink, out, lse, captured, strides_q, strides_k, strid
                                            strides_v, scale_log2, visible, positions, looked_up, BOUND_LEFT, CHANGE,
                                            HEAD_DIM, HEAD_DIM_V, TILE_M, TILE_N, BLOCK_D, BLOCK_DV, False, TMA, True, 1)
 
-    if SINK:
-        row_max, row_sum, weight = with_sink(row_max, row_sum, tl.load(sink + head_q))
+    if SINK:  # one split's
+        of_sink = tl.where(split == 0, tl.load(sink + head_q).to(tl.float32), float("-inf"))
+        row_max, row_sum, weight = with_sink(row_max, row_sum, of_sink)
         acc = acc * weight[:, None]
     empty = row_sum == 0.0
     acc = acc / tl.where(empty, 1.0, row_sum)[:, None]
     row_lse = tl.where(empty, float("-inf"), row_max * LN2 + tl.log(row_sum))
     col_v = tl.arange(0, BLOCK_DV)
-    out_rows = out + (split.to(tl.int64) * strides_out[0] + tl.cast(batch, tl.int64) * strides_out[1]
-                      + query.to(tl.int64) * strides_out[2] + head_q.to(tl.int64) * strides_out[3])
+    out_rows = out + (split.to(tl.int64) * strides_out[0] + tl.cast(slab, tl.int64) * strides_out[1]
+                      + (first_q + query).to(tl.int64) * strides_out[2] + head_q.to(tl.int64) * strides_out[3])
     tl.store(out_rows[:, None] + col_v[None, :], acc.to(out.dtype.element_ty),
              mask=(row < rows)[:, None] & (col_v < HEAD_DIM_V)[None, :])
-    batches = batch_heads // heads
-    lse_rows = ((split * batches + batch).to(tl.int64) * (heads_k * GROUP) + head_q) * seqlen_q + query
+    lse_rows = ((split * slabs + slab).to(tl.int64) * (heads_k * GROUP) + head_q) * total_q + first_q + query
     tl.store(lse + lse_rows, row_lse, mask=row < rows)
 
 
@@ -200,7 +212,7 @@ def attend(q_tile, k_head, v_head, batch, head_k, start, stop, limit, strides_k,
 def with_sink(row_max, row_sum, sink):
     """(row_max, row_sum, weight) with one more key, whose value is 0: `weight` is what that makes of the other keys'
     exponentials. Maxima are in units of log2, and -inf for a row without keys."""
-    of_sink = sink.to(tl.float32) * LOG2E
+    of_sink = sink * LOG2E
     top = tl.maximum(row_max, of_sink)
     shift = tl.where(top == float("-inf"), 0.0, top)
     weight = tl.exp2(row_max - shift)
@@ -208,13 +220,12 @@ def with_sink(row_max, row_sum, sink):
 
 
 @triton.jit(do_not_specialize=["rows", "seqlen_q", "heads", "splits"])
-def combine(partial_out, partial_lse, sink, out, lse, rows, seqlen_q, heads, splits, BLOCK_S: tl.constexpr,
-            SINK: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr):
+def combine(partial_out, partial_lse, out, lse, rows, seqlen_q, heads, splits, BLOCK_S: tl.constexpr,
+            HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr):
     """One query of one head per program: out = sum of w_s out_s, w_s = exp(lse_s - lse), lse = log(sum of exp(lse_s)).
 
     Partial results are float32 (splits, B, Sq, Hq, Dv) and (splits, B, Hq, Sq); programs are numbered as (B, Hq, Sq).
-    Splits are added in order, BLOCK_S at a time. A split without visible keys has lse = -inf and weighs exactly 0. With
-    SINK the head's sink, of (Hq,), joins the sum of the exponentials.
+    Splits are added in order, BLOCK_S at a time. A split without visible keys has lse = -inf and weighs exactly 0.
     """
     row = tl.program_id(0).to(tl.int64)
     batch_head = row // seqlen_q
@@ -226,9 +237,6 @@ def combine(partial_out, partial_lse, sink, out, lse, rows, seqlen_q, heads, spl
         part = tl.load(partial_lse + split.to(tl.int64) * rows + row, mask=split < splits, other=float("-inf"))
         highest = tl.maximum(highest, part)
     top = tl.max(highest, 0)
-    if SINK:
-        of_sink = tl.load(sink + batch_head % heads).to(tl.float32)
-        top = tl.maximum(top, of_sink)
     shift = tl.where(top == float("-inf"), 0.0, top)
     weights = tl.zeros([BLOCK_S], tl.float32)
     acc = tl.zeros([BLOCK_DV], tl.float32)
@@ -242,8 +250,6 @@ def combine(partial_out, partial_lse, sink, out, lse, rows, seqlen_q, heads, spl
         acc += tl.sum(weight[:, None] * values, 0)
         weights += weight
     total = tl.sum(weights, 0)
-    if SINK:
-        total += tl.exp(of_sink - shift)
     empty = total == 0.0
     acc = acc / tl.where(empty, 1.0, total)
     tl.store(out + out_row * HEAD_DIM_V + col, acc.to(out.dtype.element_ty), mask=col < HEAD_DIM_V)

@@ -20,7 +20,8 @@ from flashcore.problem import AttentionProblem
 
 _TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 _INTEGERS = (
-    "batch_heads", "section", "seqlen_q", "seqlen_k", "heads_k", "rows", "stats_tiles", "left", "right",
+    "batch_heads", "section", "seqlen_q", "seqlen_k", "total_q", "total_k", "heads_k", "rows", "stats_rows",
+    "stats_tile", "left", "right",
 )  # fmt: skip
 _FUNCTIONS = {
     "forward": attention_fwd, "dq": attention_bwd_dq, "dkdv": attention_bwd_dkdv, "dk": attention_bwd_dkdv,
@@ -43,7 +44,7 @@ def compile_kernel(
     """Kernel "forward", "dq", "dkdv", or "dk" or "dv" alone, as the launcher compiles it for aligned, dense tensors."""
     function = _FUNCTIONS[kernel]
     element = _TYPES[problem.dtype]
-    constexprs = backward_constants(problem, tile) | {
+    constexprs = backward_constants(problem, tile, tile.tile_m) | {
         "PACK": pack_gqa, "SIGN": 1, "SINK": problem.score.sink is not None, "Q_REGS": tile.q_registers, "DLSE": False,
         "DK": "dk" in kernel, "DV": "dv" in kernel,
     }  # fmt: skip
@@ -53,16 +54,17 @@ def compile_kernel(
     )
     columns = dict(zip(streams, (constexprs["BLOCK_D"], constexprs["BLOCK_DV"]), strict=True))
     captured = problem.score.captured
+    places = len(problem.queries.tensors) + len(problem.keys.tensors)
     aligned = [["tt.divisibility", 16]]
     signature, values, attributes = {}, {}, {}
     for i, name in enumerate(function.arg_names):
         if name in constexprs:
             signature[name], values[(i,)] = "constexpr", constexprs[name]
+        elif name == "captured" and (captured or places):
+            signature[name] = (*(f"*{_TYPES[dtype]}" for dtype, _ in captured), *("*i32",) * places)
+            attributes |= {(i, j): aligned for j in range(len(captured) + places)}
         elif name in ("captured", "strides_captured", "sizes") and not captured:
             signature[name], values[(i,)] = "constexpr", None
-        elif name == "captured":
-            signature[name] = tuple(f"*{_TYPES[dtype]}" for dtype, _ in captured)
-            attributes |= {(i, j): aligned for j in range(len(captured))}
         elif name == "sizes":
             signature[name] = tuple(("i32",) * len(shape) for _, shape in captured)
         elif name == "strides_captured":
@@ -77,7 +79,7 @@ def compile_kernel(
             signature[name] = ("i32",) * (4 - len(last)) + last
             attributes |= {(i, j): aligned for j in range(4 - len(last))}
             values |= {(i, 3): 1} if last else {}
-        elif name in streams and tile.tma:
+        elif name in streams and constexprs["TMA"]:
             signature[name] = f"tensordesc<{element}[1, 1, {stream_rows}, {columns[name]}]>"
         elif name in ("scale", "scale_log2", "scale_grad"):
             signature[name] = "fp32"

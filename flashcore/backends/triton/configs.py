@@ -275,6 +275,9 @@ def choose(
     dq, dq_why = _tile("dq", problem, rows, limit, user_table)
     dkdv, dkdv_why = _tile("dkdv", problem, rows, limit, user_table)
     dv, dv_why = _tile("dv", problem, rows, limit, user_table)
+    if problem.packed:
+        forward, dq, dkdv, dv = (tile and _by_pointers(tile, problem) for tile in (forward, dq, dkdv, dv))
+        why += "; packed sequences are read by pointers"
     if dv is None and problem.arch != (9, 0) and problem.dtype != "float32" and _wide_values(problem):
         dkdv = dv = _APART
         dkdv_why = dv_why = "dK and dV of different widths together take more registers than there are"
@@ -288,6 +291,11 @@ def choose(
     if problem.needs_grad:
         why += f"; dq: {dq_why}; " + (f"dkdv: {dkdv_why}" if dv is None else f"dk: {dkdv_why}; dv: {dv_why}")
     return TritonConfig(forward, dq, dkdv, dv, pack_gqa, splits, why)
+
+
+def _by_pointers(tile: Tile, problem: AttentionProblem) -> Tile:
+    """The tile without the copy engine, whose pointers leave no registers for the next scores at 256 columns."""
+    return replace(tile, tma=False, lookahead=tile.lookahead and widest_head_dim(problem) < MAX_HEAD_DIM)
 
 
 def choose_splits(tiles: int, blocks: int, sm_count: int, tile: Tile) -> int:

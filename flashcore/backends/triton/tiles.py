@@ -11,6 +11,11 @@ by the constexpr TMA:
 Offsets into what callers pass are 64-bit, inside a tile too: rows of a view may lie any distance apart. (That takes no
 more registers, and leaves the vectors as wide.)
 
+Packed sequences are (total, heads, head_dim), which kernels see as a batch of one. Where a program's sequence lies, and
+how long it is, `sequence` reads when the program runs. The host knows bounds: grids are for the longest sequence, and
+programs past the end of theirs stop at once. Packed tensors are read through pointers, so that a tile ends where its
+sequence does: the copy engine would fill it up with the neighbour's values, and 0 times NaN is NaN.
+
 Masks are flashcore/mask.py's, and nobody else says what they hide. Query i sees the keys i + left to i + right, both
 included, that exist: the host adds seqlen_k - seqlen_q to the bounds of the problem's mask. Which bounds hide anything
 is known when a kernel is compiled, by the constexprs BOUND_LEFT and BOUND_RIGHT: what does not is not compared.
@@ -36,6 +41,27 @@ def tile_and_head(tiles, heads, section):
     width = tl.minimum(section, heads - first)
     index = program - first * tiles
     return index // width, first + index % width
+
+
+@triton.jit
+def sequence(captured, batch, total_q, total_k, longest_q, longest_k, left, right, PLACES: tl.constexpr,
+             USED_Q: tl.constexpr, USED_K: tl.constexpr):
+    """(first_q, seqlen_q, first_k, seqlen_k, left, right) of a packed sequence: its first rows, its lengths, and its
+    mask's bounds, made of those of the problem's mask. The tensors that say it are in `captured` from PLACES on."""
+    KEYS: tl.constexpr = PLACES + 1 + USED_Q
+    first_q, seqlen_q = rows_of(captured[PLACES], captured[PLACES + USED_Q], batch, total_q, longest_q, USED_Q)
+    first_k, seqlen_k = rows_of(captured[KEYS], captured[KEYS + USED_K], batch, total_k, longest_k, USED_K)
+    return first_q, seqlen_q, first_k, seqlen_k, seqlen_k - seqlen_q - left, seqlen_k - seqlen_q + right
+
+
+@triton.jit
+def rows_of(offsets, used, batch, total, longest, USED: tl.constexpr):
+    """(first, length): never beyond the tensor, nor the bound that the grid was made for."""
+    first = tl.minimum(tl.maximum(tl.load(offsets + batch), 0), total)
+    length = tl.minimum(tl.load(offsets + batch + 1), total) - first
+    if USED:
+        length = tl.minimum(length, tl.load(used + batch))
+    return first, tl.minimum(tl.maximum(length, 0), longest)
 
 
 @triton.jit
@@ -96,9 +122,11 @@ def queries_of(first, last, left, right, seqlen_q, BOUND_LEFT: tl.constexpr, BOU
 
 
 @triton.jit
-def head_base(source, batch, head, strides, TMA: tl.constexpr):
-    """What `load_rows` reads one head from: a pointer to its first element; a descriptor stays as it is."""
-    return source if TMA else source + tl.cast(batch, tl.int64) * strides[0] + tl.cast(head, tl.int64) * strides[2]
+def head_base(source, batch, first, head, strides, TMA: tl.constexpr):
+    """What `load_rows` reads one head from, beginning with row `first`: a pointer to an element. A descriptor stays as
+    it is: there `first` is 0."""
+    return source if TMA else source + (tl.cast(batch, tl.int64) * strides[0] + tl.cast(first, tl.int64) * strides[1]
+                                        + tl.cast(head, tl.int64) * strides[2])
 
 
 @triton.jit
@@ -131,7 +159,7 @@ def store_rows(target, tile, batch, head, start, stop, strides, HEAD_DIM: tl.con
     """
     rows = tl.arange(0, TILE)[:, None]
     cols = tl.arange(0, BLOCK_D)[None, :]
-    base = head_base(target, batch, head, strides, False) + tl.cast(start, tl.int64) * strides[1]
+    base = head_base(target, batch, start, head, strides, False)
     inside = (rows < stop - start) & (cols < HEAD_DIM)
     if FAR:
         rows = rows.to(tl.int64)

@@ -181,15 +181,15 @@ class Tensors:
         )  # fmt: skip
         if kernel == "forward":
             return partial(attention.prepare_forward(problem, config), q, k, v, problem.scale)
-        shape = attention.stats_shape_of(problem, config)
-        stats = torch.empty(shape, dtype=torch.float32, device=DEVICE)
+        align = attention.alignment(config)
+        stats = torch.empty(attention.stats_shape_of(problem, config), dtype=torch.float32, device=DEVICE)
         dq = torch.empty_like(q)
-        launch = attention.prepare_dq(problem, config.dq, shape[3])
+        launch = attention.prepare_dq(problem, config.dq, align)
         fill = partial(launch, q, k, v, out, dout, lse, lse, stats, dq, problem.scale)
         if kernel == "dq":
             return fill
         fill()
-        launch = attention.prepare_dkdv(problem, tile, shape[3], config.dq, dk=kernel != "dv", dv=kernel != "dk")
+        launch = attention.prepare_dkdv(problem, tile, align, config.dq, dk=kernel != "dv", dv=kernel != "dk")
         return partial(launch, q, k, v, dout, stats, torch.empty_like(k), torch.empty_like(v), problem.scale)
 
 

@@ -445,24 +445,29 @@ from flashcore.backends.triton.sass import disassemble, overwritten_operands
 from flashcore.mask import CAUSAL, FULL, Mask
 from flashcore.problem import AttentionProblem
 from flashcore.score import alibi, bias, bind, softcap
+from flashcore.sequences import DENSE, PackedSpec
 
 arch = tuple(json.loads(sys.argv[1]))
 by_distance = lambda score, batch, head, query, key: torch.where(query - key < 100, score, score - 1.0)
-for head_dim, head_dim_v, mask, score, sink in (
-    (64, 64, Mask(127, 0), None, torch.zeros(4)),
-    (128, 128, Mask(64, 64), None, None),
-    (256, 256, Mask(4095, 0), softcap(50.0), None),
-    (128, 128, CAUSAL, alibi(torch.rand(4)), None),
-    (64, 64, FULL, bias(torch.empty(1, 4, 2048, 2048, dtype=torch.bfloat16)), None),
-    (128, 128, FULL, bias(torch.empty(1, 1, 2048, 2048, dtype=torch.bfloat16)), None),
-    (256, 256, CAUSAL, by_distance, None),
-    (192, 128, CAUSAL, None, None),
-    (64, 128, FULL, None, None),
-    (256, 64, CAUSAL, None, None),
+for head_dim, head_dim_v, mask, score, sink, rows in (
+    (64, 64, Mask(127, 0), None, torch.zeros(4), DENSE),
+    (128, 128, Mask(64, 64), None, None, DENSE),
+    (256, 256, Mask(4095, 0), softcap(50.0), None, DENSE),
+    (128, 128, CAUSAL, alibi(torch.rand(4)), None, DENSE),
+    (64, 64, FULL, bias(torch.empty(1, 4, 2048, 2048, dtype=torch.bfloat16)), None, DENSE),
+    (128, 128, FULL, bias(torch.empty(1, 1, 2048, 2048, dtype=torch.bfloat16)), None, DENSE),
+    (256, 256, CAUSAL, by_distance, None, DENSE),
+    (192, 128, CAUSAL, None, None, DENSE),
+    (64, 128, FULL, None, None, DENSE),
+    (256, 64, CAUSAL, None, None, DENSE),
+    (128, 128, CAUSAL, None, None, PackedSpec(3000)),
+    (64, 64, FULL, alibi(torch.rand(2, 4)), torch.zeros(4), PackedSpec(3000, used=True)),
+    (256, 256, Mask(100, 0), None, None, PackedSpec(3000)),
 ):
     spec, _ = bind(score, sink)
     problem = AttentionProblem(
-        "bfloat16", "cuda", arch, 132, 2, 2048, 2048, 4, 2, head_dim, head_dim_v, mask, 0.1, spec, needs_grad=True
+        "bfloat16", "cuda", arch, 132, 2, 2048, 2048, 4, 2, head_dim, head_dim_v, mask, 0.1, spec, needs_grad=True,
+        queries=rows, keys=rows,
     )
     config = choose(problem)
     kernels = {"forward": config.forward, "dq": config.dq, "dkdv": config.dkdv}
