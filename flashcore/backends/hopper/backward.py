@@ -17,7 +17,7 @@ _MAX_MAPS = 1024  # tensor maps kept per operand: the caching allocator hands ou
 _DQ_PART = 64 * 64  # fp32 numbers of a dQ tile that one warpgroup holds
 
 
-FEATURES = frozenset({"dlse", "partial"})
+FEATURES = frozenset({"window", "sink", "dlse", "partial"})
 
 
 def unavailable() -> str | None:

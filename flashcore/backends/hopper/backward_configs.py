@@ -174,8 +174,9 @@ def choose_backward(problem: AttentionProblem) -> BackwardConfig:
 
 def m_begin(config: BackwardConfig, problem: AttentionProblem, n: int) -> int:
     """The first query tile that sees key tile `n` (``KeyTile``)."""
-    mask = problem.mask
-    return max(0, n * config.tile_n - problem.visible.offset - mask.right) // config.tile_m if config.bounded_right else 0
+    if not config.bounded_right:
+        return 0
+    return max(0, n * config.tile_n - problem.visible.offset - problem.mask.right) // config.tile_m
 
 
 def m_end(config: BackwardConfig, problem: AttentionProblem, n: int) -> int:
@@ -197,8 +198,9 @@ def n_blocks(config: BackwardConfig, problem: AttentionProblem) -> int:
 
 
 def section(config: BackwardConfig, problem: AttentionProblem) -> int:
-    """Key heads whose tiles are dealt out together: as many as the L2 cache holds Q, dO and the sums of dQ of."""
-    row = problem.group_size * config.head_dim * (2 + 2 + 4)
+    """Key heads whose tiles are dealt out together: as many as the L2 cache holds Q, dO and the sums of dQ of, of one
+    query head each: those of a group are walked side by side, so that less of each is needed at a time."""
+    row = config.head_dim * (2 + 2 + 4)
     heads = _L2_BYTES // (row * m_blocks(config, problem) * config.tile_m)
     return min(max(1, heads), problem.batch * problem.heads_k)
 
@@ -217,7 +219,7 @@ def deal_key_tiles(config: BackwardConfig, problem: AttentionProblem) -> list[tu
 def walk(config: BackwardConfig, problem: AttentionProblem, n: int) -> list[tuple[int, int]]:
     """The (head of the group, query tile) steps of key tile `n`, in order: ``QueryWalk`` in Python."""
     down = range(m_end(config, problem, n) - 1, m_begin(config, problem, n) - 1, -1)
-    return [(head, m) for head in range(problem.group_size) for m in down]
+    return [(head, m) for m in down for head in range(problem.group_size)]
 
 
 def declared_backward_configs() -> list[tuple[str, BackwardConfig]]:

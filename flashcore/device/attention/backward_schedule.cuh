@@ -58,7 +58,8 @@ template <class Config> struct KeyTile {
   }
 };
 
-// Position in the walk: head by head, from the last query tile down.
+// Position in the walk: from the last query tile down, of each all heads of the group. Head by head, a CTA with few
+// query tiles would wait at each head for those with many.
 template <class Config> struct QueryWalk {
   const BackwardParams<Config>& params;
   const KeyTile<Config>& tile;
@@ -68,9 +69,9 @@ template <class Config> struct QueryWalk {
       : params(params), tile(tile), m(tile.m_end - 1), head(0) {}
 
   __forceinline__ void advance() {
-    if (--m < tile.m_begin) {
-      m = tile.m_end - 1;
-      ++head;
+    if (++head == params.group_size) {
+      head = 0;
+      --m;
     }
   }
 
