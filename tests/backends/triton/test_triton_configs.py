@@ -586,3 +586,15 @@ def test_finds_registers_written_under_a_product(top, pending, written):
     from flashcore.backends.triton.sass import overwritten_operands
 
     assert len(overwritten_operands(LOOP.format(top=top, pending=pending))) == written
+
+
+@pytest.mark.parametrize(("heads", "far"), [(16, False), (65_536, True), (266_306, True)])
+def test_gradients_of_rows_far_apart_have_64_bit_offsets(heads, far):
+    """Wherever a tile's last row lies 2^31 elements behind its first; elsewhere they would take registers."""
+    attention = pytest.importorskip("flashcore.backends.triton.attention")
+    problem = replace(H200, heads_q=heads, heads_k=heads, head_dim=128, head_dim_v=128)
+    tiles = {row.tile for rows in (*TABLES.values(), configs._SAFE) for row in rows}
+    last = max(max(tile.tile_m, tile.tile_n) for tile in tiles) - 1
+    assert far or last * heads * 128 + 127 < 2**31
+    for tile in tiles:
+        assert attention.backward_constants(problem, tile)["FAR"] is far
