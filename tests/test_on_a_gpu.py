@@ -96,7 +96,7 @@ def test_gradients_of_rows_far_apart():
     assert_gradients(grads, q, k, v, torch.ones_like(q), causal=True)
 
 
-@pytest.mark.parametrize("backend", [HOPPER, "triton", "sdpa"])
+@pytest.mark.parametrize("backend", ["auto", HOPPER, "triton", "sdpa", "reference"])
 @pytest.mark.parametrize("lengths", [(1, 2**31), (2**31, 1), (2**31, 2**31)])
 def test_lengths_that_do_not_fit_32_bits_are_refused(backend, lengths):
     q, k = (torch.zeros(1, device="cuda", dtype=torch.bfloat16).expand(1, length, 1, 64) for length in lengths)

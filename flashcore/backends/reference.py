@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 
 from flashcore.mask import Visible
-from flashcore.problem import AttentionProblem
+from flashcore.problem import LONGEST, AttentionProblem
 from flashcore.sequences import Packed
 
 FEATURES = frozenset({"window", "score", "sink", "head_dim_v", "dlse", "partial", "packed"})
@@ -29,6 +29,8 @@ def unavailable() -> str | None:
 
 
 def rejects(problem: AttentionProblem) -> str | None:
+    if problem.device == "cuda" and max(problem.seqlen_q, problem.seqlen_k) > LONGEST:  # PyTorch's products, too
+        return f"seqlen {max(problem.seqlen_q, problem.seqlen_k)} > {LONGEST}"
     return None
 
 
