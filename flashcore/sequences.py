@@ -7,6 +7,7 @@ back, so that a plan, or a captured graph, serves whatever they become.
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -68,12 +69,13 @@ class Packed:
         _check_lengths("offsets", self.offsets, "(batch + 1,)")
         if self.offsets.shape[0] == 0:
             raise InvalidInputError("Packed: offsets must be (batch + 1,): at least one number, 0 (given (0,)).")
-        if isinstance(self.longest, bool) or not isinstance(self.longest, int) or self.longest < 0:
+        if isinstance(self.longest, bool) or not isinstance(self.longest, numbers.Integral) or self.longest < 0:
             given = type(self.longest).__name__ if isinstance(self.longest, torch.Tensor) else repr(self.longest)
             raise InvalidInputError(
                 f"Packed: longest must be an int from 0 on, known to the host (given {given}). It may be larger than "
                 "the longest sequence."
             )
+        object.__setattr__(self, "longest", int(self.longest))  # NumPy's as well
         if self.used is not None:
             _check_lengths("used", self.used, "(batch,)")
             if self.used.shape[0] != self.batch or self.used.device != self.offsets.device:

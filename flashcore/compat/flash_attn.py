@@ -4,7 +4,8 @@ Names, the order of positional arguments, defaults, layouts and return values ar
 that flash-attn calls differently elsewhere may be given by either name (``s_aux``, ``learnable_sink``, ``sinks``;
 ``block_table``, ``page_table``), and a window's -1 may be None.
 
-Dropout raises UnsupportedError, as do packed sequences (varlen) and the KV cache. Hints of how to compute
+Packed sequences (varlen) may also say how many of their rows are used, by FlashAttention-3's names (``seqused_q``,
+``seqused_k``). Dropout raises UnsupportedError, as do pages (``block_table``) and the KV cache. Hints of how to compute
 (FlashAttention-3's ``num_splits``, ``pack_gqa``, ``sm_margin``) are accepted and change nothing; nothing else is
 ignored. Where flash-attn wants a GPU and half precision, these take all that :func:`flashcore.attention` takes.
 """
@@ -18,6 +19,7 @@ from flashcore.errors import InvalidInputError, UnsupportedError
 from flashcore.problem import checked_mask
 from flashcore.score import alibi, chained
 from flashcore.score import softcap as softcapped
+from flashcore.sequences import Packed
 
 __all__ = [
     "flash_attn_func",
@@ -75,17 +77,28 @@ def flash_attn_func(
     :raises InvalidInputError: arguments that are wrong or contradict each other.
     :raises UnsupportedError: naming the argument that asks for what FlashCore does not do yet.
     """
+    sink = _sink("flash_attn_func", q, s_aux=s_aux, learnable_sink=learnable_sink, sinks=sinks)
+    return _attend(
+        "flash_attn_func", q, k, v, {}, sink, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
+        deterministic, return_attn_probs, return_lse,
+    )  # fmt: skip
+
+
+def _attend(
+    function, q, k, v, packed, sink, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
+    deterministic, return_attn_probs, return_lse,
+):  # fmt: skip
+    """What `function` returns. `packed`: the arguments that say where packed sequences lie."""
     if dropout_p != 0:
         raise UnsupportedError(
-            f"flash_attn_func: dropout_p={dropout_p} is not supported: FlashCore does not have dropout yet. Pass 0.0, "
-            "or use flash-attn's own function."
+            f"{function}: dropout_p={dropout_p} is not supported: FlashCore does not have dropout yet. Pass 0.0, or "
+            "use flash-attn's own function."
         )
-    sink = _sink(q, s_aux=s_aux, learnable_sink=learnable_sink, sinks=sinks)
     score = chained(
         softcapped(softcap) if softcap else None, None if alibi_slopes is None else alibi(alibi_slopes)
     )
-    mask = checked_mask(bool(causal), _window(window_size))
-    visible = None if mask.left is None and not mask.right else mask.of(q.shape[1], k.shape[1])
+    mask = checked_mask(bool(causal), _window(function, window_size))
+    visible = None if mask.left is None and not mask.right else mask.of(*_lengths(q, k, **packed))
     hides = visible is not None and (visible.bounded_left or (mask.right != 0 and visible.bounded_right))
     options = {
         "causal": mask.right == 0,
@@ -93,15 +106,21 @@ def flash_attn_func(
         "scale": softmax_scale,
         "score": score,
         "sink": sink,
+        **packed,
     }
     if deterministic and torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, sink) if t is not None):
-        _refuse_nondeterminism(q, k, v, options)
+        _refuse_nondeterminism(function, q, k, v, options)
     if not (return_attn_probs or return_lse):
         return api.attention(q, k, v, **options)
     out, lse = api.attention(q, k, v, **options, return_lse=True)
-    if mask.of(q.shape[1], k.shape[1]).empty_rows:
+    if packed or mask.of(q.shape[1], k.shape[1]).empty_rows:
         lse = lse.masked_fill(lse.isneginf(), torch.inf)  # flash-attn's sign for a query without a key
     return (out, lse, q.new_empty(0)) if return_attn_probs else (out, lse)
+
+
+def _lengths(q, k, queries: Packed | None = None, keys: Packed | None = None) -> tuple[int, int]:
+    """Of queries and keys; of packed ones at most."""
+    return (q.shape[1], k.shape[1]) if queries is None else (queries.longest, keys.longest)
 
 
 def flash_attn_qkvpacked_func(
@@ -159,6 +178,8 @@ def flash_attn_varlen_func(
     return_attn_probs=False,
     block_table=None,
     *,
+    seqused_q=None,
+    seqused_k=None,
     page_table=None,
     return_lse=False,
     s_aux=None,
@@ -168,11 +189,40 @@ def flash_attn_varlen_func(
     pack_gqa=None,
     sm_margin=0,
 ):
-    """Attention of packed sequences: not there yet.
+    """Attention of the packed sequences q (total_q, heads_q, head_dim) over k and v (total_k, heads_k, head_dim).
 
-    :raises UnsupportedError: always.
+    Masks and slopes are those of each sequence. See :func:`flash_attn_func` for what is not named here.
+
+    :param cu_seqlens_q: int32 (batch + 1,), on q's device: sequence ``b`` has the queries from ``cu_seqlens_q[b]`` to
+        ``cu_seqlens_q[b + 1] - 1``. It is read by the kernels alone: nothing waits for the GPU.
+    :param cu_seqlens_k: the same of the keys.
+    :param max_seqlen_q: an int, how many queries a sequence has at most. Longer ones are cut off there.
+    :param max_seqlen_k: the same of the keys.
+    :param seqused_q: int32 (batch,): of a sequence only so many queries, its first, are used; the others give 0.
+    :param seqused_k: the same of the keys.
+    :param block_table: of a cache in pages, which is not there yet. Also `page_table`.
+    :returns: out (total_q, heads_q, head_dim), or a tuple of it and softmax_lse, float32 (heads_q, total_q).
+    :raises InvalidInputError: arguments that are wrong or contradict each other.
+    :raises UnsupportedError: naming the argument that asks for what FlashCore does not do yet.
     """
-    raise _no_varlen("flash_attn_varlen_func", "flash_attn_func")
+    function = "flash_attn_varlen_func"
+    for name, given in {"block_table": block_table, "page_table": page_table}.items():
+        if given is not None:
+            raise UnsupportedError(
+                f"{function}: {name} is not supported: FlashCore does not have caches in pages yet. Gather the pages "
+                "of each sequence, or use flash-attn's own function."
+            )
+    if dropout_p is None or isinstance(dropout_p, torch.Tensor):
+        raise InvalidInputError(
+            f"{function}: dropout_p={'None' if dropout_p is None else 'a tensor'}: arguments by position are in "
+            "FlashAttention-2's order. Pass seqused_q, seqused_k and what comes after them by name."
+        )
+    sink = _sink(function, q, s_aux=s_aux, learnable_sink=learnable_sink, sinks=sinks)
+    queries, keys = Packed(cu_seqlens_q, max_seqlen_q, seqused_q), Packed(cu_seqlens_k, max_seqlen_k, seqused_k)
+    return _attend(
+        function, q, k, v, {"queries": queries, "keys": keys}, sink, dropout_p, softmax_scale, causal, window_size,
+        softcap, alibi_slopes, deterministic, return_attn_probs, return_lse,
+    )  # fmt: skip
 
 
 def flash_attn_varlen_qkvpacked_func(
@@ -188,11 +238,12 @@ def flash_attn_varlen_qkvpacked_func(
     deterministic=False,
     return_attn_probs=False,
 ):
-    """Attention of packed sequences: not there yet.
-
-    :raises UnsupportedError: always.
-    """
-    raise _no_varlen("flash_attn_varlen_qkvpacked_func", "flash_attn_qkvpacked_func")
+    """:func:`flash_attn_varlen_func` of qkv (total, 3, heads, head_dim), read where it is."""
+    q, k, v = _unpack(qkv, "varlen_qkv", "total, 3, heads, head_dim")
+    return flash_attn_varlen_func(
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal, window_size, softcap,
+        alibi_slopes, deterministic, return_attn_probs,
+    )  # fmt: skip
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -211,11 +262,12 @@ def flash_attn_varlen_kvpacked_func(
     deterministic=False,
     return_attn_probs=False,
 ):
-    """Attention of packed sequences: not there yet.
-
-    :raises UnsupportedError: always.
-    """
-    raise _no_varlen("flash_attn_varlen_kvpacked_func", "flash_attn_kvpacked_func")
+    """:func:`flash_attn_varlen_func` of q and kv (total_k, 2, heads_k, head_dim), read where they are."""
+    k, v = _unpack(kv, "varlen_kv", "total, 2, heads, head_dim")
+    return flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size,
+        softcap, alibi_slopes, deterministic, return_attn_probs,
+    )  # fmt: skip
 
 
 def flash_attn_with_kvcache(
@@ -257,18 +309,11 @@ def flash_attn_with_kvcache(
     )
 
 
-def _no_varlen(function: str, padded: str) -> UnsupportedError:
-    return UnsupportedError(
-        f"{function}: packed sequences (cu_seqlens) are not supported yet. Pad them into a batch for {padded}, or call "
-        "it once per sequence."
-    )
-
-
-def _window(window_size) -> tuple[int | None, int | None]:
+def _window(function: str, window_size) -> tuple[int | None, int | None]:
     """How many keys to the left and to the right of its own a query sees; None: all of them."""
     if not isinstance(window_size, (tuple, list)) or len(window_size) != 2 or not all(map(_is_size, window_size)):
         raise InvalidInputError(
-            f"flash_attn_func: window_size={window_size!r} is not a window. Pass (left, right): two integers, each the "
+            f"{function}: window_size={window_size!r} is not a window. Pass (left, right): two integers, each the "
             "number of keys seen on that side, or -1 or None for all of them."
         )
     left, right = (None if size == -1 else size for size in window_size)
@@ -279,11 +324,11 @@ def _is_size(size: object) -> bool:
     return size is None or (isinstance(size, int) and not isinstance(size, bool) and size >= -1)
 
 
-def _sink(q: torch.Tensor, **given) -> torch.Tensor | None:
+def _sink(function: str, q: torch.Tensor, **given) -> torch.Tensor | None:
     """The sinks, by whichever name, in a dtype that they may have beside q."""
     names = [name for name, sink in given.items() if sink is not None]
     if len(names) > 1:
-        raise InvalidInputError(f"flash_attn_func: {' and '.join(names)} name the same argument. Pass one of them.")
+        raise InvalidInputError(f"{function}: {' and '.join(names)} name the same argument. Pass one of them.")
     sink = given[names[0]] if names else None
     if isinstance(sink, torch.Tensor) and sink.dtype in (torch.bfloat16, torch.float16) and sink.dtype != q.dtype:
         return sink.float()
@@ -291,15 +336,17 @@ def _sink(q: torch.Tensor, **given) -> torch.Tensor | None:
 
 
 def _unpack(packed: torch.Tensor, name: str, layout: str) -> tuple[torch.Tensor, ...]:
-    """The tensors that `packed` is made of, along its third dimension: as many as stand there in `layout`."""
-    count = int(layout.split(", ")[2])
-    if not isinstance(packed, torch.Tensor) or packed.dim() != 5 or packed.shape[2] != count:
+    """The tensors that `packed` is made of, along the dimension whose size stands in `layout`."""
+    sizes = layout.split(", ")
+    dim = next(i for i, size in enumerate(sizes) if size.isdigit())
+    if not isinstance(packed, torch.Tensor) or packed.dim() != len(sizes) or packed.shape[dim] != int(sizes[dim]):
         given = tuple(packed.shape) if isinstance(packed, torch.Tensor) else type(packed).__name__
-        raise InvalidInputError(f"flash_attn_{name}packed_func: {name} must be ({layout}) (given {given}).")
-    return packed.unbind(2)
+        argument = name.removeprefix("varlen_")
+        raise InvalidInputError(f"flash_attn_{name}packed_func: {argument} must be ({layout}) (given {given}).")
+    return packed.unbind(dim)
 
 
-def _refuse_nondeterminism(q, k, v, options) -> None:
+def _refuse_nondeterminism(function: str, q, k, v, options) -> None:
     """Raise unless the backward pass is one of FlashCore's own, or PyTorch has been told to be deterministic."""
     if not torch.compiler.is_compiling():  # which cannot trace the plan, nor whether PyTorch would only warn;
         backward = api.explain(q, k, v, **options).backward
@@ -310,6 +357,6 @@ def _refuse_nondeterminism(q, k, v, options) -> None:
         warns_only = False  # PyTorch warns of what is not deterministic when the graph runs
     if warns_only or not torch.are_deterministic_algorithms_enabled():
         raise UnsupportedError(
-            "flash_attn_func: deterministic=True with gradients needs PyTorch's switch as well, since the backward "
+            f"{function}: deterministic=True with gradients needs PyTorch's switch as well, since the backward "
             "pass may be PyTorch's. Call torch.use_deterministic_algorithms(True), or pass deterministic=False."
         )

@@ -304,14 +304,6 @@ def test_a_backward_of_our_own_is_deterministic(add_backend, features):
 
 
 def test_functions_that_are_not_there_yet_say_so():
-    q = torch.randn(7, 4, 16)
-    cu_seqlens = torch.tensor([0, 3, 7], dtype=torch.int32)
-    with pytest.raises(UnsupportedError, match=r"packed sequences .* not supported yet"):
-        flash_attn.flash_attn_varlen_func(q, q, q, cu_seqlens, cu_seqlens, 4, 4, causal=True)
-    with pytest.raises(UnsupportedError, match="flash_attn_varlen_qkvpacked_func: packed sequences"):
-        flash_attn.flash_attn_varlen_qkvpacked_func(torch.stack((q, q, q), 1), cu_seqlens, 4)
-    with pytest.raises(UnsupportedError, match="into a batch for flash_attn_kvpacked_func"):
-        flash_attn.flash_attn_varlen_kvpacked_func(q, torch.stack((q, q), 1), cu_seqlens, cu_seqlens, 4, 4)
     with pytest.raises(UnsupportedError, match="KV cache is not supported yet"):
         flash_attn.flash_attn_with_kvcache(*inputs(), cache_seqlens=4)
 
@@ -324,3 +316,107 @@ def test_invalid_arguments_are_named():
         flash_attn_qkvpacked_func(torch.randn(2, 7, 2, 4, 16))
     with pytest.raises(InvalidInputError, match=r"kv must be \(batch, seqlen, 2, heads, head_dim\) \(given list"):
         flash_attn_kvpacked_func(q, [k, v])
+
+
+# ---- packed sequences --------------------------------------------------------------------------------------------
+
+OFFSETS_Q, OFFSETS_K = (torch.tensor(x, dtype=torch.int32) for x in ([0, 5, 5, 12], [0, 9, 11, 18]))
+
+
+def packed_inputs(**options):
+    return [torch.randn(total, heads, 16, **options) for total, heads in ((12, 4), (18, 2), (18, 2))]
+
+
+def each(q, k, v, function=flash_attn_func, **features):
+    """The dense function, a sequence at a time: out (total, H, D) and lse (H, total)."""
+    outs, lses = [], []
+    for b in range(3):
+        (i, j), (m, n) = (offsets[b : b + 2].tolist() for offsets in (OFFSETS_Q, OFFSETS_K))
+        slopes = features.get("alibi_slopes")
+        own = {"alibi_slopes": slopes[b]} if slopes is not None and slopes.dim() == 2 else {}
+        one = (t[None, at] for t, at in ((q, slice(i, j)), (k, slice(m, n)), (v, slice(m, n))))
+        out, lse = function(*one, **(features | own), return_lse=True)
+        outs.append(out[0]), lses.append(lse[0])
+    return torch.cat(outs), torch.cat(lses, 1)
+
+
+PACKED_FEATURES = {
+    name: {k: v.repeat(2, 1)[:3] if k == "alibi_slopes" and v.dim() == 2 else v for k, v in features.items()}
+    for name, features in FEATURES.items()
+} | {"plain": {}, "causal": {"causal": True}}
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("name", PACKED_FEATURES)
+def test_varlen(name, sinks):
+    features = PACKED_FEATURES[name] | ({"sinks": torch.tensor([0.3, -1.0, 2.0, 0.0])} if sinks else {})
+    q, k, v = (t.mul_(2).requires_grad_() for t in packed_inputs())
+    out, lse, nothing = flash_attn.flash_attn_varlen_func(
+        q, k, v, OFFSETS_Q, OFFSETS_K, 7, 9, **features, return_attn_probs=True
+    )
+    assert nothing.shape == (0,)
+    expected, expected_lse = each(q, k, v, **features)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(lse, expected_lse)
+    dout = torch.randn_like(out)
+    grads, truths = (torch.autograd.grad(x, (q, k, v), dout) for x in (out, expected))
+    for grad, truth in zip(grads, truths, strict=True):
+        torch.testing.assert_close(grad, truth)
+    without = flash_attn.flash_attn_varlen_func(q, k, v, OFFSETS_Q, OFFSETS_K, 7, 9, **features)
+    torch.testing.assert_close(without, out)
+
+
+def test_varlen_by_position():
+    q, k, v = packed_inputs()
+    given = 0.0, 0.3, True, (3, -1), 1.5, SLOPES, False, True
+    out, lse, _ = flash_attn.flash_attn_varlen_func(q, k, v, OFFSETS_Q, OFFSETS_K, 7, 9, *given)
+    features = {"softmax_scale": 0.3, "causal": True, "window_size": (3, -1), "softcap": 1.5, "alibi_slopes": SLOPES}
+    for mine, theirs in zip((out, lse), each(q, k, v, **features), strict=True):
+        torch.testing.assert_close(mine, theirs)
+    kvpacked, _, _ = flash_attn.flash_attn_varlen_kvpacked_func(
+        q, torch.stack((k, v), 1), OFFSETS_Q, OFFSETS_K, 7, 9, *given
+    )
+    assert torch.equal(kvpacked, out)
+    qkv = torch.randn(12, 3, 4, 16)
+    qkvpacked, _, _ = flash_attn.flash_attn_varlen_qkvpacked_func(qkv, OFFSETS_Q, 7, *given)
+    parts = qkv.unbind(1)
+    assert torch.equal(
+        qkvpacked, flash_attn.flash_attn_varlen_func(*parts, OFFSETS_Q, OFFSETS_Q, 7, 7, *given)[0]
+    )
+
+
+def test_varlen_of_rows_that_are_used():
+    """FlashAttention-3's seqused: the others are nobody's."""
+    q, k, v = packed_inputs()
+    used_q, used_k = (torch.tensor(x, dtype=torch.int32) for x in ([3, 0, 7], [9, 1, 2]))
+    call = {"causal": True, "seqused_q": used_q, "seqused_k": used_k}
+    out = flash_attn.flash_attn_varlen_func(q, k, v, OFFSETS_Q, OFFSETS_K, 7, 9, **call)
+    first = flash_attn_func(q[None, :3], k[None, :9], v[None, :9], causal=True)[0]
+    last = flash_attn_func(q[None, 5:], k[None, 11:13], v[None, 11:13], causal=True)[0]
+    torch.testing.assert_close(out, torch.cat((first, torch.zeros(2, 4, 16), last)))
+
+
+def test_varlen_refuses_by_name():
+    arguments = *packed_inputs(), OFFSETS_Q, OFFSETS_K, 7, 9
+    varlen = flash_attn.flash_attn_varlen_func
+    for name in ("block_table", "page_table"):
+        with pytest.raises(UnsupportedError, match=f"flash_attn_varlen_func: {name} is not supported"):
+            varlen(*arguments, **{name: torch.zeros(3, 1, dtype=torch.int32)})
+    with pytest.raises(UnsupportedError, match=r"flash_attn_varlen_func: dropout_p=0.1"):
+        varlen(*arguments, 0.1)
+    for used in (None, OFFSETS_Q[1:]):
+        with pytest.raises(InvalidInputError, match=r"in FlashAttention-2's order\. Pass seqused_q"):
+            varlen(*arguments, used, None, 0.3, True)
+    with pytest.raises(InvalidInputError, match="flash_attn_varlen_func: window_size=5 is not a window"):
+        varlen(*arguments, window_size=5)
+    with pytest.raises(InvalidInputError, match="flash_attn_varlen_func: s_aux and sinks name the same"):
+        varlen(*arguments, s_aux=torch.ones(4), sinks=torch.ones(4))
+    with pytest.raises(InvalidInputError, match="offsets must be int32"):
+        varlen(*arguments[:3], OFFSETS_Q.long(), *arguments[4:])
+    with pytest.raises(InvalidInputError, match=r"longest must be an int .*given Tensor"):
+        varlen(*arguments[:5], torch.tensor(7), 9)
+    with pytest.raises(InvalidInputError, match=r"qkv must be \(total, 3, heads, head_dim\) \(given \(12, 4, 16\)\)"):
+        flash_attn.flash_attn_varlen_qkvpacked_func(arguments[0], OFFSETS_Q, 7)
+    q, k, v = (t.requires_grad_() for t in arguments[:3])
+    with pytest.raises(UnsupportedError, match="flash_attn_varlen_func: deterministic=True with gradients"):
+        varlen(q, k, v, *arguments[3:], deterministic=True)
