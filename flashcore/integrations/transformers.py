@@ -4,10 +4,15 @@
 >>> model = AutoModelForCausalLM.from_pretrained("...", attn_implementation="fcore")  # or model.set_attn_implementation
 
 FlashCore computes what reaches it without a mask, and where the mask is a causal one or a sliding window's and nothing
-else: prefill, also on top of a dynamic cache, decoding with a dynamic cache, training. Batches with padding, packed
-sequences, the steps of a static cache, masks of other kinds, and dropout go to PyTorch's SDPA with the mask that
-Transformers makes for it; a FlashCoreWarning says so once. The mask says which keys are seen: windows that it already
-hides are not applied once more.
+else: prefill, also on top of a dynamic cache, decoding with a dynamic cache, training. Batches with padding, sequences
+packed by ``position_ids`` alone, the steps of a static cache, masks of other kinds, and dropout go to PyTorch's SDPA
+with the mask that Transformers makes for it; a FlashCoreWarning says so once. The mask says which keys are seen:
+windows that it already hides are not applied once more.
+
+Packed sequences are FlashCore's where ``cu_seq_lens_q``, ``cu_seq_lens_k``, ``max_length_q`` and ``max_length_k`` come
+with the call, as ``DataCollatorWithFlattening(return_flash_attn_kwargs=True)`` has them. As with flash-attn these alone
+say which keys are seen, beside causality and the layer's window: no mask is looked at. With dropout or a position bias
+they raise UnsupportedError.
 
 What PyTorch's SDPA does not have is FlashCore's with any mask, which is added to the scores where it is none of the
 above: softcap (Gemma 2) and sinks (gpt-oss). With dropout they raise UnsupportedError. Position biases (T5) are added
@@ -16,7 +21,7 @@ to the scores where they need no gradient, and go to PyTorch's SDPA as a mask wh
 Models that look their attention layers up in a table of their own (Falcon, GPT-J, GPT-Neo, Bark, the vision encoder of
 SAM, ...) never ask an attention function: they raise UnsupportedError when they are built.
 
-A sliding window that no mask hides, masks of heads, ``cu_seq_lens`` and ``output_attentions`` raise UnsupportedError.
+A sliding window that no mask hides, masks of heads and ``output_attentions`` raise UnsupportedError.
 
 Of a model that torch.compile traces as a whole, Transformers makes a mask for every call: compile its layers instead,
 ``for layer in model.model.layers: layer.compile()``.
@@ -44,6 +49,7 @@ from flashcore.mask import CAUSAL, FULL, Mask
 from flashcore.problem import check_tensors
 from flashcore.score import LOOKUP_DTYPES, bias, chained
 from flashcore.score import softcap as softcapped
+from flashcore.sequences import Packed
 from flashcore.watching import is_recorded, is_transformed, is_watched
 
 try:
@@ -87,13 +93,15 @@ def attention_forward(
     :raises UnsupportedError: for what FlashCore does not have yet, rather than a wrong result.
     """
     _refuse("head_mask", head_mask, "masks of heads")
-    _refuse(
-        "cu_seq_lens_q", kwargs.get("cu_seq_lens_q"), "packed sequences by cu_seq_lens; position_ids will do"
-    )
     _refuse("output_attentions", kwargs.get("output_attentions") or None, "attention weights")
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if kwargs.get("cu_seq_lens_q") is not None:
+        _refuse("dropout", dropout or None, "dropout in packed sequences")
+        _refuse("position_bias", position_bias, "position biases of packed sequences")
+        lengths = (kwargs.get(name) for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"))
+        return _packed(query, key, value, *lengths, is_causal, scaling, sliding_window, softcap, s_aux), None
     if attention_mask is None and sliding_window is not None and key.shape[2] > sliding_window:
         _refuse("sliding_window", f"{sliding_window} < {key.shape[2]} keys", "sliding windows without a mask of them")
-    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     is_causal = query.shape[2] > 1 and attention_mask is None and is_causal  # as Transformers' "sdpa" has it
 
     if softcap is not None or s_aux is not None:
@@ -118,7 +126,7 @@ def attention_forward(
     if attention_mask is not None:
         _refuse("output_attentions", _wants_weights(), "attention weights")
         if position_bias is None:
-            _warn_that_pytorch_computes("an attention mask: padding, packed sequences or a static cache")
+            _warn_that_pytorch_computes("an attention mask: padding, packed position_ids or a static cache")
         groups = query.shape[1] // key.shape[1]
         if groups > 1:  # with a mask and grouped heads SDPA would take its unfused path
             key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
@@ -143,11 +151,37 @@ def _scored(
     if shown is None:
         shown, start = FULL, query.new_zeros(1, 1, 1, 1) if position_bias is None else position_bias
         added = _added(start, attention_mask, is_causal, query, key)
-    if s_aux is not None and s_aux.dtype not in (torch.float32, query.dtype):
-        s_aux = s_aux.float()
     score = chained(None if softcap is None else softcapped(softcap), None if added is None else bias(added))
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    return api.attention(q, k, v, **_arguments(shown), scale=scaling, score=score, sink=s_aux)
+    return api.attention(q, k, v, **_arguments(shown), scale=scaling, score=score, sink=_sinks(s_aux, query))
+
+
+def _sinks(s_aux: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | None:
+    """The sinks, in a dtype that they may have beside the queries."""
+    return s_aux if s_aux is None or s_aux.dtype in (torch.float32, query.dtype) else s_aux.float()
+
+
+def _packed(
+    query, key, value, offsets_q, offsets_k, longest_q, longest_k, is_causal, scaling, sliding_window, softcap, s_aux
+) -> torch.Tensor:
+    """Attention of the sequences that all rows of the batch hold, one after the other."""
+    q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
+    queries, keys = _places("q", offsets_q, longest_q, q), _places("k", offsets_k, longest_k, k)
+    left = None if sliding_window is None or keys.longest <= sliding_window else sliding_window - 1
+    out = api.attention(
+        q, k, v, causal=is_causal, window=None if left is None else (left, 0 if is_causal else left), scale=scaling,
+        score=None if softcap is None else softcapped(softcap), sink=_sinks(s_aux, query), queries=queries, keys=keys,
+    )  # fmt: skip
+    return out.unflatten(0, (query.shape[0], -1))
+
+
+def _places(side: str, offsets: object, longest: object, rows: torch.Tensor) -> Packed:
+    """Where the sequences lie. A length that a GPU would have to be asked for is at most that of all together."""
+    if not isinstance(offsets, torch.Tensor):
+        _refuse(f"cu_seq_lens_{side}", type(offsets).__name__, "packed sequences without offsets of both sides")
+    if not isinstance(longest, int):
+        longest = rows.shape[0] if longest is None or longest.is_cuda else int(longest)
+    return Packed(offsets.to(torch.int32), longest)
 
 
 def _decides_for_this_call(query, key, value) -> bool:

@@ -180,6 +180,67 @@ def test_packed_sequences(llama, kernel):
     close(packed, torch.cat([theirs(part).logits for part in parts], 1))
 
 
+PACKED = {
+    "llama": MODELS["llama"],
+    "window": transformers.MistralConfig(**SIZES, sliding_window=4),
+    "gemma2": transformers.Gemma2Config(**SIZES, head_dim=8, sliding_window=6, attn_logit_softcapping=0.5,
+                                        query_pre_attn_scalar=8),
+    "gpt_oss": transformers.GptOssConfig(**SIZES, head_dim=8, num_local_experts=2, num_experts_per_tok=1,
+                                         sliding_window=6),
+}  # fmt: skip
+
+
+@needs_v5
+@pytest.mark.parametrize("name", PACKED)
+def test_training_on_packed_sequences(name, kernel):
+    """What the collator returns, against eager attention over each sequence by itself."""
+    ours, theirs = build(PACKED[name]).train(), build(PACKED[name], "eager").train()
+    parts = [tokens(n, seed=n) for n in (5, 1, 11, 8)]
+    collate = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_tensors="pt")
+    batch = collate([{"input_ids": part} for part in parts])
+    labels = batch.pop("labels")[0, 1:]
+    assert batch["cu_seq_lens_q"].tolist() == [0, 5, 6, 17, 25]
+    mine = ours(**batch, use_cache=False).logits
+    right = torch.cat([theirs(part[None], use_cache=False).logits for part in parts], 1)
+    close(mine, right)
+    assert [(p.packed, p.batch, p.seqlen_q, p.mask.right) for p in kernel] == [(True, 4, 11, 0)] * LAYERS
+    for logits in (mine, right):
+        torch.nn.functional.cross_entropy(logits[0, :-1], labels).backward()
+    for (what, parameter), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        if other.grad is not None:
+            torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-3, atol=1e-4, msg=what)
+
+
+def test_packed_sequences_by_their_lengths(kernel):
+    """As vision towers have them: no mask, not causal, int64 offsets, a longest length that is a tensor."""
+    q, k = torch.randn(1, 4, 12, 8), torch.randn(1, 2, 12, 8)
+    offsets = torch.tensor([0, 5, 12])
+    call = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": torch.tensor(7), "max_length_k": 7}
+    out, _ = integration.attention_forward(torch.nn.Module(), q, k, k, None, is_causal=False, scaling=0.3, **call)
+    parts = [
+        torch.nn.functional.scaled_dot_product_attention(
+            q[:, :, at], k[:, :, at], k[:, :, at], scale=0.3, enable_gqa=True
+        )
+        for at in (slice(0, 5), slice(5, 12))
+    ]
+    close(out, torch.cat(parts, 2).transpose(1, 2))
+    assert [(p.seqlen_q, p.seqlen_k, p.causal) for p in kernel] == [(7, 7, False)]
+
+
+def test_packed_sequences_are_refused_by_name():
+    q = torch.randn(1, 4, 5, 8)
+    offsets = torch.tensor([0, 5], dtype=torch.int32)
+    call = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": 5, "max_length_k": 5}
+    for change, message in (
+        ({"dropout": 0.1}, r"dropout \(0.1\) is not supported"),
+        ({"position_bias": torch.ones(1, 4, 5, 5)}, "position_bias is not supported"),
+        ({"cu_seq_lens_k": {"full_attention": offsets}}, r"cu_seq_lens_k \(dict\) is not supported"),
+        ({"cu_seq_lens_k": None}, r"cu_seq_lens_k \(NoneType\) is not supported"),
+    ):
+        with pytest.raises(UnsupportedError, match=message):
+            integration.attention_forward(torch.nn.Module(), q, q, q, None, **call | change)
+
+
 MASKS = {
     "all_keys": ({}, CAUSAL),
     "all_keys_said": ({"attention_mask": torch.ones(1, 9, dtype=torch.bool)}, CAUSAL),
@@ -859,11 +920,10 @@ def test_no_table_of_transformers_is_overlooked():
     assert found > 3
 
 
-@pytest.mark.parametrize("argument", ["head_mask", "cu_seq_lens_q"])
-def test_arguments_of_other_models(argument):
+def test_arguments_of_other_models():
     q = torch.randn(1, 4, 5, 8)
-    with pytest.raises(UnsupportedError, match=f"{argument} is not supported"):
-        integration.attention_forward(torch.nn.Module(), q, q, q, None, **{argument: torch.ones(4)})
+    with pytest.raises(UnsupportedError, match="head_mask is not supported"):
+        integration.attention_forward(torch.nn.Module(), q, q, q, None, head_mask=torch.ones(4))
 
 
 def test_name():
