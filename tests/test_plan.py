@@ -405,7 +405,7 @@ def test_training_on_hopper(monkeypatch):
     chosen = plan(problem)
     assert (chosen.backend, chosen.backward.backend) == ("hopper", "hopper")
     assert chosen.backward.config == choose_backward(problem)
-    problem = replace(problem, head_dim=256, head_dim_v=256)
+    problem = replace(problem, head_dim_v=128)
     chosen = plan(problem)
     assert (chosen.backend, chosen.backward.backend) == ("hopper", "triton")
     assert chosen.backward.config == triton.configure(problem)

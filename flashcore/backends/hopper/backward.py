@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy
 import torch
 
 from flashcore.backends import Run, hopper
 from flashcore.backends.hopper import backward_configs as configs
 from flashcore.backends.hopper import tma
-from flashcore.backends.hopper.backward_configs import BackwardConfig, DqConfig, RowsConfig
+from flashcore.backends.hopper.backward_configs import (
+    BackwardConfig,
+    DqConfig,
+    ProductConfig,
+    RowsConfig,
+    WideConfig,
+)
 from flashcore.backends.hopper.jit import compile_kernel
-from flashcore.backends.hopper.launch import LOG2_E, Launcher, current_stream, diagonals
+from flashcore.backends.hopper.launch import LOG2_E, Launcher, current_stream, diagonals, keep
 from flashcore.problem import AttentionProblem
-
-_MAX_MAPS = 1024  # tensor maps kept per operand: the caching allocator hands out the same few addresses
-_DQ_PART = 64 * 64  # fp32 numbers of a dQ tile that one warpgroup holds
-
 
 FEATURES = frozenset({"window", "sink", "dlse", "partial"})
 
@@ -28,13 +32,14 @@ def rejects(problem: AttentionProblem) -> str | None:
     return hopper.rejects(problem) or configs.rejects(problem)
 
 
-def configure(problem: AttentionProblem) -> BackwardConfig:
+def configure(problem: AttentionProblem) -> BackwardConfig | WideConfig:
     return configs.choose_backward(problem)
 
 
-def prepare(problem: AttentionProblem, config: BackwardConfig) -> Run:
+def prepare(problem: AttentionProblem, config: BackwardConfig | WideConfig) -> Run:
     """A callable (q, k, v, out, lse, dout, dlse, scale, *extras) -> (dq, dk, dv), bit-identical over repeats."""
-    launch, default = BackwardLauncher(problem, config), problem.head_dim**-0.5
+    made = WideLauncher if isinstance(config, WideConfig) else BackwardLauncher
+    launch, default = made(problem, config), problem.head_dim**-0.5
 
     def backward(q, k, v, out, lse, dout, dlse, scale, *extras):
         q, k, v, dout = (tensor.resolve_neg() for tensor in (q, k, v, dout))
@@ -44,46 +49,29 @@ def prepare(problem: AttentionProblem, config: BackwardConfig) -> Run:
     return backward
 
 
-class BackwardLauncher:
-    """One backward variant for one problem. Calling it allocates the gradients and the workspace, and launches.
+class _Launcher:
+    """A backward pass for one problem. Calling it allocates the gradients and the workspace, and launches.
 
     The workspace is PyTorch's, from the pool of the current stream or of the graph that is being captured, and the
-    first kernel of each call initialises what has to be: streams share nothing, graphs can be replayed.
+    kernels of each call initialise what has to be: streams share nothing, graphs can be replayed.
     """
 
-    def __init__(self, problem: AttentionProblem, config: BackwardConfig):
-        blocks, keys = configs.m_blocks(config, problem), configs.n_blocks(config, problem)
-        self._tiles = problem.batch * problem.heads_q * blocks
-        self._tile_m = config.tile_m
-        # Fp32 numbers: the sums of dQ, the numbers of rows; then the turns, 32 bits too.
-        self._sums = self._tiles * 2 * _DQ_PART
-        self._rows = self._tiles * (2 * config.tile_m + 4)
-        self._workspace = self._sums + self._rows + self._tiles * 2
-        self._head_dim = problem.head_dim
-        self._box_rows = (config.tile_m, config.tile_n, config.tile_n, config.tile_m, 64, 64, 64)
-
-        def i32(*values: int) -> tuple[numpy.int32, ...]:
-            return tuple(numpy.int32(value) for value in values)
-
-        self._rows_scalars = i32(problem.heads_q, problem.seqlen_q, blocks, problem.head_dim)
+    def __init__(self, problem: AttentionProblem, config: BackwardConfig | WideConfig, box_dq: int):
+        self._blocks, self._keys = configs.m_blocks(config, problem), configs.n_blocks(config, problem)
+        self._tiles = problem.batch * problem.heads_q * self._blocks
+        self._row_bytes = self._tiles * (2 * config.tile_m + 4) * 4
         self._scale = problem.scale
-        self._scalars = i32(
-            problem.batch, problem.heads_k, problem.group_size, problem.seqlen_q, problem.seqlen_k,
-            *diagonals(problem), blocks, keys, configs.section(config, problem),
-        )  # fmt: skip
-        self._dq_scalars = i32(problem.heads_q, blocks, configs.m_begin(config, problem, 0))
-        after = {"programmatic_stream_serialization": True}  # may start before the kernel before it has ended
-        self._launchers = (
-            Launcher(compile_kernel(RowsConfig(config.dtype, config.head_dim, config.tile_m)), self._tiles),
-            Launcher(compile_kernel(config), keys * problem.heads_k * problem.batch, **after),
-            Launcher(compile_kernel(DqConfig(config.dtype, config.tile_m)), self._tiles, **after),
-        )
+        # Of q, k, v, dout, dk, dv, dq.
+        self._box_rows = (config.tile_m, config.tile_n, config.tile_n, config.tile_m, 64, 64, box_dq)
         self._maps: tuple[dict, ...] = tuple({} for _ in self._box_rows)  # (address, strides) -> tensor map
+        self._rows_scalars = _i32(problem.heads_q, problem.seqlen_q, self._blocks, problem.head_dim)
+        row_head_dim = next(n for n in (64, 128, 256) if config.head_dim <= n)  # whose row a power of two threads share
+        self._rows = Launcher(compile_kernel(RowsConfig(config.dtype, row_head_dim, config.tile_m)), self._tiles)
 
     @property
     def workspace_bytes(self) -> int:
         """Of memory that a call needs besides its gradients."""
-        return 4 * self._workspace
+        raise NotImplementedError
 
     def __call__(
         self,
@@ -108,43 +96,123 @@ class BackwardLauncher:
         q, k, v = (tma.addressable(tensor, name) for tensor, name in ((q, "q"), (k, "k"), (v, "v")))
         out, dout = tma.addressable(out, "out"), tma.addressable(dout, "dout")
         lse = lse.contiguous()
-        scale = self._scale if scale is None else scale
         dlse = None if dlse is None else dlse.to(torch.float32).contiguous()
-        dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-        workspace = torch.empty(self._workspace, dtype=torch.float32, device=q.device)
-        sums = workspace.data_ptr()
-        rows = sums + 4 * self._sums
-        turns = rows + 4 * self._rows
-
-        map_q, map_k, map_v, map_dout, map_dk, map_dv, map_dq = (
-            self._map(operand, tensor) for operand, tensor in enumerate((q, k, v, dout, dk, dv, dq))
-        )
+        grads = tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+        workspace = torch.empty(self.workspace_bytes, dtype=torch.uint8, device=q.device)
+        rows = workspace.data_ptr()
+        dq, dk, dv = grads
+        maps = [self._map(operand, tensor) for operand, tensor in enumerate((q, k, v, dout, dk, dv, dq))]
         device = q.device.index
-        (launch, rows_kernel, rows_launch), (_, kernel, main_launch), (_, dq_kernel, dq_launch) = (
-            one.loaded(device) for one in self._launchers
-        )
         stream = current_stream(device)
+        launch, kernel, shape = self._rows.loaded(device)
         launch(
-            stream, rows_launch, rows_kernel, out.data_ptr(), dout.data_ptr(), lse.data_ptr(),
-            0 if dlse is None else dlse.data_ptr(), rows, turns, *_outer_strides(out), *_outer_strides(dout),
-            *self._rows_scalars,
+            stream, shape, kernel, out.data_ptr(), dout.data_ptr(), lse.data_ptr(),
+            0 if dlse is None else dlse.data_ptr(), rows, self._turns(rows), *_outer_strides(out),
+            *_outer_strides(dout), *self._rows_scalars,
         )  # fmt: skip
-        launch(
-            stream, main_launch, kernel, map_q, map_k, map_v, map_dout, map_dk, map_dv, rows, sums, turns,
-            numpy.float32(scale), numpy.float32(scale * LOG2_E), *self._scalars,
-        )  # fmt: skip
-        launch(stream, dq_launch, dq_kernel, map_dq, sums, numpy.float32(scale), *self._dq_scalars)
-        return dq, dk, dv
+        self._multiply(device, stream, maps, rows, self._scale if scale is None else scale)
+        return grads
+
+    def _turns(self, workspace: int) -> int:
+        """The address of the counters that the first kernel sets to 0, or 0."""
+        return 0
+
+    def _multiply(self, device: int, stream: Any, maps: list, workspace: int, scale: float) -> None:
+        """Launch what follows. The workspace begins with the numbers of rows."""
+        raise NotImplementedError
 
     def _map(self, operand: int, tensor: torch.Tensor):
         maps = self._maps[operand]
         key = (tensor.data_ptr(), tensor.stride())
         found = maps.get(key)
         if found is None:
-            if len(maps) >= _MAX_MAPS:
-                maps.clear()
-            found = maps[key] = tma.tensor_map(tensor, self._box_rows[operand])
+            found = tma.tensor_map(tensor, self._box_rows[operand])
+            keep(maps, key, found)
         return found
+
+
+class BackwardLauncher(_Launcher):
+    """One variant of the fused kernel. Behind the numbers of rows, the sums of dQ, then the turns."""
+
+    def __init__(self, problem: AttentionProblem, config: BackwardConfig):
+        super().__init__(problem, config, 64)
+        self._sum_bytes = self._tiles * 2 * 64 * 64 * 4
+        self._scalars = _i32(
+            problem.batch, problem.heads_k, problem.group_size, problem.seqlen_q, problem.seqlen_k,
+            *diagonals(problem), self._blocks, self._keys, configs.section(config, problem),
+        )  # fmt: skip
+        self._dq_scalars = _i32(problem.heads_q, self._blocks, configs.m_begin(config, problem, 0))
+        ctas = self._keys * problem.heads_k * problem.batch
+        self._main = Launcher(compile_kernel(config), ctas, **_AFTER_ANOTHER)
+        self._dq = Launcher(compile_kernel(DqConfig(config.dtype, config.tile_m)), self._tiles, **_AFTER_ANOTHER)
+
+    @property
+    def workspace_bytes(self) -> int:
+        return self._row_bytes + self._sum_bytes + self._tiles * 2 * 4
+
+    def _turns(self, workspace: int) -> int:
+        return workspace + self._row_bytes + self._sum_bytes
+
+    def _multiply(self, device: int, stream: Any, maps: list, workspace: int, scale: float) -> None:
+        *inputs, map_dq = maps
+        sums = workspace + self._row_bytes
+        launch, kernel, shape = self._main.loaded(device)
+        launch(
+            stream, shape, kernel, *inputs, workspace, sums, self._turns(workspace), numpy.float32(scale),
+            numpy.float32(scale * LOG2_E), *self._scalars,
+        )  # fmt: skip
+        launch, kernel, shape = self._dq.loaded(device)
+        launch(stream, shape, kernel, map_dq, sums, numpy.float32(scale), *self._dq_scalars)
+
+
+class WideLauncher(_Launcher):
+    """One variant of the kernel for wide heads, with the product that follows it, for so many key heads at a time as
+    the memory for dS holds. That memory lies behind the numbers of rows."""
+
+    def __init__(self, problem: AttentionProblem, config: WideConfig):
+        super().__init__(problem, config, 64)
+        heads, at_once = problem.batch * problem.heads_k, configs.heads_at_a_time(config, problem)
+        group, per_head = problem.group_size, self._blocks * self._keys
+        self._ds_bytes = at_once * group * per_head * 64 * 64 * 2
+        main = compile_kernel(config)
+        product_config = ProductConfig(
+            config.dtype, config.head_dim, config.bounded_left, config.bounded_right, config.wait_limit
+        )
+        product = compile_kernel(product_config)
+        parts = -(-self._blocks // product_config.groups)
+        section = configs.section(config, problem)
+        lengths = problem.seqlen_k, *diagonals(problem), self._blocks, self._keys
+        self._rounds = []
+        for first in range(0, heads, at_once):
+            count = min(at_once, heads - first)
+            self._rounds.append((
+                Launcher(main, self._keys * count, **_AFTER_ANOTHER),
+                _i32(first, count, problem.heads_k, group, problem.seqlen_q, *lengths, min(section, count)),
+                Launcher(product, parts * count * group, **_AFTER_ANOTHER),
+                _i32(first * group, problem.heads_q, group, *lengths),
+            ))  # fmt: skip
+
+    @property
+    def workspace_bytes(self) -> int:
+        return -(-self._row_bytes // 16) * 16 + self._ds_bytes
+
+    def _multiply(self, device: int, stream: Any, maps: list, workspace: int, scale: float) -> None:
+        *inputs, map_dq = maps
+        ds = workspace + -(-self._row_bytes // 16) * 16
+        scales = numpy.float32(scale), numpy.float32(scale * LOG2_E)
+        for main, main_scalars, product, product_scalars in self._rounds:
+            launch, kernel, shape = main.loaded(device)
+            launch(stream, shape, kernel, *inputs, workspace, ds, *scales, *main_scalars)
+            launch, kernel, shape = product.loaded(device)
+            launch(stream, shape, kernel, inputs[1], map_dq, ds, scales[0], *product_scalars)
+
+
+# A kernel may start before the one before it has ended.
+_AFTER_ANOTHER = {"programmatic_stream_serialization": True}
+
+
+def _i32(*values: int) -> tuple[numpy.int32, ...]:
+    return tuple(numpy.int32(value) for value in values)
 
 
 def _outer_strides(tensor: torch.Tensor) -> tuple[numpy.uint64, ...]:

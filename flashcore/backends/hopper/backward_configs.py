@@ -1,14 +1,14 @@
 """Kernel variants of the Hopper backward pass: what a variant is, which one a problem gets, and why.
 
 Pure arithmetic, like configs.py. A backward pass is three kernels that agree on the tile of queries: the numbers of
-every row, the products, and the rounding of dQ.
+every row, the products, and dQ: up to head_dim 128 it is only rounded there, beyond it is a product of its own.
 """
 
 from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field, fields
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from flashcore.backends.hopper.configs import REGISTER_FILE, SMEM_LIMIT
 from flashcore.problem import AttentionProblem
@@ -17,6 +17,20 @@ _ELEMENTS = {"bfloat16": "Bf16", "float16": "Fp16"}
 _CONSUMERS = 2  # warpgroups
 _MASKS = {"full": (False, False), "causal": (False, True), "window": (True, True)}  # bounded on the left, on the right
 _L2_BYTES = 32 << 20  # of the L2 cache, for what the CTAs of a section share
+DS_BYTES = 1 << 30  # of dS at a time, unless one key head needs more
+
+
+_DS_TILE = 64 * 64 * 2  # bytes
+
+
+def _constants(config: Any, more: tuple[str, ...]) -> dict[str, int | bool]:
+    """Name and value of every constant of the device-side ``struct Config``: the fields, and those class attributes."""
+    names = [f.name for f in fields(config) if f.name not in ("dtype", "why")] + list(more)
+    return {name: getattr(config, name) for name in names}
+
+
+def _mask_name(config: Any) -> str:
+    return "window" if config.bounded_left else "causal" if config.bounded_right else "full"
 
 
 @dataclass(frozen=True)
@@ -73,9 +87,7 @@ class BackwardConfig:
 
     def constants(self) -> dict[str, int | bool]:
         """Name and value of every constant of the device-side ``struct Config``."""
-        more = ("tile_n", "threads", "producer_registers", "consumer_registers", "smem_bytes")
-        names = [f.name for f in fields(self) if f.name not in ("dtype", "why")] + list(more)
-        return {name: getattr(self, name) for name in names}
+        return _constants(self, ("tile_n", "threads", "producer_registers", "consumer_registers", "smem_bytes"))
 
     @property
     def element(self) -> str:
@@ -83,11 +95,89 @@ class BackwardConfig:
         return _ELEMENTS[self.dtype]
 
     def __str__(self) -> str:
-        mask = "window" if self.bounded_left else "causal" if self.bounded_right else "full"
         return (
-            f"{self.dtype} head_dim {self.head_dim} {mask}: tile {self.tile_m} x "
+            f"{self.dtype} head_dim {self.head_dim} {_mask_name(self)}: tile {self.tile_m} x "
             f"{self.tile_n}, {self.stages} stages, {self.dq_buffers} dQ buffers, ordered sums"
         )
+
+
+@dataclass(frozen=True)
+class WideConfig:
+    """One variant of ``device/attention/backward_wide_sm90.cuh``."""
+
+    dtype: str
+    head_dim: int  # of the tile: 192 or 256
+    bounded_left: bool
+    bounded_right: bool
+    wait_limit: int = 0
+    why: str = field(default="", compare=False)
+
+    source: ClassVar[str] = "attention/backward_wide_sm90.cuh"
+    entry: ClassVar[str] = "attention_backward_wide_sm90"
+    tile_m: ClassVar[int] = 64
+    tile_n: ClassVar[int] = 64  # keys of a CTA: one consumer warpgroup has their dV, the other their dK
+    stages: ClassVar[int] = 2
+    threads: ClassVar[int] = 128 * (_CONSUMERS + 1)
+    producer_registers: ClassVar[int] = 24
+    consumer_registers: ClassVar[int] = 240
+
+    @property
+    def smem_bytes(self) -> int:
+        """``sizeof(WideSmem<Config>)``, which the kernel asserts."""
+        tile = 64 * self.head_dim * 2
+        ds, p, rows, barriers = 2 * _DS_TILE, 64 * 64 * 4, self.stages * 132 * 4, 8 * (2 * self.stages + 8)
+        return -(-(2 * tile + 2 * self.stages * tile + ds + p + rows + barriers) // 1024) * 1024
+
+    def constants(self) -> dict[str, int | bool]:
+        more = ("tile_m", "tile_n", "stages", "threads", "producer_registers", "consumer_registers", "smem_bytes")
+        return _constants(self, more)
+
+    @property
+    def element(self) -> str:
+        return _ELEMENTS[self.dtype]
+
+    def __str__(self) -> str:
+        return (
+            f"{self.dtype} head_dim {self.head_dim} {_mask_name(self)}: tile {self.tile_m} x {self.tile_n}, "
+            f"{self.stages} stages, dS in memory, dQ a product of its own"
+        )
+
+
+@dataclass(frozen=True)
+class ProductConfig:
+    """One variant of ``device/attention/backward_product_sm90.cuh``."""
+
+    dtype: str
+    head_dim: int
+    bounded_left: bool
+    bounded_right: bool
+    wait_limit: int = 0
+
+    source: ClassVar[str] = "attention/backward_product_sm90.cuh"
+    entry: ClassVar[str] = "attention_backward_product_sm90"
+    tile_m: ClassVar[int] = 64
+    tile_n: ClassVar[int] = 64
+    groups: ClassVar[int] = 2  # query tiles of a CTA, which share a tile of K; three would leave too few registers
+    stages: ClassVar[int] = 4
+    threads: ClassVar[int] = 128 * (2 + 1)
+    producer_registers: ClassVar[int] = 24
+    consumer_registers: ClassVar[int] = 240
+
+    @property
+    def smem_bytes(self) -> int:
+        """``sizeof(ProductSmem<Config>)``, which the kernel asserts."""
+        slot = 64 * self.head_dim * 2 + self.groups * _DS_TILE
+        return -(-(self.stages * slot + 8 * 2 * self.stages) // 1024) * 1024
+
+    def constants(self) -> dict[str, int | bool]:
+        more = (
+            "tile_m", "tile_n", "groups", "stages", "threads", "producer_registers", "consumer_registers", "smem_bytes",
+        )  # fmt: skip
+        return _constants(self, more)
+
+    @property
+    def element(self) -> str:
+        return _ELEMENTS[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -153,33 +243,50 @@ BACKWARD_TABLE: tuple[BackwardRow, ...] = (
 )  # fmt: skip
 
 
+# Head dimensions of tiles whose dK and dV are in two warpgroups.
+WIDE_TABLE: dict[int, str] = {
+    192: "dQ would leave no registers for dK and dV; a quarter less to load and to multiply than 256",
+    256: "dQ would leave no registers for dK and dV",
+}
+
+
 def rejects(problem: AttentionProblem) -> str | None:
     """The one feature of the problem that the backward kernels lack; None if they have all."""
     if problem.dtype not in _ELEMENTS:
         return f"dtype {problem.dtype} is neither bfloat16 nor float16"
-    if problem.head_dim > BACKWARD_TABLE[-1].head_dim:
-        return f"head_dim {problem.head_dim} > {BACKWARD_TABLE[-1].head_dim}"
+    if problem.head_dim > max(WIDE_TABLE):
+        return f"head_dim {problem.head_dim} > {max(WIDE_TABLE)}"
     if problem.head_dim % 8:
         return f"head_dim {problem.head_dim} is not a multiple of 8"
     return None
 
 
-def choose_backward(problem: AttentionProblem) -> BackwardConfig:
+def choose_backward(problem: AttentionProblem) -> BackwardConfig | WideConfig:
     """The config for a problem that :func:`rejects` accepts."""
     if (reason := rejects(problem)) is not None:
         raise LookupError(f"the backward kernels do not take this problem: {reason}")
-    row = next(row for row in BACKWARD_TABLE if problem.head_dim <= row.head_dim)
-    return row.config(problem.dtype, problem.visible.bounded_left, problem.visible.bounded_right)
+    mask = problem.visible.bounded_left, problem.visible.bounded_right
+    for row in BACKWARD_TABLE:
+        if problem.head_dim <= row.head_dim:
+            return row.config(problem.dtype, *mask)
+    head_dim = next(head_dim for head_dim in WIDE_TABLE if problem.head_dim <= head_dim)
+    return WideConfig(problem.dtype, head_dim, *mask, why=WIDE_TABLE[head_dim])
 
 
-def m_begin(config: BackwardConfig, problem: AttentionProblem, n: int) -> int:
+def heads_at_a_time(config: WideConfig, problem: AttentionProblem) -> int:
+    """Key heads whose dS is in memory at a time."""
+    one = problem.group_size * m_blocks(config, problem) * n_blocks(config, problem) * _DS_TILE
+    return min(max(1, DS_BYTES // one), problem.batch * problem.heads_k)
+
+
+def m_begin(config: BackwardConfig | WideConfig, problem: AttentionProblem, n: int) -> int:
     """The first query tile that sees key tile `n` (``KeyTile``)."""
     if not config.bounded_right:
         return 0
     return max(0, n * config.tile_n - problem.visible.offset - problem.mask.right) // config.tile_m
 
 
-def m_end(config: BackwardConfig, problem: AttentionProblem, n: int) -> int:
+def m_end(config: BackwardConfig | WideConfig, problem: AttentionProblem, n: int) -> int:
     """One past the last query tile that sees key tile `n`."""
     if not config.bounded_left:
         return m_blocks(config, problem)
@@ -189,15 +296,15 @@ def m_end(config: BackwardConfig, problem: AttentionProblem, n: int) -> int:
     return min(m_blocks(config, problem), last // config.tile_m + 1)
 
 
-def m_blocks(config: BackwardConfig, problem: AttentionProblem) -> int:
+def m_blocks(config: BackwardConfig | WideConfig, problem: AttentionProblem) -> int:
     return -(-problem.seqlen_q // config.tile_m)
 
 
-def n_blocks(config: BackwardConfig, problem: AttentionProblem) -> int:
+def n_blocks(config: BackwardConfig | WideConfig, problem: AttentionProblem) -> int:
     return -(-problem.seqlen_k // config.tile_n)
 
 
-def section(config: BackwardConfig, problem: AttentionProblem) -> int:
+def section(config: BackwardConfig | WideConfig, problem: AttentionProblem) -> int:
     """Key heads whose tiles are dealt out together: as many as the L2 cache holds Q, dO and the sums of dQ of, of one
     query head each: those of a group are walked side by side, so that less of each is needed at a time."""
     row = config.head_dim * (2 + 2 + 4)
@@ -205,7 +312,7 @@ def section(config: BackwardConfig, problem: AttentionProblem) -> int:
     return min(max(1, heads), problem.batch * problem.heads_k)
 
 
-def deal_key_tiles(config: BackwardConfig, problem: AttentionProblem) -> list[tuple[int, int]]:
+def deal_key_tiles(config: BackwardConfig | WideConfig, problem: AttentionProblem) -> list[tuple[int, int]]:
     """The (batch-head, key tile) of every CTA, in the order in which they start: ``KeyTile`` in Python."""
     heads, blocks, size = problem.batch * problem.heads_k, n_blocks(config, problem), section(config, problem)
     tiles = []
@@ -216,16 +323,24 @@ def deal_key_tiles(config: BackwardConfig, problem: AttentionProblem) -> list[tu
     return tiles
 
 
-def walk(config: BackwardConfig, problem: AttentionProblem, n: int) -> list[tuple[int, int]]:
+def walk(config: BackwardConfig | WideConfig, problem: AttentionProblem, n: int) -> list[tuple[int, int]]:
     """The (head of the group, query tile) steps of key tile `n`, in order: ``QueryWalk`` in Python."""
     down = range(m_end(config, problem, n) - 1, m_begin(config, problem, n) - 1, -1)
     return [(head, m) for m in down for head in range(problem.group_size)]
 
 
 def declared_backward_configs() -> list[tuple[str, BackwardConfig]]:
-    """Every variant that :func:`choose_backward` can return, with a name."""
+    """Every variant that :func:`choose_backward` can return for head_dim up to 128, with a name."""
     configs = []
     for row, mask, dtype in itertools.product(BACKWARD_TABLE, _MASKS, _ELEMENTS):
         name = f"backward-{row.head_dim}-{row.tile_m}x128-{mask}-{dtype}"
         configs.append((name, row.config(dtype, *_MASKS[mask])))
     return configs
+
+
+def declared_wide_configs() -> list[tuple[str, WideConfig]]:
+    """The same of wide heads."""
+    return [
+        (f"backward-{head_dim}-64x64-{mask}-{dtype}", WideConfig(dtype, head_dim, *_MASKS[mask], why=why))
+        for (head_dim, why), mask, dtype in itertools.product(WIDE_TABLE.items(), _MASKS, _ELEMENTS)
+    ]

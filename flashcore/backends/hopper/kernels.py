@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from flashcore.backends.hopper import backward_configs, configs, decode_configs, gemm_configs
-from flashcore.backends.hopper.backward_configs import BACKWARD_TABLE, BackwardConfig, DqConfig, RowsConfig
+from flashcore.backends.hopper.backward_configs import (
+    BACKWARD_TABLE,
+    WIDE_TABLE,
+    BackwardConfig,
+    DqConfig,
+    ProductConfig,
+    RowsConfig,
+    WideConfig,
+)
 from flashcore.backends.hopper.configs import ForwardConfig
 from flashcore.backends.hopper.decode_configs import DecodeConfig
 from flashcore.backends.hopper.gemm_configs import GemmConfig
@@ -53,8 +61,19 @@ def _decode(head_dims: Sequence[int] | None) -> list[tuple[str, DecodeConfig]]:
 
 
 def _backward(head_dims: Sequence[int] | None) -> list[tuple[str, BackwardConfig]]:
-    rows = {row.head_dim for d in head_dims or () for row in BACKWARD_TABLE if d <= row.head_dim}
-    return [one for one in backward_configs.declared_backward_configs() if not head_dims or one[1].head_dim in rows]
+    return _serving(backward_configs.declared_backward_configs(), [row.head_dim for row in BACKWARD_TABLE], head_dims)
+
+
+def _backward_wide(head_dims: Sequence[int] | None) -> list[tuple[str, WideConfig]]:
+    narrow = BACKWARD_TABLE[-1].head_dim
+    wide = head_dims and [head_dim for head_dim in head_dims if head_dim > narrow]
+    return [] if head_dims and not wide else _serving(backward_configs.declared_wide_configs(), list(WIDE_TABLE), wide)
+
+
+def _serving(declared: list[tuple[str, Any]], rows: list[int], head_dims: Sequence[int] | None) -> list:
+    """Those of the first row that is as wide as one of these head_dims."""
+    wanted = {next((row for row in rows if head_dim <= row), None) for head_dim in head_dims or ()}
+    return [one for one in declared if not head_dims or one[1].head_dim in wanted]
 
 
 def _none(head_dims: Sequence[int] | None) -> list[tuple[str, Any]]:
@@ -73,6 +92,8 @@ KERNELS: dict[str, Kernel] = {
         Kernel("backward", BackwardConfig, "backward.BackwardLauncher", _backward),
         Kernel("backward_rows", RowsConfig, "backward.BackwardLauncher", _none),
         Kernel("backward_dq", DqConfig, "backward.BackwardLauncher", _none),
+        Kernel("backward_wide", WideConfig, "backward.WideLauncher", _backward_wide),
+        Kernel("backward_product", ProductConfig, "backward.WideLauncher", _none),
         Kernel("gemm", GemmConfig, "gemm.GemmLauncher", _gemm),
     )
 }

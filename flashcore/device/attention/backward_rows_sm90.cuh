@@ -2,7 +2,7 @@
 //
 // COMPUTES  delta = rowsum(O * dO) - dLSE; stores -LSE * log2(e) and -delta as backward_schedule.cuh says, -inf and 0
 //   for queries without keys and those past the end of the last tile; whether an LSE of the tile is huge; and sets the
-//   turns of every dQ tile to 0.
+//   turns of every dQ tile, if there are such, to 0.
 //   O, dO (batch, seqlen_q, heads_q, head_dim), 16 bit, rows aligned to 16 bytes, strides in elements; LSE, and dLSE or
 //   null: (batch, heads_q, seqlen_q) fp32.
 // GRID  A CTA per query tile of a head. head_dim / 8 threads share a row, so a warp reads 512 contiguous bytes or more.
@@ -80,5 +80,5 @@ attention_backward_rows_sm90(const u16* out, const u16* dout, const float* lse, 
   }
   huge = __syncthreads_or(huge);
   if (threadIdx.x == 0) to_tile[2 * Config::tile_m] = huge;
-  if (threadIdx.x < 2) turns[2 * blockIdx.x + threadIdx.x] = 0;
+  if (turns != nullptr && threadIdx.x < 2) turns[2 * blockIdx.x + threadIdx.x] = 0;
 }

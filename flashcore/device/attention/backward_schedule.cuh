@@ -6,10 +6,9 @@
 template <class Config> struct BackwardParams {
   const float* rows;  // (batch, heads_q, m_blocks, 2 tile_m + 4): -lse * log2(e), then -(delta - dlse), of every query;
                       // then whether the first is huge for some query, or 0
-  float* dq;          // (batch, heads_q, m_blocks, 2, 4096): fp32 fragments of dQ / scale, one for each warpgroup
-  u32* turns;         // (batch, heads_q, m_blocks, 2): how many key tiles have been added to a fragment
   float scale, scale_log2;
-  int batch, heads_k, group_size, seqlen_q;
+  int first_head, heads;  // (batch, key head) pairs of this launch
+  int heads_k, group_size, seqlen_q;
   Mask<Config::bounded_left, Config::bounded_right> mask;
   int m_blocks, n_blocks;  // tiles of queries and of keys
   int section;             // key heads whose tiles are dealt out together
@@ -28,8 +27,8 @@ template <class Config> int last_query(const BackwardParams<Config>& params, int
 
 // The key tile of a CTA, and the query tiles that see it: m_begin, ..., m_end - 1 of every query head of the group.
 //
-// A dQ tile is the sum over the key tiles that it sees, always added up in ascending order: each waits for those before
-// it. So no CTA may wait for one that has not started. CTAs start in the order of blockIdx, and in that order key tiles
+// In the fused kernel a dQ tile is the sum over the key tiles that it sees, always added up in ascending order: each waits
+// for those before it. So no CTA may wait for one that has not started. CTAs start in the order of blockIdx, and in that order key tiles
 // ascend within a head; all walk the query tiles from the last to the first, so that under a causal mask the first to start have the
 // most to do. A CTA then runs at least a step behind its predecessor. So that few of a head's tiles run at once, the
 // tiles of `section` heads alternate; more heads than the L2 cache has room for would not pay.
@@ -39,13 +38,12 @@ template <class Config> struct KeyTile {
   int steps;  // over all heads of the group; 0 for keys that a window hides from all queries
 
   explicit __forceinline__ KeyTile(const BackwardParams<Config>& params) {
-    const int heads = params.batch * params.heads_k;
     const int tiles = params.section * params.n_blocks;  // of a section
     const int first_head = int(blockIdx.x) / tiles * params.section;
-    const int here = min(params.section, heads - first_head);
+    const int here = min(params.section, params.heads - first_head);
     const int rank = int(blockIdx.x) % tiles;
     n = rank / here;
-    const int batch_head = first_head + rank % here;
+    const int batch_head = params.first_head + first_head + rank % here;
     batch = batch_head / params.heads_k;
     head = batch_head % params.heads_k;
     m_begin = max(0, first_query(params, n * Config::tile_n)) / Config::tile_m;
@@ -82,4 +80,20 @@ template <class Config> struct QueryWalk {
 
   // How many key tiles are added to it before this one.
   __forceinline__ int turn() const { return tile.n - params.mask.begin(m * Config::tile_m) / Config::tile_n; }
+};
+
+// The key tiles that see query tile m: begin, ..., end - 1.
+template <class Config> struct KeyTilesOf {
+  int begin, end;
+
+  __forceinline__ KeyTilesOf(const Mask<Config::bounded_left, Config::bounded_right>& mask, int m) {
+    end = (mask.seqlen_k + Config::tile_n - 1) / Config::tile_n;
+    if constexpr (Config::bounded_right) {
+      const int last = (m + 1) * Config::tile_m - 1 + mask.right;
+      end = last < 0 ? 0 : min(end, last / Config::tile_n + 1);
+    }
+    begin = mask.begin(m * Config::tile_m) / Config::tile_n;
+  }
+
+  __forceinline__ bool has(int n) const { return begin <= n && n < end; }
 };

@@ -58,14 +58,13 @@
 // EVIDENCE  FlashAttention-2 (arXiv 2307.08691) for the backward pass over key tiles, FlashAttention-3 (arXiv
 //   2407.08608) for P^T and dS^T in registers.
 #pragma once
-#include "../core/fragment.cuh"
 #include "../core/ring.cuh"
 #include "../ptx/bulk.cuh"
 #include "../ptx/global.cuh"
 #include "../ptx/registers.cuh"
 #include "../ptx/wgmma.cuh"
 #include "../ptx/wgmma_sync.cuh"
-#include "backward_schedule.cuh"
+#include "backward_tile.cuh"
 
 template <class Config> struct BackwardSmem {
   using QTile = SmemTile<Config::tile_m, Config::head_dim>;
@@ -105,6 +104,8 @@ template <class Config> struct BackwardKernel {
   Smem& smem;
   const BackwardParams<Config>& params;
   const KeyTile<Config>& tile;
+  float* const dq;   // (batch, heads_q, m_blocks, 2, 4096): fp32 fragments of dQ / scale, one for each warpgroup
+  u32* const turns;  // (batch, heads_q, m_blocks, 2): how many key tiles have been added to a fragment
 
   static __forceinline__ void wait(u64& barrier, u32 parity) { mbarrier_wait<Config::wait_limit>(barrier, parity); }
 
@@ -157,8 +158,8 @@ template <class Config> struct BackwardKernel {
     for (int i = 0; i < tile.steps; ++i) {
       const int part = walk.index() * 2 + wg;
       const int turn = walk.turn();
-      u32* counter = params.turns + part;
-      float* sum = params.dq + u64(part) * (Smem::dq_bytes / 4);
+      u32* counter = turns + part;
+      float* sum = dq + u64(part) * (Smem::dq_bytes / 4);
       u8* staged = smem.dq[cursor.stage][wg];
       if (turn > 0) await_turn(counter, turn);
       wait(smem.dq_full[wg][cursor.stage], cursor.phase);
@@ -212,13 +213,7 @@ template <class Config> struct BackwardKernel {
 
     __forceinline__ void issue_dp() {
       forget(dp);
-      const float* rows = smem.rows[cursor.stage] + tile_m + 2 * (thread % 4);
-#pragma unroll
-      for (int group = 0; group < tile_m / 8; ++group) {
-        const float2 x = *reinterpret_cast<const float2*>(rows + 8 * group);
-        dp[4 * group] = dp[4 * group + 2] = x.x;
-        dp[4 * group + 1] = dp[4 * group + 3] = x.y;
-      }
+      start_dp<Config>(dp, smem.rows[cursor.stage], thread);
       const u32 v = smem_address(smem.v) + wg * 64 * 128, dout = smem_address(smem.dout[cursor.stage]);
       pin(dp);
       wgmma_fence();
@@ -258,34 +253,7 @@ template <class Config> struct BackwardKernel {
 
     // P^T of the query tile at the cursor, from S^T.
     __forceinline__ void exponentiate() {
-      const float* rows = smem.rows[cursor.stage] + 2 * (thread % 4);
-#pragma unroll
-      for (int group = 0; group < tile_m / 8; ++group) {
-        const float2 x = *reinterpret_cast<const float2*>(rows + 8 * group);
-        s[4 * group] = exp2_approx(s[4 * group] * params.scale_log2 + x.x);
-        s[4 * group + 1] = exp2_approx(s[4 * group + 1] * params.scale_log2 + x.y);
-        s[4 * group + 2] = exp2_approx(s[4 * group + 2] * params.scale_log2 + x.x);
-        s[4 * group + 3] = exp2_approx(s[4 * group + 3] * params.scale_log2 + x.y);
-      }
-      if (smem.rows[cursor.stage][2 * tile_m] != 0) {
-#pragma unroll
-        for (int i = 0; i < tile_m / 2; ++i) s[i] = fminf(s[i], 1);
-      }
-      hide();
-    }
-
-    // Sets to 0 what the mask hides, where this warp has such.
-    __forceinline__ void hide() {
-      const int first = walk.m * tile_m;
-      if (first_query(params, warp_key + 15) <= first && last_query(params, warp_key) >= first + tile_m - 1) return;
-      const int key = warp_key + thread % 32 / 4, col = first + 2 * (thread % 4);
-      const int begin[2] = {first_query(params, key) - col, first_query(params, key + 8) - col};
-      const int last[2] = {last_query(params, key) - col, last_query(params, key + 8) - col};
-#pragma unroll
-      for (int i = 0; i < tile_m / 2; ++i) {
-        const int slot = fragment_slot(i);
-        if (fragment_col(i) < begin[slot] || (Config::bounded_left && fragment_col(i) > last[slot])) s[i] = 0;
-      }
+      ::exponentiate(s, params, smem.rows[cursor.stage], walk.m * tile_m, warp_key, thread);
     }
 
     // dS^T = P^T * dP^T. Of 16 queries dp[8 j ..] then holds the fragment of dS^T, and behind it that of P^T.
@@ -352,33 +320,20 @@ template <class Config> struct BackwardKernel {
       if (parity == 0) ds_phase ^= 1;
     }
 
-    // A gradient, rounded, takes the place of this warpgroup's rows of K or V, and leaves.
-    __forceinline__ void store_gradient(float (&gradient)[head_dim / 2], u8* place, const TensorMap& map) {
-#pragma unroll
-      for (int c = 0; c < KTile::chunks; ++c)
-        store_pairs(smem_address(place) + c * KTile::chunk_bytes + wg * 64 * 128, thread, [&](int i) {
-          return pack2<Element>(gradient[32 * c + 2 * i], gradient[32 * c + 2 * i + 1]);
-        });
-      fence_async_proxy();
-      named_barrier_sync(2 + wg, 128);
-      if (thread == 0) {
-#pragma unroll
-        for (int c = 0; c < KTile::chunks; ++c)
-          tma_store_4d(map, place + c * KTile::chunk_bytes + wg * 64 * 128, c * 64, tile.n * tile_n + wg * 64,
-                       tile.head, tile.batch);
-        tma_store_commit();
-      }
+    __forceinline__ void store(const float (&gradient)[head_dim / 2], u8* place, const TensorMap& map) {
+      store_gradient<Element, KTile>(gradient, place + wg * 64 * 128, map, 2 + wg, thread, tile.n * tile_n + wg * 64,
+                                     tile.head, tile.batch);
     }
 
     void run(const TensorMap& dk_map, const TensorMap& dv_map) {
 #pragma unroll
       for (int i = 0; i < head_dim / 2; ++i) dk[i] = dv[i] = 0;
       if (!Config::bounded_left || tile.steps > 0) walk_over_queries();
-      store_gradient(dv, smem.v, dv_map);
+      store(dv, smem.v, dv_map);
 #pragma unroll
       for (int i = 0; i < head_dim / 2; ++i) dk[i] *= params.scale;
       named_barrier_sync(1, 256);
-      store_gradient(dk, smem.k, dk_map);
+      store(dk, smem.k, dk_map);
       if (thread == 0) tma_store_wait_read<0>();
     }
 
@@ -432,13 +387,13 @@ attention_backward_sm90(const __grid_constant__ TensorMap q, const __grid_consta
                         float* dq, u32* turns, float scale, float scale_log2, int batch, int heads_k, int group_size,
                         int seqlen_q, int seqlen_k, int mask_left, int mask_right, int m_blocks, int n_blocks,
                         int section) {
-  const BackwardParams<Config> params{rows, dq, turns, scale, scale_log2, batch, heads_k, group_size, seqlen_q,
+  const BackwardParams<Config> params{rows, scale, scale_log2, 0, batch * heads_k, heads_k, group_size, seqlen_q,
                                       {seqlen_k, mask_left, mask_right}, m_blocks, n_blocks, section};
   extern __shared__ __align__(1024) u8 raw_smem[];
   using Kernel = BackwardKernel<Config>;
   auto& smem = *reinterpret_cast<typename Kernel::Smem*>(raw_smem);
   const KeyTile<Config> tile(params);
-  Kernel kernel{smem, params, tile};
+  Kernel kernel{smem, params, tile, dq, turns};
   // Uniform over the warp, which the compiler has to be told.
   const int warp = __shfl_sync(full_warp, threadIdx.x / 32, 0);
 

@@ -13,6 +13,8 @@ from flashcore.backends.hopper.backward_configs import (
     choose_backward,
     deal_key_tiles,
     declared_backward_configs,
+    declared_wide_configs,
+    heads_at_a_time,
     m_begin,
     m_blocks,
     m_end,
@@ -34,7 +36,7 @@ problems = st.builds(
         head_dim_v=head_dim, mask=mask,
     ),
     st.integers(1, 3), st.integers(1, 700), st.integers(1, 700), st.integers(1, 3), st.integers(1, 3),
-    st.sampled_from([64, 128]),
+    st.sampled_from([64, 128, 256]),
     st.one_of(
         st.sampled_from([FULL, CAUSAL]),
         st.builds(Mask, st.none() | st.integers(0, 400), st.none() | st.integers(0, 400)),
@@ -48,10 +50,10 @@ def test_declared_configs_are_feasible():
     assert len(dict(declared_backward_configs())) == 6 * len(BACKWARD_TABLE)
 
 
-@pytest.mark.parametrize("head_dim", range(8, 129, 8))
-def test_every_head_dim_up_to_128_gets_a_declared_config(head_dim):
+@pytest.mark.parametrize("head_dim", range(8, 257, 8))
+def test_every_head_dim_up_to_256_gets_a_declared_config(head_dim):
     config = choose_backward(dataclasses.replace(PROBLEM, head_dim=head_dim, head_dim_v=head_dim))
-    assert config in [declared for _, declared in declared_backward_configs()]
+    assert config in [declared for _, declared in declared_backward_configs() + declared_wide_configs()]
     assert head_dim <= config.head_dim < head_dim + 64
     assert config.why
 
@@ -60,7 +62,7 @@ def test_every_head_dim_up_to_128_gets_a_declared_config(head_dim):
     ("change", "reason"),
     [
         (dict(dtype="float32"), "float32"),
-        (dict(head_dim=136, head_dim_v=136), "head_dim 136 > 128"),
+        (dict(head_dim=264, head_dim_v=264), "head_dim 264 > 256"),
         (dict(head_dim=20, head_dim_v=20), "head_dim 20 is not"),
     ],
 )
@@ -139,6 +141,13 @@ def test_sums_are_ordered_and_nobody_waits_for_ever(problem, sms, random):
         if not steps:
             running.remove(cta)
     assert all(added == list(range(added[0], added[-1] + 1)) for added in order.values())
+
+
+def test_the_memory_for_ds_is_bounded():
+    wide = dataclasses.replace(PROBLEM, head_dim=256, head_dim_v=256, heads_q=8, heads_k=8)
+    for seqlen, heads in ((1024, 16), (4096, 16), (8192, 8), (16384, 2), (65536, 1)):
+        problem = dataclasses.replace(wide, seqlen_q=seqlen, seqlen_k=seqlen)
+        assert heads_at_a_time(choose_backward(problem), problem) == heads
 
 
 def test_few_tiles_of_a_head_run_at_once():

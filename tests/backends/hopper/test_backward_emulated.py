@@ -19,7 +19,9 @@ from flashcore.backends.hopper.backward_configs import (
     BACKWARD_TABLE,
     BackwardConfig,
     DqConfig,
+    ProductConfig,
     RowsConfig,
+    WideConfig,
     choose_backward,
     m_begin,
     m_blocks,
@@ -55,6 +57,19 @@ ENTRIES = {
         "int group_size, int seqlen_q, int seqlen_k, int left, int right, int m_blocks, int n_blocks, int section",
         "attention_backward_sm90(maps[0], maps[1], maps[2], maps[3], maps[4], maps[5], rows, dq, turns, scale, "
         "scale_log2, batch, heads_k, group_size, seqlen_q, seqlen_k, left, right, m_blocks, n_blocks, section)",
+    ),
+    WideConfig: (
+        "const float* rows, u8* ds, float scale, float scale_log2, int first_head, int heads, int heads_k, "
+        "int group_size, int seqlen_q, int seqlen_k, int left, int right, int m_blocks, int n_blocks, int section",
+        "attention_backward_wide_sm90(maps[0], maps[1], maps[2], maps[3], maps[4], maps[5], rows, ds, scale, "
+        "scale_log2, first_head, heads, heads_k, group_size, seqlen_q, seqlen_k, left, right, m_blocks, n_blocks, "
+        "section)",
+    ),
+    ProductConfig: (
+        "const u8* ds, float scale, int first_head, int heads_q, int group_size, int seqlen_k, int left, int right, "
+        "int m_blocks, int n_blocks",
+        "attention_backward_product_sm90(maps[0], maps[1], ds, scale, first_head, heads_q, group_size, seqlen_k, left, "
+        "right, m_blocks, n_blocks)",
     ),
     DqConfig: (
         "const float* sums, float scale, int heads_q, int m_blocks, int m_begin",
@@ -125,6 +140,8 @@ def backward(q, k, v, out, lse, dout, dlse=None, causal=False, scale=None, windo
     """(dq, dk, dv) of the emulated kernels. Everything that they write is NaN before."""
     problem = AttentionProblem.from_tensors(q, k, v, causal=causal, scale=scale, window=window)
     config = choose_backward(problem)
+    if isinstance(config, WideConfig):
+        return wide_backward(problem, config, q, k, v, out, lse, dout, dlse)
     blocks, tile_m = m_blocks(config, problem), config.tile_m
     tiles = problem.batch * problem.heads_q * blocks
     rows = torch.full((tiles, 2 * tile_m + 4), torch.nan)
@@ -153,6 +170,34 @@ def backward(q, k, v, out, lse, dout, dlse=None, causal=False, scale=None, windo
     return dq, dk, dv
 
 
+def wide_backward(problem, config, q, k, v, out, lse, dout, dlse, at_once=2):
+    """The same where dS lies in memory, of some key heads at a time."""
+    blocks, keys, heads = m_blocks(config, problem), n_blocks(config, problem), problem.batch * problem.heads_k
+    tiles, group = problem.batch * problem.heads_q * blocks, problem.group_size
+    rows = torch.full((tiles, 2 * 64 + 4), torch.nan)
+    dq, dk, dv = (torch.full(t.shape, torch.nan, dtype=t.dtype) for t in (q, k, v))
+    strides = (ctypes.c_uint64 * 6)(*out.stride()[:3], *dout.stride()[:3])
+    built(RowsConfig("bfloat16", 256, 64)).run(
+        tiles, None, address(out), address(dout), address(lse), address(dlse), address(rows), None, strides,
+        problem.heads_q, problem.seqlen_q, blocks, problem.head_dim,
+    )  # fmt: skip
+    lengths = problem.seqlen_k, *map(int, diagonals(problem)), blocks, keys
+    product = ProductConfig("bfloat16", config.head_dim, config.bounded_left, config.bounded_right)
+    for first in range(0, heads, at_once):
+        count = min(at_once, heads - first)
+        ds = torch.full((count * group * blocks * keys, 64 * 64), torch.nan, dtype=torch.bfloat16)
+        built(config).run(
+            keys * count, maps((q, 64), (k, 64), (v, 64), (dout, 64), (dk, 64), (dv, 64)), address(rows), address(ds),
+            ctypes.c_float(problem.scale), ctypes.c_float(problem.scale / LN2), first, count, problem.heads_k, group,
+            problem.seqlen_q, *lengths, min(count, section(config, problem)),
+        )  # fmt: skip
+        built(product).run(
+            -(-blocks // product.groups) * count * group, maps((k, 64), (dq, 64)), address(ds),
+            ctypes.c_float(problem.scale), first * group, problem.heads_q, group, *lengths,
+        )  # fmt: skip
+    return dq, dk, dv
+
+
 def random_inputs(batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim):
     generator = torch.Generator().manual_seed(0)
     shapes = (seqlen_q, heads_q), (seqlen_k, heads_k), (seqlen_k, heads_k), (seqlen_q, heads_q)
@@ -176,7 +221,7 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_gradients(shape, head_dim, causal):
     q, k, v, dout = random_inputs(*shape, head_dim)
@@ -196,7 +241,7 @@ WINDOWS = [
 ]
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("case", WINDOWS, ids=str)
 def test_windows(case, head_dim):
     seqlen_q, seqlen_k, window = case
@@ -214,7 +259,7 @@ def test_huge_scores_stay_finite():
     assert all(grad.isfinite().all() for grad in backward(q, k, v, out, lse, dout))
 
 
-@pytest.mark.parametrize("head_dim", [8, 40, 72, 120])
+@pytest.mark.parametrize("head_dim", [8, 40, 72, 120, 192])
 def test_head_dims_below_the_tiles(head_dim):
     q, k, v, dout = random_inputs(1, 100, 150, 2, 2, head_dim)
     out, lse = forward(q, k, v, True)

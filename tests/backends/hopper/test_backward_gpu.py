@@ -6,9 +6,14 @@ import pytest
 import torch
 
 from flashcore.backends import hopper
-from flashcore.backends.hopper import tma
-from flashcore.backends.hopper.backward import BackwardLauncher
-from flashcore.backends.hopper.backward_configs import choose_backward, declared_backward_configs
+from flashcore.backends.hopper import backward_configs, tma
+from flashcore.backends.hopper.backward import BackwardLauncher, WideLauncher
+from flashcore.backends.hopper.backward_configs import (
+    WideConfig,
+    choose_backward,
+    declared_backward_configs,
+    declared_wide_configs,
+)
 from flashcore.problem import AttentionProblem
 from tests.cases import CASES
 from tests.poison import poisoned_outputs
@@ -19,7 +24,7 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available() and hopper.unavailable() is not None, reason="no Hopper GPU"),
 ]
 
-CONFIGS = dict(declared_backward_configs())
+CONFIGS = dict(declared_backward_configs() + declared_wide_configs())
 WAIT_LIMIT = 100_000  # a wait that would hang ends the kernel instead
 
 # (batch, seqlen_q, seqlen_k, heads_q, heads_k): few and many tiles, all kinds of ends.
@@ -37,7 +42,8 @@ SHAPES = [
 
 def launcher(q, k, v, causal=False, scale=None, window=None):
     problem = AttentionProblem.from_tensors(q, k, v, causal=causal, scale=scale, window=window)
-    return BackwardLauncher(problem, dataclasses.replace(choose_backward(problem), wait_limit=WAIT_LIMIT))
+    config = dataclasses.replace(choose_backward(problem), wait_limit=WAIT_LIMIT)
+    return (WideLauncher if isinstance(config, WideConfig) else BackwardLauncher)(problem, config)
 
 
 def random_inputs(batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim, dtype=torch.bfloat16, seed=0):
@@ -76,7 +82,7 @@ def suits(case) -> bool:
     return (
         min(case.batch, case.seqlen_q, case.seqlen_k) > 0
         and case.head_dim % 8 == 0
-        and case.head_dim <= 128
+        and case.head_dim <= 256
         and case.head_dim_v in (None, case.head_dim)
         and case.dtype in ("bfloat16", "float16")
         and case.score is None
@@ -98,7 +104,7 @@ def test_named_cases(case):
     assert_gradients(grads, q, k, v, dout, sink=sink, **options)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_huge_scores_stay_finite(head_dim):
     """The rounding of a huge LSE is a factor of all P of a row, which must not overflow."""
     q, k, v, dout = random_inputs(2, 300, 300, 4, 2, head_dim)
@@ -107,7 +113,7 @@ def test_huge_scores_stay_finite(head_dim):
     assert all(grad.isfinite().all() for grad in grads)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("causal", [False, True])
 def test_gradient_of_the_lse(head_dim, causal):
     q, k, v, dout = random_inputs(1, 300, 260, 4, 2, head_dim)
@@ -123,6 +129,18 @@ def test_gradient_of_the_lse(head_dim, causal):
         assert (grad.double() - truth).abs().max() <= 0.02 * truth.abs().max()
 
 
+def test_few_heads_at_a_time(monkeypatch):
+    """The memory for dS is bounded: what does not fit is computed in rounds, with the same bits."""
+    q, k, v, dout = random_inputs(3, 400, 500, 6, 3, 256)
+    out, lse = forward(q, k, v, True)
+    whole = launcher(q, k, v, True)(q, k, v, out, lse, dout)
+    monkeypatch.setattr(backward_configs, "DS_BYTES", 2 * 2 * 7 * 8 * 8192)  # of two key heads
+    launch = launcher(q, k, v, True)
+    assert launch.workspace_bytes < 3 * 2**20
+    for _ in range(20):
+        assert all(torch.equal(a, b) for a, b in zip(launch(q, k, v, out, lse, dout), whole, strict=True))
+
+
 def test_a_gradient_that_is_one_number(monkeypatch):
     monkeypatch.setattr(tma, "_warned", set())
     q, k, v, _ = random_inputs(2, 300, 300, 4, 4, 128)
@@ -132,7 +150,7 @@ def test_a_gradient_that_is_one_number(monkeypatch):
     assert_gradients(grads, q, k, v, dout)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_cuda_graph_replay(head_dim):
     tensors = random_inputs(2, 600, 600, 4, 2, head_dim)
     out, lse = forward(*tensors[:3], True)

@@ -11,8 +11,10 @@ from flashcore.backends.hopper import jit
 from flashcore.backends.hopper.backward_configs import (
     BACKWARD_TABLE,
     DqConfig,
+    ProductConfig,
     RowsConfig,
     declared_backward_configs,
+    declared_wide_configs,
 )
 from tests.backends.hopper.test_kernels import disassemble
 
@@ -47,6 +49,24 @@ def test_kernel(name, wait_limit, tmp_path):
     products = [i for i, opcode in enumerate(code) if opcode == "HGMMA"]
     issued = products[2 * s_or_dp + s_or_dp + 2 * dv_or_dk - 1]
     assert "MUFU" in code[issued : products[2 * s_or_dp + s_or_dp + 2 * dv_or_dk]]
+
+
+@pytest.mark.parametrize("wait_limit", [0, 1000])
+@pytest.mark.parametrize("config", [config for _, config in declared_wide_configs()], ids=str)
+def test_kernels_of_wide_heads(config, wait_limit, tmp_path):
+    config = dataclasses.replace(config, wait_limit=wait_limit)
+    product = ProductConfig(config.dtype, config.head_dim, config.bounded_left, config.bounded_right, wait_limit)
+    counts = []
+    for one in (config, product):
+        kernel = jit.compile_kernel(one)
+        assert kernel.registers == 65536 // one.threads // 8 * 8
+        assert kernel.spill_bytes == 0
+        assert not kernel.warnings  # above all, no WGMMA serialised
+        counts.append(collections.Counter(opcodes(kernel.cubin, tmp_path)))
+        assert counts[-1]["LDL"] == counts[-1]["STL"] == 0
+    # S and dP before the loops and in them, dV and dK in them; one instruction a step of 16.
+    assert counts[0]["HGMMA"] == 4 * config.head_dim // 16 + 2 * 4
+    assert counts[1]["HGMMA"] == 4
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
