@@ -1,14 +1,20 @@
 """Where tokens lie, and that the bands of all pairs of ranks are the mask: every visible pair once, and no other."""
 
 import itertools
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
+import flashcore
+from flashcore import distributed
 from flashcore.distributed.layout import LAYOUTS, Layout, Share, bands, span, whole
 from flashcore.errors import InvalidInputError
 from flashcore.mask import Mask
 
+ROOT = Path(flashcore.__file__).parents[1]
+PAGE = ROOT / "docs" / "distributed.md"
 MASKS = [
     Mask(left, right)
     for left, right in itertools.product((None, 0, 1, 3, 7, 11), (None, 0, 2, 5, 12))
@@ -111,6 +117,23 @@ def test_blocks_lie_where_they_lie_in_the_sequence():
     for in_order, as_found in others:
         assert in_order == expected
         assert all(a[2] < b[2] for a, b in itertools.pairwise(as_found) if a[0] == b[0])
+
+
+@pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="not a clone")
+def test_bytes_in_the_documentation():
+    """Of causal passes over 16384 tokens a rank, head_dim 128, bfloat16."""
+    rows = re.findall(r"^\| (\d+) \| (\d+):(\d+) \| (\d+) MiB \| (\d+) MiB \| (\d+) \|$", PAGE.read_text(), re.M)
+    assert len(rows) == 3
+    for row in rows:
+        ranks, heads_q, heads_k, *printed, steps = map(int, row)
+        q, k = (1, 16384, heads_q, 128), (1, 16384, heads_k, 128)
+        problem = flashcore.AttentionProblem.hypothetical(q, k, arch=(9, 0), causal=True)
+        received = [
+            distributed._choose(problem, method, Layout("zigzag", ranks), None)[2] / 2**20
+            for method in ("ring", "ulysses")
+        ]
+        assert received == printed
+        assert steps == ranks
 
 
 def test_refusals():
