@@ -213,14 +213,35 @@ class Part:
 
 
 @dataclass(frozen=True)
+class ParallelCase:
+    """One sequence on two GPUs."""
+
+    shape: Case
+    phase: str  # "forward", or "train": forward and backward
+
+    @property
+    def name(self) -> str:
+        return f"{self.shape.name}-{self.phase}"
+
+    @property
+    def flops(self) -> float:
+        return self.shape.flops * (3.5 if self.phase == "train" else 1)
+
+    def fields(self) -> dict:
+        """The columns that identify this case in a recorded row."""
+        return {**self.shape.fields(), "phase": self.phase}
+
+
+@dataclass(frozen=True)
 class Suite:
     """Cases that are measured in one way and recorded in one file."""
 
     name: str
     about: str
     op: str  # the recorded rows' op
-    mode: str  # "events", "graph", "host", "accuracy", "e2e" or "startup"; suites.py runs each, timing.py explains them
-    cases: tuple[Case, ...] | tuple[GemmCase, ...] | tuple[ModelCase, ...] | tuple[Part, ...]
+    # "events", "graph", "host", "accuracy", "e2e", "parallel" or "startup": suites.py runs each, timing.py explains
+    mode: str
+    cases: tuple[Case, ...] | tuple[GemmCase, ...] | tuple[ModelCase, ...] | tuple[ParallelCase, ...] | tuple[Part, ...]
     peers: tuple[str, ...]  # what is measured when the caller names nothing
     sustained: bool = False  # every implementation at the power cap for seconds, instead of after a rest
 
@@ -229,7 +250,8 @@ def square(batch: int, heads: int, seqlen: int, head_dim: int, causal: bool, dty
     return Case(batch, seqlen, seqlen, heads, more.pop("kv_heads", heads), head_dim, causal, dtype, **more)
 
 
-OURS = ("flashcore", "flashcore-triton", "flashcore-matmul", "reference")  # implementations that are not peers
+# Implementations that are not peers.
+OURS = ("flashcore", "flashcore-triton", "flashcore-matmul", "reference", "ring", "ulysses", "one-gpu")
 MASKS = (False, True)
 FAST_PEERS = ("flashcore", "flashcore-triton", "cudnn", "fa2", "fa3", "fa4", "xformers", "flashinfer", "te")
 
@@ -366,6 +388,11 @@ GEMM = (
     ),
 )
 
+PARALLEL = tuple(
+    ParallelCase(Case(1, seqlen, seqlen, 32, 8, 128, True), phase)
+    for seqlen in (16384, 65536, 131072)
+    for phase in ("forward", "train")
+)
 SUITES = {
     suite.name: suite
     for suite in (
@@ -457,6 +484,10 @@ SUITES = {
             ("flashcore-matmul", "cublas"),
         ),
         Suite("e2e", "whole models, random weights", "e2e", "e2e", E2E, ("flashcore", "cudnn", "fa2", "eager")),
+        Suite(
+            "parallel", "one sequence on two GPUs, bf16, causal", "parallel", "parallel", PARALLEL,
+            ("ring", "ulysses", "one-gpu", "context-parallel"),
+        ),
         Suite(
             "startup", "cold compile, and start to first result of a warm process", "startup", "startup",
             (Part("compile"), Part("start")), (),

@@ -31,7 +31,7 @@ class Peer:
     rejects: Callable[[Case], str | None] = lambda case: None  # why it cannot run this case
     context: Callable[[], AbstractContextManager] = nullcontext  # active while it is called
     transposed: bool = False  # it returns (batch, heads, seqlen, head_dim)
-    operation: str = "attention"  # what it computes, or "gemm": then it gets (case, a, b)
+    operation: str = "attention"  # what it computes; "gemm": it gets (case, a, b); "parallel": parallel.py calls it
     features: frozenset[str] = frozenset()  # of a case's: those that it has
 
     def lacks(self, case: Case | GemmCase) -> str | None:
@@ -296,6 +296,10 @@ def _importable(module: str) -> Callable[[], str | None]:
 
 _ALL = frozenset({"window", "softcap", "alibi", "sink"})
 
+def _by_ranks(case: Case, *tensors):
+    raise RuntimeError("only suite parallel has the processes that this takes")
+
+
 PEERS = {
     peer.name: peer
     for peer in (
@@ -370,5 +374,12 @@ PEERS = {
         Peer("te", "Transformer Engine", _te, _importable("transformer_engine")),
         Peer("flashcore-matmul", "flashcore.matmul", gemm.flashcore, operation="gemm"),
         Peer("cublas", "torch.mm, and elementwise operations after it", gemm.cublas, operation="gemm"),
+        Peer("ring", "FlashCore's ring over two GPUs", _by_ranks, operation="parallel"),
+        Peer("ulysses", "FlashCore's Ulysses over two GPUs", _by_ranks, operation="parallel"),
+        Peer("one-gpu", "FlashCore on the first of two GPUs", _by_ranks, operation="parallel"),
+        Peer(
+            "context-parallel", "PyTorch's context_parallel over two GPUs", _by_ranks,
+            lambda: None if torch.cuda.device_count() > 1 else "needs two CUDA GPUs", operation="parallel",
+        ),
     )
 }

@@ -86,6 +86,12 @@ def _start(
         usable, skipped = e2e.usable_peers(peers)
         return e2e.method(effort.seed), skipped, e2e.measure(cases, usable, effort.seed, on_case)
 
+    if suite.mode == "parallel":
+        from flashcore.bench import parallel
+
+        usable, skipped = usable_peers(peers, "parallel")
+        return parallel.method(effort), skipped, parallel.measure(cases, [p.name for p in usable], effort, on_case)
+
     operation = OPERATIONS.get(suite.op, OPERATIONS["attention"])
     if suite.sustained:
         effort = replace(timing.SUSTAINED, rounds=effort.rounds, seed=effort.seed)
@@ -97,7 +103,7 @@ def _start(
         method["seed"] = effort.seed
     if device == "cpu" and mode in ("graph", "host"):
         return method, [{"reason": f"suite {suite.name} needs a CUDA GPU"}], ()
-    usable, skipped = usable_peers(peers, operation)
+    usable, skipped = usable_peers(peers, operation.name)
     return method, skipped, _measure(suite, cases, usable, mode, effort, device, operation, on_case)
 
 
@@ -120,12 +126,12 @@ def _measure(
         _free_memory(device)
 
 
-def usable_peers(names: Sequence[str], operation: Operation) -> tuple[list[Peer], list[dict]]:
+def usable_peers(names: Sequence[str], operation: str) -> tuple[list[Peer], list[dict]]:
     """The named peers that can run on this machine, and why the others cannot."""
     usable, skipped = [], []
     for name in names:
         given = PEERS[name].operation
-        reason = PEERS[name].unavailable() if given == operation.name else f"it computes {given}"
+        reason = PEERS[name].unavailable() if given == operation else f"it computes {given}"
         if reason is None:
             usable.append(PEERS[name])
         else:

@@ -34,6 +34,8 @@ def tables(data: dict, anchors: dict[tuple, dict]) -> list[Table]:
         return [gemm_table(title, data)] if data["rows"] else []
     if data["suite"] == "e2e":
         return model_tables(title, data)
+    if data["suite"] == "parallel":
+        return [parallel_table(title, data)] if data["rows"] else []
     found = shapes(data, anchors)
     if not found:
         return []
@@ -252,6 +254,25 @@ def startup_tables(data: dict) -> list[Table]:
             )
         )
     return found
+
+
+def parallel_table(title: str, data: dict) -> Table:
+    """One row per length and phase: everybody's milliseconds, and how much faster FlashCore's best is than others."""
+    grouped: dict[tuple, dict[str, dict]] = {}
+    for row in data["rows"]:
+        key = (f"{row['head_dim']}", f"{row['heads']}:{row['kv_heads']}", f"{row['seqlen_q']}", row["phase"])
+        grouped.setdefault(key, {})[row["impl"]] = row
+    impls = list(dict.fromkeys(row["impl"] for row in data["rows"]))
+    rows = []
+    for key, by_impl in grouped.items():
+        ms = {impl: row["ms_p50"] for impl, row in by_impl.items() if "ms_p50" in row}
+        ours = min((ms[impl] for impl in ("ring", "ulysses") if impl in ms), default=None)
+        cells = [f"{ms[impl]:.2f}" if impl in ms else "failed" if impl in by_impl else "" for impl in impls]
+        over = [f"{ms[other] / ours:.2f}" if ours and other in ms else "" for other in ("one-gpu", "context-parallel")]
+        rows.append((*key, *cells, *over))
+    failures = [f"FAILED: {row['impl']}: {row['failed']}" for row in data["rows"] if "failed" in row]
+    headers = ("head_dim", "heads", "S", "phase", *(f"{impl}, ms" for impl in impls))
+    return Table(title, (*headers, "over one GPU", "over context_parallel"), tuple(rows), tuple(failures))
 
 
 # --- whole models
