@@ -26,6 +26,7 @@ from flashcore.distributed.layout import Layout, span
 from flashcore.errors import FlashCoreError, InvalidInputError, UnsupportedError
 from flashcore.plan import Plan
 from flashcore.problem import AttentionProblem
+from flashcore.sequences import Packed
 from flashcore.watching import answers_itself, is_transformed, is_watched
 
 if TYPE_CHECKING:
@@ -76,6 +77,8 @@ def attention(
     window: tuple[int | None, int | None] | None = None,
     scale: float | None = None,
     sink: torch.Tensor | None = None,
+    queries: Packed | None = None,
+    keys: Packed | None = None,
     return_lse: Literal[False] = False,
     ordered: int | None = None,
     backend: str = "auto",
@@ -94,6 +97,8 @@ def attention(
     window: tuple[int | None, int | None] | None = None,
     scale: float | None = None,
     sink: torch.Tensor | None = None,
+    queries: Packed | None = None,
+    keys: Packed | None = None,
     return_lse: bool,
     ordered: int | None = None,
     backend: str = "auto",
@@ -111,6 +116,8 @@ def attention(
     window: tuple[int | None, int | None] | None = None,
     scale: float | None = None,
     sink: torch.Tensor | None = None,
+    queries: Packed | None = None,
+    keys: Packed | None = None,
     return_lse: bool = False,
     ordered: int | None = None,
     backend: str = "auto",
@@ -133,6 +140,10 @@ def attention(
     :param layout: ``"contiguous"``, the rank's tokens follow each other, or ``"zigzag"``, the r-th of 2 * ranks chunks
         from the start and the r-th from the end: the same work for all under a causal mask.
     :param causal: as in :func:`flashcore.attention`, of the whole sequences; so are `window`, `scale` and `sink`.
+    :param queries: where the sequences of a packed q lie in the rows of all ranks together, as in
+        :func:`flashcore.attention`; q is then this rank's (total_q / ranks, heads_q, head_dim). Ulysses alone takes
+        packed sequences.
+    :param keys: the same of k and v.
     :param ordered: compute blocks of this many tokens, each alone, and add them in the order of the sequence: the same
         bits for all numbers of ranks of which it divides the chunks. It holds all keys and values, takes twice the work
         in the backward pass, and is the ring's.
@@ -147,7 +158,7 @@ def attention(
         transformed by torch.func.
     """
     out, lse = _attention(
-        q, k, v, sink, group, mesh, method, layout, causal, window, scale, return_lse, ordered, backend
+        q, k, v, sink, queries, keys, group, mesh, method, layout, causal, window, scale, return_lse, ordered, backend
     )
     return (out, lse) if return_lse else out
 
@@ -165,6 +176,8 @@ def explain(
     window: tuple[int | None, int | None] | None = None,
     scale: float | None = None,
     sink: torch.Tensor | None = None,
+    queries: Packed | None = None,
+    keys: Packed | None = None,
     return_lse: bool = False,
     ordered: int | None = None,
     backend: str = "auto",
@@ -173,12 +186,17 @@ def explain(
     group, where = _placed(group, mesh, layout)
     _check_plain(q=q, k=k, v=v, sink=sink)
     q, k, v = calls.autocast(q, k, v)
-    problem = _problem(q, k, v, sink, causal, window, scale, return_lse)
+    problem = _problem(q, k, v, sink, queries, keys, causal, window, scale, return_lse)
     method, why, received = _choose(problem, method, where, ordered)
     rank = group.rank()
     if method == "ulysses":
         share = {"heads_q": problem.heads_q // where.ranks, "heads_k": max(1, problem.heads_k // where.ranks)}
-        lengths = {"seqlen_q": problem.seqlen_q * where.ranks, "seqlen_k": problem.seqlen_k * where.ranks}
+        q_rows, k_rows = (rows * where.ranks for rows in _rows(problem).values())
+        lengths = {"seqlen_q": q_rows, "seqlen_k": k_rows}
+        if problem.packed:
+            lengths = {
+                "queries": replace(problem.queries, total=q_rows), "keys": replace(problem.keys, total=k_rows),
+            }  # fmt: skip
         steps, plan = 1, planning.plan(replace(problem, **share, **lengths), backend)
     else:
         call = _ring(group, where, problem, backend, ordered)
@@ -235,12 +253,14 @@ def positions(
 
 
 @torch.compiler.disable
-def _attention(q, k, v, sink, group, mesh, method, layout, causal, window, scale, return_lse, ordered, backend):
+def _attention(
+    q, k, v, sink, queries, keys, group, mesh, method, layout, causal, window, scale, return_lse, ordered, backend
+):
     group, where = _placed(group, mesh, layout)
     _check_plain(q=q, k=k, v=v, sink=sink)
     q, k, v = calls.autocast(q, k, v)
     try:
-        problem = _problem(q, k, v, sink, causal, window, scale, return_lse)
+        problem = _problem(q, k, v, sink, queries, keys, causal, window, scale, return_lse)
         method, _, _ = _choose(problem, method, where, ordered)
         _check_device(q, group)
     except FlashCoreError as error:
@@ -248,9 +268,11 @@ def _attention(q, k, v, sink, group, mesh, method, layout, causal, window, scale
         raise
     shapes = f"q {problem.q_shape}, k {problem.k_shape}, v {problem.v_shape}, {problem.dtype}, scale {problem.scale!r}"
     options = f"{problem.mask}, layout {layout}, method {method}, ordered {ordered}, return_lse {return_lse}"
-    _agree(group, q, f"{shapes}, sink {sink is not None}, {options}, needs_grad {problem.needs_grad}")
+    flags = f"sink {sink is not None}, packed {problem.packed}, needs_grad {problem.needs_grad}"
+    _agree(group, q, f"{shapes}, {options}, {flags}")
     if method == "ulysses":
         options = {"causal": causal, "window": window, "scale": scale, "backend": backend}
+        options |= {"queries": queries, "keys": keys} if problem.packed else {}
         return ulysses.attention(group, where, group.rank(), q, k, v, sink, return_lse, **options)
     out, lse = ring.RingAttention.apply(_ring(group, where, problem, backend, ordered), scale, q, k, v, sink)
     return out, lse.float()
@@ -288,12 +310,13 @@ def _check_plain(**tensors) -> None:
             )
 
 
-def _problem(q, k, v, sink, causal, window, scale, return_lse) -> AttentionProblem:
+def _problem(q, k, v, sink, queries, keys, causal, window, scale, return_lse) -> AttentionProblem:
     """What this rank's tensors ask for, checked, with the mask of the whole sequences. Sinks are no part of it."""
     spec, extras = score.bind(None, sink)
     problem = AttentionProblem.from_tensors(
-        q, k, v, causal=causal, window=window, scale=scale, score=spec, extras=extras, return_lse=return_lse
-    )
+        q, k, v, causal=causal, window=window, scale=scale, score=spec, extras=extras, queries=queries, keys=keys,
+        return_lse=return_lse,
+    )  # fmt: skip
     return replace(problem, score=score.PLAIN)
 
 
@@ -313,7 +336,7 @@ def _choose(problem: AttentionProblem, method: str, layout: Layout, ordered: int
     """(method, why, bytes that the busiest rank receives in the forward pass)."""
     if method not in METHODS:
         raise InvalidInputError(f"method={method!r} does not exist (supported: {', '.join(METHODS)}).")
-    for name, length in {"q": problem.seqlen_q, "k": problem.seqlen_k}.items():
+    for name, length in _rows(problem).items():
         layout.check(name, length * layout.ranks)
         chunk = length // len(layout.chunks(0))
         if ordered is not None and (type(ordered) is not int or ordered < 1 or chunk % ordered):
@@ -324,10 +347,15 @@ def _choose(problem: AttentionProblem, method: str, layout: Layout, ordered: int
     if ordered is not None and method == "ulysses":
         raise InvalidInputError("distributed: ordered is the ring's. Ulysses has the bits of one device without it.")
     lacking = ulysses.lacks(problem.heads_q, problem.heads_k, layout.ranks)
+    if problem.packed:
+        if method == "ring" or ordered is not None or lacking:
+            reason = lacking or "the ring, and ordered, take sequences of one length"
+            raise UnsupportedError(f"distributed: packed sequences need ulysses: {reason}.")
+        return "ulysses", "the sequences are packed", ulysses.received(problem, _rows(problem), layout.ranks)
     if lacking and method == "ulysses":
         raise InvalidInputError(f"distributed: ulysses: {lacking}. The ring takes any number of ranks.")
     by_ring = _received_by_ring(problem, layout, ordered)
-    by_ulysses = ulysses.received(problem, layout.ranks)
+    by_ulysses = ulysses.received(problem, _rows(problem), layout.ranks)
     if problem.is_empty or ordered is not None:
         return "ring", "nothing to multiply" if problem.is_empty else "blocks in the order of the sequence", by_ring
     if method != "auto":
@@ -337,6 +365,13 @@ def _choose(problem: AttentionProblem, method: str, layout: Layout, ordered: int
     if by_ulysses < by_ring:
         return "ulysses", f"receives {by_ulysses} bytes, the ring {by_ring}", by_ulysses
     return "ring", f"receives {by_ring} bytes, ulysses {by_ulysses}", by_ring
+
+
+def _rows(problem: AttentionProblem) -> dict[str, int]:
+    """How many tokens, or rows of packed ones, this rank has of q and of k."""
+    if problem.packed:
+        return {"q": problem.queries.total, "k": problem.keys.total}
+    return {"q": problem.seqlen_q, "k": problem.seqlen_k}
 
 
 def _received_by_ring(problem: AttentionProblem, layout: Layout, ordered: int | None) -> int:

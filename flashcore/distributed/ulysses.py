@@ -23,26 +23,38 @@ def lacks(heads_q: int, heads_k: int, ranks: int) -> str | None:
     return None
 
 
-def received(problem: AttentionProblem, ranks: int) -> int:
-    """Bytes that each rank receives in the forward pass."""
-    of_queries = problem.seqlen_q * problem.heads_q
-    of_keys = problem.seqlen_k * max(problem.heads_k, ranks)
-    elements = (of_queries + of_keys) * (problem.head_dim + problem.head_dim_v) * problem.batch
+def received(problem: AttentionProblem, rows: dict[str, int], ranks: int) -> int:
+    """Bytes that each rank receives in the forward pass, of whose q and k it has so many rows."""
+    of_queries, of_keys = rows["q"] * problem.heads_q, rows["k"] * max(problem.heads_k, ranks)
+    batch = 1 if problem.packed else problem.batch
+    elements = (of_queries + of_keys) * (problem.head_dim + problem.head_dim_v) * batch
     return elements * getattr(torch, problem.dtype).itemsize * (ranks - 1) // ranks
 
 
 def attention(group: dist.ProcessGroup, layout: Layout, rank: int, q, k, v, sink, return_lse: bool, **options):
     """(out, lse) of this rank's tokens; None for an LSE that nobody asked for."""
+    packed = q.dim() == 3
+    if packed:  # what is exchanged has a batch
+        q, k, v = (t.unsqueeze(0) for t in (q, k, v))
     copies = max(1, layout.ranks // k.shape[2])
     k, v = (t if copies == 1 else t.repeat_interleave(copies, dim=2) for t in (k, v))
     q, k, v = (ToHeads.apply(group, layout, t) for t in (q, k, v))
     sink = None if sink is None else sink.chunk(layout.ranks)[rank]
-    out = api.attention(q, k, v, sink=sink, return_lse=return_lse, **options)
+    if packed:
+        q, k, v = (t.squeeze(0) for t in (q, k, v))
+    results = api.attention(q, k, v, sink=sink, return_lse=return_lse, **options)
     if not return_lse:
-        return ToTokens.apply(group, layout, out), None
-    out, lse = out
-    lse = ToTokens.apply(group, layout, lse.transpose(1, 2)[..., None])  # (B, S, H, 1)
-    return ToTokens.apply(group, layout, out), lse[..., 0].transpose(1, 2).contiguous()
+        return _home(group, layout, results, packed), None
+    out, lse = results
+    lse = _home(group, layout, lse.transpose(-2, -1)[..., None], packed)  # (B, S, H, 1)
+    return _home(group, layout, out, packed), lse[..., 0].transpose(-2, -1).contiguous()
+
+
+def _home(group: dist.ProcessGroup, layout: Layout, result: torch.Tensor, packed: bool) -> torch.Tensor:
+    """This rank's tokens of a result."""
+    if packed:
+        return ToTokens.apply(group, layout, result.unsqueeze(0)).squeeze(0)
+    return ToTokens.apply(group, layout, result)
 
 
 def to_heads(group: dist.ProcessGroup, layout: Layout, tensor: torch.Tensor) -> torch.Tensor:

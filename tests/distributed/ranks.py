@@ -182,6 +182,30 @@ def ulysses(group, feature, layout, heads_k):
     compare(group, feature, method="ulysses", layout=layout, shapes={"heads_q": 24, "heads_k": heads_k})
 
 
+@check(2, 3, layout=LAYOUTS)
+def packed(group, layout):
+    """Sequences of 5, 0, 30 and 13 tokens, cut wherever a rank's share ends."""
+    rows = flashcore.Packed(torch.tensor([0, 5, 5, 35, 48], dtype=torch.int32), 30)
+    where = {"group": group, "layout": layout, "dim": 0}
+    shapes = ((48, 6, 8), (48, 3, 8), (48, 3, 8)) if group.size() == 3 else ((48, 4, 8), (48, 2, 8), (48, 2, 8))
+    whole = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    sink = torch.randn(shapes[0][1], dtype=torch.float64)
+    options = {"causal": True, "window": (9, None), "sink": sink, "queries": rows, "keys": rows, "return_lse": True}
+    out, lse = flashcore.attention(*whole, backend="reference", **options)
+    dout = torch.randn_like(out)
+    mine = [distributed.shard(t.detach(), **where).requires_grad_() for t in whole]
+    found, found_lse = distributed.attention(*mine, group=group, layout=layout, **options)
+    assert distributed.explain(*mine, group=group, layout=layout, **options).method == "ulysses"
+    grads = torch.autograd.grad(found, mine, distributed.shard(dout, **where))
+    results = (distributed.gather(t, **where) for t in (found, *grads))
+    for result, right in zip(results, (out, *torch.autograd.grad(out, whole, dout)), strict=True):
+        torch.testing.assert_close(result, right, rtol=0, atol=1e-11)
+    found_lse = distributed.gather(found_lse, group=group, layout=layout, dim=1)
+    torch.testing.assert_close(found_lse, lse, rtol=0, atol=1e-5)
+    with raises(UnsupportedError, "packed sequences need ulysses: the ring"):
+        distributed.attention(*mine, group=group, layout=layout, method="ring", **options)
+
+
 @check(2, method={"ring": "ring", "ulysses": "ulysses"}, empty={"batch": (0, 2), "tokens": (2, 0)})
 def nothing(group, method, empty):
     batch, tokens = empty
