@@ -160,8 +160,8 @@ class ProductConfig:
     groups: ClassVar[int] = 2  # query tiles of a CTA, which share a tile of K; three would leave too few registers
     stages: ClassVar[int] = 4
     threads: ClassVar[int] = 128 * (2 + 1)
-    producer_registers: ClassVar[int] = 24
-    consumer_registers: ClassVar[int] = 240
+    producer_registers: ClassVar[int] = 40
+    consumer_registers: ClassVar[int] = 232
 
     @property
     def smem_bytes(self) -> int:

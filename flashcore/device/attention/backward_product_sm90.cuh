@@ -80,14 +80,15 @@ template <class Config> struct ProductKernel {
 #pragma unroll
     for (int i = 0; i < head_dim / 2; ++i) dq[i] = 0;
     const bool exists = first_m + group < m_blocks;
-    const KeyTilesOf<Config> mine = tiles_of(group);
+    const int first = tiles_of(group).begin, stop = exists ? tiles_of(group).end : 0;
+    const int last = end();
     Cursor cursor;
     int pending = -1;  // the slot whose product is under way
 #pragma unroll 1
-    for (int n = begin(); n < end(); ++n) {
+    for (int n = begin(); n < last; ++n) {
       const int stage = cursor.stage;
       wait(smem.ring.full[stage], cursor.phase);
-      if (exists && mine.has(n)) {
+      if (first <= n && n < stop) {
         const u32 ds = smem_address(smem.slots[stage].ds[group]), k = smem_address(smem.slots[stage].k);
         pin(dq);
         wgmma_fence();
