@@ -311,6 +311,8 @@ def flash_attn_with_kvcache(
 
 def _window(function: str, window_size) -> tuple[int | None, int | None]:
     """How many keys to the left and to the right of its own a query sees; None: all of them."""
+    if isinstance(window_size, torch.Tensor) and window_size.device.type == "cpu":  # as flash-attn's own tests have it
+        window_size = window_size.tolist()
     if not isinstance(window_size, (tuple, list)) or len(window_size) != 2 or not all(map(_is_size, window_size)):
         raise InvalidInputError(
             f"{function}: window_size={window_size!r} is not a window. Pass (left, right): two integers, each the "
