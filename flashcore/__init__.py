@@ -28,6 +28,7 @@ _PUBLIC = {
     "AttentionProblem": "problem",
     "GemmProblem": "gemm_problem",
     "Packed": "sequences",
+    "Paged": "sequences",
     "Plan": "plan",
     "distributed": "distributed",
     "plan": "plan",
@@ -62,7 +63,7 @@ if TYPE_CHECKING:
     from flashcore.plan import Plan
     from flashcore.problem import AttentionProblem
     from flashcore.score import alibi, bias, lookup, softcap
-    from flashcore.sequences import Packed
+    from flashcore.sequences import Packed, Paged
 
 
 def __getattr__(name: str):

@@ -18,7 +18,7 @@ from flashcore.errors import UnsupportedError
 from flashcore.plan import Plan
 from flashcore.problem import LEAST_SCALE, AttentionProblem, check_tensors, checked_mask, checked_scale
 from flashcore.score import PLAIN, Score, bind
-from flashcore.sequences import Packed
+from flashcore.sequences import Packed, Paged
 from flashcore.watching import answers_itself, is_batched, is_recorded, is_transformed, is_watched
 
 # Strides are not part of a kind: no check and no plan depends on them. Neither is the size of a scale.
@@ -43,7 +43,7 @@ def attention(
     score: Callable | None = None,
     sink: torch.Tensor | None = None,
     queries: Packed | None = None,
-    keys: Packed | None = None,
+    keys: Packed | Paged | None = None,
     return_lse: Literal[False] = False,
     backend: str = "auto",
 ) -> torch.Tensor: ...
@@ -59,7 +59,7 @@ def attention(
     score: Callable | None = None,
     sink: torch.Tensor | None = None,
     queries: Packed | None = None,
-    keys: Packed | None = None,
+    keys: Packed | Paged | None = None,
     return_lse: Literal[True],
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
@@ -75,7 +75,7 @@ def attention(
     score: Callable | None = None,
     sink: torch.Tensor | None = None,
     queries: Packed | None = None,
-    keys: Packed | None = None,
+    keys: Packed | Paged | None = None,
     return_lse: bool,
     backend: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
@@ -90,7 +90,7 @@ def attention(
     score: Callable | None = None,
     sink: torch.Tensor | None = None,
     queries: Packed | None = None,
-    keys: Packed | None = None,
+    keys: Packed | Paged | None = None,
     return_lse: bool = False,
     backend: str = "auto",
     **unknown: NoReturn,
@@ -121,7 +121,8 @@ def attention(
         Their masks are aligned each to its own bottom right; a score function's indices are those of the sequence, and
         inside of it.
     :param keys: the same of k and v, (total_k, heads_k, head_dim) and (total_k, heads_k, head_dim_v). Both are given,
-        for as many sequences, or neither.
+        for as many sequences, or neither. Or a :class:`Paged`, of caches (pages, page_size, heads_k, head_dim) and
+        (pages, page_size, heads_k, head_dim_v); these have no gradients.
     :param return_lse: also return the natural logarithm of each query's softmax denominator. It is differentiable:
         parts of attention over parts of the keys can be merged by it.
     :param backend: ``"auto"``, or the name of one in ``flashcore.backends.ATTENTION.providers``. See :func:`explain`.
@@ -171,7 +172,7 @@ def explain(
     score: Callable | None = None,
     sink: torch.Tensor | None = None,
     queries: Packed | None = None,
-    keys: Packed | None = None,
+    keys: Packed | Paged | None = None,
     return_lse: bool = False,
     backend: str = "auto",
     **unknown: NoReturn,

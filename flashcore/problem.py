@@ -16,7 +16,7 @@ from flashcore.errors import FlashCoreWarning, InvalidInputError, UnsupportedErr
 from flashcore.mask import CAUSAL, FULL, Mask, Visible
 from flashcore.score import PLAIN, SCORE, Score
 from flashcore.score import check as check_score
-from flashcore.sequences import DENSE, Dense, Packed, PackedSpec
+from flashcore.sequences import DENSE, Dense, Packed, PackedSpec, Paged, PagedSpec
 
 DTYPES = {
     torch.bfloat16: "bfloat16",
@@ -29,6 +29,8 @@ DEVICES = ("cuda", "cpu")
 LEAST_SCALE = 1e-20
 # Kernels count positions in 32 bits, and round up to whole tiles: no backend with kernels of its own takes more.
 LONGEST = 2**31 - 2**16
+_DENSE, _PACKED = "(batch, seqlen, heads, head_dim)", "(total, heads, head_dim)"
+_PAGED = "(pages, page_size, heads, head_dim)"
 # More than models have: so many heads of at most so many positions are rather positions of heads.
 MANY_HEADS = 128
 
@@ -37,8 +39,9 @@ MANY_HEADS = 128
 class AttentionProblem:
     """``softmax(scale * q k^T + mask) v`` for one set of shapes. Hashable: plans are memoised by it.
 
-    Tensors are (batch, seqlen, heads, head_dim), those of packed sequences (total, heads, head_dim); ``heads_q`` is a
-    multiple of ``heads_k``, and query head ``h`` reads key/value head ``h // group_size``.
+    Tensors are (batch, seqlen, heads, head_dim), those of packed sequences (total, heads, head_dim), paged keys and
+    values (pages, page_size, heads, head_dim); ``heads_q`` is a multiple of ``heads_k``, and query head ``h`` reads
+    key/value head ``h // group_size``.
     """
 
     operation: ClassVar[str] = "attention"
@@ -61,7 +64,7 @@ class AttentionProblem:
     return_lse: bool = False
     partial: bool = False  # a part of the queries' keys: see backends.FEATURES
     queries: Dense | PackedSpec = DENSE  # where their rows lie
-    keys: Dense | PackedSpec = DENSE
+    keys: Dense | PackedSpec | PagedSpec = DENSE
 
     @classmethod
     def from_tensors(
@@ -77,15 +80,16 @@ class AttentionProblem:
         extras: tuple[torch.Tensor, ...] = (),
         return_lse: bool = False,
         queries: Packed | None = None,
-        keys: Packed | None = None,
+        keys: Packed | Paged | None = None,
     ) -> AttentionProblem:
         """Check the arguments of ``flashcore.attention`` and name their dimensions.
 
         :param extras: the tensors that the specs bring, in the order of :attr:`tensors`; those of `score` will do.
         :raises InvalidInputError: naming the argument, the rule it breaks and what to do.
+        :raises UnsupportedError: one side alone is packed, or paged keys are to have gradients.
         """
-        packed = queries is not None or keys is not None
-        check_tensors(q, k, v, packed=packed)
+        packed, paged = queries is not None or keys is not None, isinstance(keys, Paged)
+        check_tensors(q, k, v, packed=packed, paged=paged)
         for name, flag in {"causal": causal, "return_lse": return_lse}.items():
             if not isinstance(flag, bool):
                 raise InvalidInputError(f"attention: {name} must be True or False (given {flag!r}).")
@@ -95,13 +99,20 @@ class AttentionProblem:
         heads_k, head_dim_v = v.shape[-2:]
         if packed:
             check_packed(queries, keys, q)
-            batch, seqlen_q, seqlen_k = queries.batch, queries.longest, keys.longest
-            places = {"queries": queries.of(q.shape[0]), "keys": keys.of(k.shape[0])}
+            rows_q, rows_k = q.shape[:-2], k.shape[:-2]
+            places = {"queries": queries.of(*rows_q), "keys": keys.of(*rows_k)}
+            batch, seqlen_q, seqlen_k = queries.batch, queries.bound(*rows_q), keys.bound(*rows_k)
         else:
             (batch, seqlen_q), seqlen_k, places = q.shape[:2], k.shape[1], {}
             if heads_k > MANY_HEADS >= max(seqlen_q, seqlen_k):
                 _warn_of_the_layout()
         check_score(score, extras[len(extras) - len(score.tensors) :], q, seqlen_k, batch if packed else None)
+        needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *extras))
+        if paged and needs_grad:
+            raise UnsupportedError(
+                "attention: paged keys have no backward pass, and an input requires a gradient. Call it under "
+                "torch.no_grad(), or detach() the inputs."
+            )
         arch, sm_count = _gpu(q.device) if q.device.type == "cuda" else (None, 0)
         return cls(
             dtype=DTYPES[q.dtype],
@@ -118,7 +129,7 @@ class AttentionProblem:
             mask=mask,
             scale=checked_scale(scale, head_dim),
             score=score,
-            needs_grad=torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *extras)),
+            needs_grad=needs_grad,
             return_lse=return_lse,
             **places,
         )
@@ -178,8 +189,13 @@ class AttentionProblem:
 
     @property
     def packed(self) -> bool:
-        """Whether the sequences are packed: queries and keys, or neither."""
+        """Whether the sequences are packed: queries, and keys unless they are paged; or neither."""
         return isinstance(self.queries, PackedSpec)
+
+    @property
+    def paged(self) -> bool:
+        """Whether keys and values lie in pages."""
+        return isinstance(self.keys, PagedSpec)
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -187,12 +203,11 @@ class AttentionProblem:
         places = (f"{name}_{side}" for side, rows in (("q", self.queries), ("k", self.keys)) for name in rows.tensors)
         return (*places, *self.score.tensors)
 
-    def split(self, extras: Sequence[torch.Tensor]) -> tuple[Packed, Packed, Sequence[torch.Tensor]]:
+    def split(self, extras: Sequence[torch.Tensor]) -> tuple[Packed, Packed | Paged, Sequence[torch.Tensor]]:
         """The tensors after q, k and v, where sequences are packed: queries, keys, and those that the score brings."""
         keys, score = len(self.queries.tensors), len(self.queries.tensors) + len(self.keys.tensors)
-        offsets_q, *used_q = extras[:keys]
-        offsets_k, *used_k = extras[keys:score]
-        return Packed(offsets_q, self.seqlen_q, *used_q), Packed(offsets_k, self.seqlen_k, *used_k), extras[score:]
+        of_queries = self.queries.bind(self.seqlen_q, *extras[:keys])
+        return of_queries, self.keys.bind(self.seqlen_k, *extras[keys:score]), extras[score:]
 
     @property
     def causal(self) -> bool:
@@ -222,6 +237,7 @@ class AttentionProblem:
             "head_dim_v": self.head_dim_v != self.head_dim,
             "partial": self.partial,
             "packed": self.packed,
+            "paged": self.paged,
         }
         return frozenset(name for name, there in has.items() if there)
 
@@ -253,18 +269,22 @@ class AttentionProblem:
         flags += "".join(f", {name}" for name in ("partial", "needs_grad", "return_lse") if getattr(self, name))
         shapes = f"q {self.q_shape}, k {self.k_shape}, v {self.v_shape}"
         if self.packed:
-            shapes += f", {self.batch} sequences of up to {self.seqlen_q} queries and {self.seqlen_k} keys"
+            pages = " in pages" if self.paged else ""
+            shapes += f", {self.batch} sequences of up to {self.seqlen_q} queries and {self.seqlen_k} keys{pages}"
         return f"{self.dtype} on {where}, {shapes}, scale {self.scale:.6g}{flags}"
 
 
-def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, packed: bool = False) -> None:
+def check_tensors(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, packed: bool = False, paged: bool = False
+) -> None:
     """Check what ``flashcore.attention`` demands of its tensors. Works while they are traced.
 
     :raises InvalidInputError: naming the argument, the rule it breaks and what to do.
     """
+    layout = _PACKED if packed else _DENSE
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        _check_tensor(name, tensor, "(total, heads, head_dim)" if packed else "(batch, seqlen, heads, head_dim)")
-    _check_agreement(q, k, v)
+        _check_tensor(name, tensor, _PAGED if paged and name != "q" else layout)
+    _check_agreement(q, k, v, paged)
 
 
 def _check_tensor(name: str, tensor: torch.Tensor, layout: str) -> None:
@@ -291,9 +311,9 @@ def _check_tensor(name: str, tensor: torch.Tensor, layout: str) -> None:
             f"attention: {name} is on {tensor.device} (supported: {', '.join(DEVICES)}). Move it first."
         )
     if tensor.dim() != len(layout.split(", ")):
-        packed = " of packed sequences" if "total" in layout else ""
+        kind = {_PACKED: " of packed sequences", _PAGED: " of paged sequences"}.get(layout, "")
         raise InvalidInputError(
-            f"attention: {name}{packed} must have {len(layout.split(', '))} dimensions, {layout} "
+            f"attention: {name}{kind} must have {len(layout.split(', '))} dimensions, {layout} "
             f"(given {tensor.dim()}: {tuple(tensor.shape)})."
         )
     heads, head_dim = tensor.shape[-2:]
@@ -305,7 +325,7 @@ def _check_tensor(name: str, tensor: torch.Tensor, layout: str) -> None:
         )
 
 
-def _check_agreement(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+def _check_agreement(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, paged: bool) -> None:
     """What q, k and v must have in common."""
     shapes = f"given q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not q.dtype == k.dtype == v.dtype:
@@ -318,7 +338,15 @@ def _check_agreement(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
             f"attention: q, k and v must be on one device (given q {q.device}, k {k.device}, v {v.device}). "
             "Move them to one."
         )
-    if not q.shape[:-3] == k.shape[:-3] == v.shape[:-3]:
+    if paged:
+        if k.shape[:2] != v.shape[:2]:
+            raise InvalidInputError(f"attention: k and v must have as many pages, of one size ({shapes}).")
+        if (size := k.shape[1]) != 1 and (size == 0 or size % 16):
+            raise InvalidInputError(
+                f"attention: a page must have 1 row or a multiple of 16 (given {size}: k {tuple(k.shape)}). The layout "
+                f"is {_PAGED}: are page_size and heads swapped? transpose(1, 2) copies nothing."
+            )
+    elif not q.shape[:-3] == k.shape[:-3] == v.shape[:-3]:
         raise InvalidInputError(
             f"attention: q, k and v must have one batch size ({shapes}). Expand the smaller ones: it copies nothing."
         )
@@ -347,8 +375,8 @@ def _warn_of_the_layout() -> None:
     warnings.warn(message, FlashCoreWarning, stacklevel=2)
 
 
-def check_packed(queries: Packed | None, keys: Packed | None, q: torch.Tensor) -> None:
-    """What packed queries and keys must have in common.
+def check_packed(queries: Packed | None, keys: Packed | Paged | None, q: torch.Tensor) -> None:
+    """What packed queries, and packed or paged keys, must have in common.
 
     :raises InvalidInputError: they have not.
     :raises UnsupportedError: only one side is packed.
@@ -359,11 +387,13 @@ def check_packed(queries: Packed | None, keys: Packed | None, q: torch.Tensor) -
                 f"attention: {name} are dense and the others packed, which is not supported. Pass {name}=Packed(...): "
                 "of a dense tensor its offsets are torch.arange(batch + 1) * seqlen, and it is seen as (total, ...)."
             )
-        if not isinstance(given, Packed):
-            raise InvalidInputError(f"attention: {name} must be flashcore.Packed or None (given {given!r}).")
-        if given.offsets.device != q.device:
+        if not isinstance(given, (Packed, Paged) if name == "keys" else Packed):
+            kinds = "flashcore.Packed, flashcore.Paged" if name == "keys" else "flashcore.Packed"
+            raise InvalidInputError(f"attention: {name} must be {kinds} or None (given {given!r}).")
+        if (device := given.tensors[0].device) != q.device:
+            what = "table and lengths" if isinstance(given, Paged) else "offsets"
             raise InvalidInputError(
-                f"attention: offsets of the {name} are on {given.offsets.device}, q on {q.device}. Move them there."
+                f"attention: {what} of the {name} are on {device}, q on {q.device}. Move them there."
             )
     if queries.batch != keys.batch:
         raise InvalidInputError(

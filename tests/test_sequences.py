@@ -1,4 +1,4 @@
-"""Packed sequences: what is refused, what a plan depends on, and that lengths stay on the device."""
+"""Packed and paged sequences: what is refused, what a plan depends on, and that lengths stay on the device."""
 
 import pytest
 import torch
@@ -6,13 +6,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import flashcore
-from flashcore import Packed, api
+from flashcore import Packed, Paged, api
 from flashcore.backends import reference
 from flashcore.errors import InvalidInputError, UnsupportedError
 from flashcore.plan import override
 from flashcore.problem import AttentionProblem
-from flashcore.sequences import PackedSpec
+from flashcore.sequences import PackedSpec, PagedSpec
 from tests.packed import BY_NAME, PACKED_CASES, PackedCase, assert_packed_forward
+from tests.paged import BY_NAME as PAGED_BY_NAME
+from tests.paged import PAGED_CASES, PagedCase
 
 
 def lengths(*numbers, dtype=torch.int32):
@@ -56,7 +58,7 @@ INVALID = {
     "kv": ((*inputs()[:2], inputs(total_k=11)[2]), {"queries": ONE, "keys": ONE}, r"k and v must have one seqlen"),
     "heads": ((inputs()[0][:, 1:], *inputs()[1:]), {"queries": ONE, "keys": ONE}, r"heads_q=3 is not a multiple"),
     "a list": (inputs(), {"queries": [0, 4], "keys": ONE}, r"queries must be flashcore.Packed or None \(given \[0"),
-    "a tensor": (inputs(), {"queries": ONE, "keys": ONE.offsets}, r"keys must be flashcore.Packed or None"),
+    "a tensor": (inputs(), {"queries": ONE, "keys": ONE.offsets}, r"keys must be flashcore.Packed, flashcore.Paged or"),
     "device": (
         inputs(),
         {"queries": Packed(torch.empty(2, dtype=torch.int32, device="meta"), 4), "keys": ONE},
@@ -248,6 +250,173 @@ def test_the_lse_is_differentiable():
         torch.testing.assert_close(grad, right, rtol=1e-4, atol=1e-5)
 
 
+def table(*rows, dtype=torch.int32):
+    return torch.tensor(rows, dtype=dtype)
+
+
+NO_PAGED = {
+    "table: list": ({"table": [[0, 1]]}, r"table must be a torch.Tensor \(given list\)"),
+    "table: int64": ({"table": table([0, 1], dtype=torch.int64)}, r"table must be int32 .*\(given int64 \(1, 2\)"),
+    "table: 1-D": ({"table": lengths(0, 1)}, r"table must be int32 \(batch, max_pages\), .*\(given int32 \(2,\)"),
+    "table: strided": ({"table": table([0, 1, 2, 3])[:, ::2]}, r"its rows contiguous \(given int32 .*strides \(4, 2\)"),
+    "table: empty": ({"table": table([0])[:, :0]}, r"one page or more"),
+    "lengths: list": ({"lengths": [3]}, r"lengths must be a torch.Tensor \(given list\)"),
+    "lengths: int64": ({"lengths": lengths(3, dtype=torch.int64)}, r"lengths must be int32 \(batch,\).*int64"),
+    "lengths: 2-D": ({"lengths": table([3])}, r"lengths must be int32 \(batch,\), contiguous .*\(1, 1\)"),
+    "lengths: batch": ({"lengths": lengths(1, 2)}, r"lengths must be \(1,\), as the table has 1 sequences"),
+    "lengths: device": ({"lengths": torch.empty(1, dtype=torch.int32, device="meta")}, r"beside it on cpu .*on meta"),
+    "longest: negative": ({"longest": -1}, r"longest must be an int from 0 on, known to the host \(given -1\)"),
+    "longest: tensor": ({"longest": torch.tensor(4)}, r"longest must be an int .*\(given Tensor\)"),
+}
+
+
+@pytest.mark.parametrize("name", NO_PAGED)
+def test_what_is_no_paged(name):
+    change, message = NO_PAGED[name]
+    with pytest.raises(InvalidInputError, match=message) as caught:
+        Paged(**({"table": table([0, 1]), "lengths": lengths(20), "longest": 20} | change))
+    assert str(caught.value).startswith("Paged: ")
+
+
+def caches(pages=5, page_size=16, heads=2, head_dim=16, **options):
+    return [torch.randn(pages, page_size, heads, head_dim, **options) for _ in range(2)]
+
+
+PAGES = Paged(table([4, 0], [2, 9]), lengths(20, 8), 20)
+Q = inputs(12)[0]
+INVALID_PAGES = {
+    "page size": ((Q, *caches(page_size=24)), {}, r"1 row or a multiple of 16 \(given 24: k \(5, 24, 2, 16\)\)"),
+    "page size 0": ((Q, *caches(page_size=0)), {}, r"1 row or a multiple of 16 \(given 0"),
+    "page size 2": ((Q, *caches(page_size=2)), {}, r"1 row or a multiple of 16 \(given 2"),
+    "page sizes": ((Q, caches()[0], caches(page_size=32)[1]), {}, r"k and v must have as many pages, of one size"),
+    "pages": ((Q, caches()[0], caches(6)[1]), {}, r"k and v must have as many pages, of one size"),
+    "3-D": (inputs(12), {}, r"k of paged sequences must have 4 dimensions, \(pages, page_size, heads, head_dim\)"),
+    "4-D q": ((Q[None], *caches()), {}, r"q of packed sequences must have 3 dimensions"),
+    "heads": ((Q, *caches(heads=3)), {}, r"heads_q=4 is not a multiple of heads_k=3"),
+    "heads of v": ((Q, caches()[0], caches(heads=1)[1]), {}, r"same number of heads"),
+    "head_dim": ((Q, *caches(head_dim=8)), {}, r"q and k must have one head_dim"),
+    "dtype": ((Q, *caches(dtype=torch.float64)), {}, r"one dtype"),
+    "device": ((Q, *caches(device="meta")), {}, r"k is on meta"),
+    "batch": ((Q, *caches()), {"queries": ONE}, r"of one number of sequences \(given 1 and 2\)"),
+    "queries": ((Q, *caches()), {"queries": PAGES}, r"queries must be flashcore.Packed or None"),
+    "table's device": (
+        (Q, *caches()),
+        {"keys": Paged(*(torch.empty(2, 1, dtype=torch.int32, device="meta")[:, i] for i in (slice(None), 0)), 4)},
+        r"table and lengths of the keys are on meta, q on cpu\. Move them there",
+    ),
+    "sink": ((Q, *caches()), {"sink": torch.ones(3)}, r"sink must be \(4,\)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("call", [flashcore.attention, flashcore.explain])
+@pytest.mark.parametrize("name", INVALID_PAGES)
+def test_invalid_pages(call, name):
+    tensors, options, message = INVALID_PAGES[name]
+    with pytest.raises(InvalidInputError, match=message) as caught:
+        call(*tensors, **{"queries": TWO, "keys": PAGES} | options)
+    assert str(caught.value).startswith("attention: ")
+
+
+def test_paged_keys_want_packed_queries():
+    with pytest.raises(UnsupportedError, match=r"queries are dense .* Pass queries=Packed"):
+        flashcore.attention(Q, *caches(), keys=PAGES)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_pages_have_no_gradients(backend):
+    tensors = Q.clone().requires_grad_(), *caches()
+    with pytest.raises(UnsupportedError, match=r"paged keys have no backward pass.*torch.no_grad"):
+        flashcore.attention(*tensors, queries=TWO, keys=PAGES, backend=backend)
+    with torch.no_grad():
+        out = flashcore.attention(*tensors, queries=TWO, keys=PAGES, backend=backend)
+    assert not out.requires_grad
+
+
+def test_dimensions_of_pages_are_named():
+    k, v = caches(head_dim=16)
+    problem = AttentionProblem.from_tensors(Q, k, v, causal=True, queries=TWO, keys=PAGES)
+    assert (problem.batch, problem.seqlen_q, problem.seqlen_k) == (2, 8, 20)
+    assert (problem.queries, problem.keys) == (PackedSpec(12), PagedSpec(5, 16))
+    assert (problem.q_shape, problem.k_shape, problem.v_shape) == (Q.shape, k.shape, v.shape)
+    assert (problem.out_shape, problem.lse_shape) == ((12, 4, 16), (4, 12))
+    assert problem.features == {"packed", "paged"}
+    assert problem.tensors == ("offsets_q", "table_k", "lengths_k")
+    assert str(problem) == (
+        "float32 on cpu, q (12, 4, 16), k (5, 16, 2, 16), v (5, 16, 2, 16), 2 sequences of up to 8 queries and 20 keys "
+        "in pages, scale 0.25, causal"
+    )
+
+
+def test_no_sequence_is_longer_than_its_row_of_the_table():
+    rows = Paged(PAGES.table, lengths(1000, 8), 500)
+    assert AttentionProblem.from_tensors(Q, *caches(), queries=TWO, keys=rows).seqlen_k == 32
+    shown = Paged(table([4, 0], [2, 3]), lengths(1000, 8), 500)
+    whole = Paged(table([4, 0], [2, 3]), lengths(32, 8), 32)
+    tensors = Q, *caches()
+    for backend in ("auto", "reference"):
+        cut, right = (flashcore.attention(*tensors, queries=TWO, keys=k, backend=backend) for k in (shown, whole))
+        assert torch.equal(cut, right)
+
+
+def test_without_pages_there_are_no_keys():
+    out, lse = flashcore.attention(Q, *caches(pages=0), queries=TWO, keys=PAGES, return_lse=True)
+    assert not out.any()
+    assert lse.isneginf().all()
+    sink = torch.randn(4)
+    out, lse = flashcore.attention(Q, *caches(pages=0), queries=TWO, keys=PAGES, return_lse=True, sink=sink)
+    assert not out.any()
+    torch.testing.assert_close(lse, sink[:, None].expand(4, 12))
+
+
+def test_a_plan_of_pages_is_printed():
+    q, k, v, places, *_ = PAGED_BY_NAME["mixed_pages_of_64"].inputs()
+    printed = str(flashcore.explain(q, k, v, causal=True, **places))
+    assert "7 sequences of up to 70 queries and 130 keys in pages" in printed
+    assert "rejected  hopper: keys in pages" in printed
+    assert "rejected  sdpa: keys in pages" in printed
+
+
+BEFORE = PagedCase("", PackedCase("", (30, 0, 50, 1), (20, 40, 70, 3), causal=True, more=30))
+AFTER = PagedCase("", PackedCase("", (1, 60, 17, 3), (70, 1, 0, 25), causal=True))
+
+
+def become(places, others):
+    """Write what `others` say into the tensors of `places`: offsets, a table as wide, lengths."""
+    places["queries"].offsets.copy_(others["queries"].offsets)
+    places["keys"].lengths.copy_(others["keys"].lengths)
+    places["keys"].table.copy_(others["keys"].table)
+
+
+def test_tables_and_lengths_that_change_in_place_need_no_new_plan(monkeypatch):
+    """As a captured graph replays a launch: the same call, other lengths, other pages."""
+    q, k_cache, v_cache, places, k, v = BEFORE.inputs()
+    out = flashcore.attention(q, k_cache, v_cache, causal=True, **places)
+    assert_packed_forward(BEFORE.packed, out, None, q, k, v)
+    monkeypatch.setattr(api, "_problem", None)  # nobody describes the call again
+    q, k_after, v_after, others, k, v = AFTER.inputs()
+    become(places, others)
+    k_cache[: len(k_after)], v_cache[: len(v_after)] = k_after, v_after
+    out = flashcore.attention(q, k_cache, v_cache, causal=True, **places)
+    assert_packed_forward(AFTER.packed, out, None, q, k, v)
+
+
+@pytest.mark.parametrize("case", [case for case in PAGED_CASES if case.packed.lengths_q], ids=str)
+def test_the_reference_does_not_need_exact_lengths_of_pages(monkeypatch, case):
+    """Nor does it follow what a table says beyond them."""
+    q, k, v, places, *_ = case.inputs()
+    call = {**case.packed.options(), **places, "backend": "reference", "return_lse": True}
+    exact = flashcore.attention(q, k, v, **call)
+    monkeypatch.setattr(reference, "_most", lambda places, b: places.longest)
+    for bounded, right in zip(flashcore.attention(q, k, v, **call), exact, strict=True):
+        torch.testing.assert_close(bounded, right)
+
+
+def test_transforms_of_pages_are_refused():
+    k, v = caches()
+    with pytest.raises(UnsupportedError, match="packed sequences are not there"):
+        torch.func.vmap(lambda q: flashcore.attention(q, k, v, queries=TWO, keys=PAGES))(Q[None])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_nothing_waits_for_the_gpu(backend):
@@ -279,3 +448,20 @@ def test_a_captured_graph_reads_the_lengths_when_it_replays():
             mine.copy_(theirs)
         graph.replay()
         assert_packed_forward(case, out, lse, q, k, v)
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_reads_tables_when_it_replays():
+    q, k_cache, v_cache, places, *_ = BEFORE.inputs("cuda")
+    call = {"causal": True, "return_lse": True, **places}
+    flashcore.attention(q, k_cache, v_cache, **call)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = flashcore.attention(q, k_cache, v_cache, **call)
+    for case in (BEFORE, AFTER):
+        now, k_now, v_now, others, k, v = case.inputs("cuda")
+        become(places, others)
+        q.copy_(now)
+        k_cache[: len(k_now)], v_cache[: len(v_now)] = k_now, v_now
+        graph.replay()
+        assert_packed_forward(case.packed, out, lse, now, k, v)

@@ -23,6 +23,7 @@ FEATURES: dict[str, str] = {
     # The output and the LSE are merged with those of other keys, so they are better not rounded: who can returns them,
     # and gradients, in float32 (float64 for float64). The backward pass gets the output and the LSE of all keys.
     "partial": "a part of the keys, with the LSE of all in the backward pass",
+    "paged": "keys in pages",  # whose queries are packed, too
     "packed": "packed sequences",
 }
 
@@ -102,7 +103,7 @@ def _of_scale(function: Callable, problem: Any, config: Any, at: int, *arguments
 
 
 # In all of these: a scale of None is the default one, and extras are the tensors that the problem names in `tensors`,
-# in that order: offsets of packed sequences, then what the score looks up, then sinks.
+# in that order: where packed and paged sequences lie, then what the score looks up, then sinks.
 
 # dq, dk and dv are shaped like q, k and v. `out` and `lse` may be any provider's. `dout` may have any strides, 0
 # included; dlse is None, or, for a provider with that feature, the gradient of the LSE: (B, Hq, Sq) of any strides, 0

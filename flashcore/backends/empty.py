@@ -6,7 +6,7 @@ import torch
 
 from flashcore.problem import AttentionProblem
 
-FEATURES = frozenset({"window", "score", "sink", "head_dim_v", "dlse", "partial", "packed"})
+FEATURES = frozenset({"window", "score", "sink", "head_dim_v", "dlse", "partial", "packed", "paged"})
 NATIVE_GRAD = False
 
 

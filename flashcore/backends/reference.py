@@ -15,9 +15,9 @@ import torch
 
 from flashcore.mask import Visible
 from flashcore.problem import LONGEST, AttentionProblem
-from flashcore.sequences import Packed
+from flashcore.sequences import Packed, Paged
 
-FEATURES = frozenset({"window", "score", "sink", "head_dim_v", "dlse", "partial", "packed"})
+FEATURES = frozenset({"window", "score", "sink", "head_dim_v", "dlse", "partial", "packed", "paged"})
 NATIVE_GRAD = True
 
 # Scores held at once. 2**26 of them are 256 MiB in float32, a few times over; queries are processed in chunks of that.
@@ -52,7 +52,7 @@ def forward(
 def _each_sequence(
     problem: AttentionProblem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *extras: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Packed sequences, one after the other: out (total, Hq, Dv), lse (Hq, total)."""
+    """Packed sequences, whose keys may be paged, one after the other: out (total, Hq, Dv), lse (Hq, total)."""
     queries, keys, extras = problem.split(extras)
     rows_q, rows_k = _rows(queries, q), _rows(keys, k)
     sequences = zip(_taken(q, rows_q), _taken(k, rows_k), _taken(v, rows_k), strict=True)
@@ -66,21 +66,22 @@ def _each_sequence(
     return out[:-1], lse[:, :-1].contiguous()
 
 
-def _rows(packed: Packed, tensor: torch.Tensor) -> list[torch.Tensor]:
+def _rows(places: Packed | Paged, tensor: torch.Tensor) -> list[torch.Tensor]:
     """In which rows of `tensor` each sequence is. What is beyond its length is one past the tensor's end; none is
     without a row."""
-    ranges = [torch.arange(max(1, _most(packed, b)), device=tensor.device) for b in range(packed.batch)]
-    return [torch.where(i < packed.length(b), packed.at(b, i), len(tensor)) for b, i in enumerate(ranges)]
+    total, *page_size = tensor.shape[:-2].numel(), *tensor.shape[1:-2]
+    ranges = [torch.arange(max(1, _most(places, b)), device=tensor.device) for b in range(places.batch)]
+    return [torch.where(i < places.length(b), places.at(b, i, *page_size), total) for b, i in enumerate(ranges)]
 
 
-def _most(packed: Packed, b: int) -> int:
+def _most(places: Packed | Paged, b: int) -> int:
     """How many rows sequence `b` has at most. To count them one would have to wait for a GPU."""
-    return packed.longest if packed.offsets.is_cuda else int(packed.length(b))
+    return places.longest if places.tensors[0].is_cuda else int(places.length(b))
 
 
 def _taken(tensor: torch.Tensor, rows: list[torch.Tensor]) -> list[torch.Tensor]:
     """Each sequence's rows, as a batch of one: zeros past the end."""
-    padded = torch.nn.functional.pad(tensor, (0, 0, 0, 0, 0, 1))
+    padded = torch.nn.functional.pad(tensor.flatten(0, -3), (0, 0, 0, 0, 0, 1))
     return [one[None] for one in padded.index_select(0, torch.cat(rows)).split(list(map(len, rows)))]
 
 

@@ -347,6 +347,8 @@ def _choose(problem: AttentionProblem, method: str, layout: Layout, ordered: int
     if ordered is not None and method == "ulysses":
         raise InvalidInputError("distributed: ordered is the ring's. Ulysses has the bits of one device without it.")
     lacking = ulysses.lacks(problem.heads_q, problem.heads_k, layout.ranks)
+    if problem.paged:
+        raise UnsupportedError("distributed: keys in pages are not there.")
     if problem.packed:
         if method == "ring" or ordered is not None or lacking:
             reason = lacking or "the ring, and ordered, take sequences of one length"

@@ -204,6 +204,10 @@ def packed(group, layout):
     torch.testing.assert_close(found_lse, lse, rtol=0, atol=1e-5)
     with raises(UnsupportedError, "packed sequences need ulysses: the ring"):
         distributed.attention(*mine, group=group, layout=layout, method="ring", **options)
+    q, *caches = (t.detach() if i == 0 else t.detach()[None, :16] for i, t in enumerate(mine))
+    options["keys"] = flashcore.Paged(torch.zeros(4, 1, dtype=torch.int32), torch.zeros(4, dtype=torch.int32), 16)
+    with raises(UnsupportedError, "keys in pages are not there"):
+        distributed.attention(q, *caches, group=group, layout=layout, **options)
 
 
 @check(2, method={"ring": "ring", "ulysses": "ulysses"}, empty={"batch": (0, 2), "tokens": (2, 0)})
