@@ -51,7 +51,7 @@ class ForwardLauncher(Launcher):
         )  # fmt: skip
         self._default_scale, self._exponent_scale = problem.head_dim**-0.5, exponent_scale(problem)
         self._out_shape = problem.out_shape
-        self._extra_arguments = extra_arguments(problem)
+        self._extra_arguments = extra_arguments(problem.kernel_score)
         self._map_sets: dict[tuple, tuple] = {}  # all addresses and strides -> the four tensor maps
         rows = {"q": 64, "k": config.tile_n, "v": config.tile_n, "out": 64}  # of a box
         self._maps = [TensorMaps(partial(_map, name, n)) for name, n in rows.items()]

@@ -18,10 +18,18 @@ from flashcore.backends.hopper.backward_configs import (
     WideConfig,
 )
 from flashcore.backends.hopper.jit import compile_kernel
-from flashcore.backends.hopper.launch import LOG2_E, Launcher, current_stream, diagonals, keep
+from flashcore.backends.hopper.launch import (
+    LOG2_E,
+    Launcher,
+    current_stream,
+    diagonals,
+    extra_arguments,
+    keep,
+    scale_log2,
+)
 from flashcore.problem import AttentionProblem
 
-FEATURES = frozenset({"window", "sink", "dlse", "partial"})
+FEATURES = frozenset({"window", "score", "sink", "head_dim_v", "dlse", "partial"})
 
 
 def unavailable() -> str | None:
@@ -30,6 +38,13 @@ def unavailable() -> str | None:
 
 def rejects(problem: AttentionProblem) -> str | None:
     return hopper.rejects(problem) or configs.rejects(problem)
+
+
+def defers(problem: AttentionProblem) -> tuple[str, str] | None:
+    """The provider that is to have a problem which this one could compute, and why."""
+    if problem.score.change is not None or problem.head_dim_v != problem.head_dim:
+        return "triton", "has run on GPUs with score functions and a head_dim of V of its own"
+    return None
 
 
 def configure(problem: AttentionProblem) -> BackwardConfig | WideConfig:
@@ -44,7 +59,7 @@ def prepare(problem: AttentionProblem, config: BackwardConfig | WideConfig) -> R
     def backward(q, k, v, out, lse, dout, dlse, scale, *extras):
         q, k, v, dout = (tensor.resolve_neg() for tensor in (q, k, v, dout))
         dlse = dlse if dlse is None else dlse.resolve_neg()
-        return launch(q, k, v, out, lse, dout, dlse, default if scale is None else scale)
+        return launch(q, k, v, out, lse, dout, dlse, default if scale is None else scale, *extras)
 
     return backward
 
@@ -64,8 +79,9 @@ class _Launcher:
         # Of q, k, v, dout, dk, dv, dq.
         self._box_rows = (config.tile_m, config.tile_n, config.tile_n, config.tile_m, 64, 64, box_dq)
         self._maps: tuple[dict, ...] = tuple({} for _ in self._box_rows)  # (address, strides) -> tensor map
-        self._rows_scalars = _i32(problem.heads_q, problem.seqlen_q, self._blocks, problem.head_dim)
-        row_head_dim = next(n for n in (64, 128, 256) if config.head_dim <= n)  # whose row a power of two threads share
+        self._rows_scalars = _i32(problem.heads_q, problem.seqlen_q, self._blocks, problem.head_dim_v)
+        # Whose row a power of two threads share.
+        row_head_dim = next(n for n in (64, 128, 256) if problem.head_dim_v <= n)
         self._rows = Launcher(compile_kernel(RowsConfig(config.dtype, row_head_dim, config.tile_m)), self._tiles)
 
     @property
@@ -83,6 +99,7 @@ class _Launcher:
         dout: torch.Tensor,
         dlse: torch.Tensor | None = None,
         scale: float | None = None,
+        *extras: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """dq, dk and dv, contiguous.
 
@@ -91,6 +108,7 @@ class _Launcher:
         :param dout: the gradient of `out`, any strides.
         :param dlse: the gradient of `lse`, if it has one.
         :param scale: the problem's when None.
+        :param extras: the tensors that the score looks up, then the sinks.
         """
         # Copies made here live until the launches are queued; the allocator orders their reuse after them.
         q, k, v = (tma.addressable(tensor, name) for tensor, name in ((q, "q"), (k, "k"), (v, "v")))
@@ -110,14 +128,16 @@ class _Launcher:
             0 if dlse is None else dlse.data_ptr(), rows, self._turns(rows), *_outer_strides(out),
             *_outer_strides(dout), *self._rows_scalars,
         )  # fmt: skip
-        self._multiply(device, stream, maps, rows, self._scale if scale is None else scale)
+        self._multiply(device, stream, maps, rows, self._scale if scale is None else scale, extras)
         return grads
 
     def _turns(self, workspace: int) -> int:
         """The address of the counters that the first kernel sets to 0, or 0."""
         return 0
 
-    def _multiply(self, device: int, stream: Any, maps: list, workspace: int, scale: float) -> None:
+    def _multiply(
+        self, device: int, stream: Any, maps: list, workspace: int, scale: float, extras: tuple[torch.Tensor, ...]
+    ) -> None:
         """Launch what follows. The workspace begins with the numbers of rows."""
         raise NotImplementedError
 
@@ -153,7 +173,9 @@ class BackwardLauncher(_Launcher):
     def _turns(self, workspace: int) -> int:
         return workspace + self._row_bytes + self._sum_bytes
 
-    def _multiply(self, device: int, stream: Any, maps: list, workspace: int, scale: float) -> None:
+    def _multiply(
+        self, device: int, stream: Any, maps: list, workspace: int, scale: float, extras: tuple[torch.Tensor, ...]
+    ) -> None:
         *inputs, map_dq = maps
         sums = workspace + self._row_bytes
         launch, kernel, shape = self._main.loaded(device)
@@ -172,6 +194,10 @@ class WideLauncher(_Launcher):
     def __init__(self, problem: AttentionProblem, config: WideConfig):
         super().__init__(problem, config, 64)
         heads, at_once = problem.batch * problem.heads_k, configs.heads_at_a_time(config, problem)
+        self._factor = problem.score.factor
+        self._exponent_scale = None if config.score.change is None else scale_log2(self._factor)
+        self._extra_arguments = extra_arguments(config.score)
+        self._captured = len(config.score.captured)
         group, per_head = problem.group_size, self._blocks * self._keys
         self._ds_bytes = at_once * group * per_head * 64 * 64 * 2
         main = compile_kernel(config)
@@ -196,13 +222,17 @@ class WideLauncher(_Launcher):
     def workspace_bytes(self) -> int:
         return -(-self._row_bytes // 16) * 16 + self._ds_bytes
 
-    def _multiply(self, device: int, stream: Any, maps: list, workspace: int, scale: float) -> None:
+    def _multiply(
+        self, device: int, stream: Any, maps: list, workspace: int, scale: float, extras: tuple[torch.Tensor, ...]
+    ) -> None:
         *inputs, map_dq = maps
         ds = workspace + -(-self._row_bytes // 16) * 16
-        scales = numpy.float32(scale), numpy.float32(scale * LOG2_E)
+        # Of dQ and dK, and of the exponent.
+        scales = numpy.float32(scale * self._factor), self._exponent_scale or numpy.float32(scale * LOG2_E)
+        extra = self._extra_arguments(scale, extras[: self._captured])
         for main, main_scalars, product, product_scalars in self._rounds:
             launch, kernel, shape = main.loaded(device)
-            launch(stream, shape, kernel, *inputs, workspace, ds, *scales, *main_scalars)
+            launch(stream, shape, kernel, *inputs, workspace, ds, *scales, *main_scalars, *extra)
             launch, kernel, shape = product.loaded(device)
             launch(stream, shape, kernel, inputs[1], map_dq, ds, scales[0], *product_scalars)
 

@@ -7,11 +7,12 @@ every row, the products, and dQ: up to head_dim 128 it is only rounded there, be
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 from flashcore.backends.hopper.configs import REGISTER_FILE, SMEM_LIMIT
 from flashcore.problem import AttentionProblem
+from flashcore.score import PLAIN, Score
 
 _ELEMENTS = {"bfloat16": "Bf16", "float16": "Fp16"}
 _CONSUMERS = 2  # warpgroups
@@ -25,8 +26,16 @@ _DS_TILE = 64 * 64 * 2  # bytes
 
 def _constants(config: Any, more: tuple[str, ...]) -> dict[str, int | bool]:
     """Name and value of every constant of the device-side ``struct Config``: the fields, and those class attributes."""
-    names = [f.name for f in fields(config) if f.name not in ("dtype", "why")] + list(more)
+    names = [f.name for f in fields(config) if f.name not in ("dtype", "score", "why")] + list(more)
     return {name: getattr(config, name) for name in names}
+
+
+def _head_dims(config: Any) -> str:
+    return f"head_dim {config.head_dim}" + (f"/{config.head_dim_v}" if config.head_dim_v != config.head_dim else "")
+
+
+def _score_name(config: Any) -> str:
+    return "" if config.score == PLAIN else f" {config.score}"
 
 
 def _mask_name(config: Any) -> str:
@@ -106,12 +115,15 @@ class WideConfig:
     """One variant of ``device/attention/backward_wide_sm90.cuh``."""
 
     dtype: str
-    head_dim: int  # of the tile: 192 or 256
+    head_dim: int  # of the tile, like the next one: a row of WIDE_TABLE
+    head_dim_v: int
     bounded_left: bool
     bounded_right: bool
     wait_limit: int = 0
+    score: Score = PLAIN  # without its sink, which the LSE has
     why: str = field(default="", compare=False)
 
+    differentiates: ClassVar[bool] = True  # the score
     source: ClassVar[str] = "attention/backward_wide_sm90.cuh"
     entry: ClassVar[str] = "attention_backward_wide_sm90"
     tile_m: ClassVar[int] = 64
@@ -124,9 +136,9 @@ class WideConfig:
     @property
     def smem_bytes(self) -> int:
         """``sizeof(WideSmem<Config>)``, which the kernel asserts."""
-        tile = 64 * self.head_dim * 2
+        q, v = 64 * self.head_dim * 2, 64 * self.head_dim_v * 2
         ds, p, rows, barriers = 2 * _DS_TILE, 64 * 64 * 4, self.stages * 132 * 4, 8 * (2 * self.stages + 8)
-        return -(-(2 * tile + 2 * self.stages * tile + ds + p + rows + barriers) // 1024) * 1024
+        return -(-(2 * max(q, v) + self.stages * (q + v) + ds + p + rows + barriers) // 1024) * 1024
 
     def constants(self) -> dict[str, int | bool]:
         more = ("tile_m", "tile_n", "stages", "threads", "producer_registers", "consumer_registers", "smem_bytes")
@@ -138,8 +150,8 @@ class WideConfig:
 
     def __str__(self) -> str:
         return (
-            f"{self.dtype} head_dim {self.head_dim} {_mask_name(self)}: tile {self.tile_m} x {self.tile_n}, "
-            f"{self.stages} stages, dS in memory, dQ a product of its own"
+            f"{self.dtype} {_head_dims(self)} {_mask_name(self)}{_score_name(self)}: "
+            f"tile {self.tile_m} x {self.tile_n}, {self.stages} stages, dS in memory, dQ a product of its own"
         )
 
 
@@ -245,6 +257,8 @@ BACKWARD_TABLE: tuple[BackwardRow, ...] = (
 
 # Head dimensions of tiles whose dK and dV are in two warpgroups.
 WIDE_TABLE: dict[int, str] = {
+    64: "a changed score's slope, or a head_dim of V of its own: the fused kernel has neither",
+    128: "a changed score's slope, or a head_dim of V of its own: the fused kernel has neither",
     192: "dQ would leave no registers for dK and dV; a quarter less to load and to multiply than 256",
     256: "dQ would leave no registers for dK and dV",
 }
@@ -254,11 +268,18 @@ def rejects(problem: AttentionProblem) -> str | None:
     """The one feature of the problem that the backward kernels lack; None if they have all."""
     if problem.dtype not in _ELEMENTS:
         return f"dtype {problem.dtype} is neither bfloat16 nor float16"
-    if problem.head_dim > max(WIDE_TABLE):
-        return f"head_dim {problem.head_dim} > {max(WIDE_TABLE)}"
-    if problem.head_dim % 8:
-        return f"head_dim {problem.head_dim} is not a multiple of 8"
+    for name, head_dim in (("head_dim", problem.head_dim), ("head_dim_v", problem.head_dim_v)):
+        if head_dim > max(WIDE_TABLE):
+            return f"{name} {head_dim} > {max(WIDE_TABLE)}"
+        if head_dim % 8:
+            return f"{name} {head_dim} is not a multiple of 8"
     return None
+
+
+def is_fused(problem: AttentionProblem) -> bool:
+    """Whether the fused kernel takes a problem that the wide one takes as well."""
+    plain = problem.score.change is None and problem.head_dim_v == problem.head_dim
+    return plain and problem.head_dim <= BACKWARD_TABLE[-1].head_dim
 
 
 def choose_backward(problem: AttentionProblem) -> BackwardConfig | WideConfig:
@@ -266,11 +287,13 @@ def choose_backward(problem: AttentionProblem) -> BackwardConfig | WideConfig:
     if (reason := rejects(problem)) is not None:
         raise LookupError(f"the backward kernels do not take this problem: {reason}")
     mask = problem.visible.bounded_left, problem.visible.bounded_right
-    for row in BACKWARD_TABLE:
-        if problem.head_dim <= row.head_dim:
-            return row.config(problem.dtype, *mask)
-    head_dim = next(head_dim for head_dim in WIDE_TABLE if problem.head_dim <= head_dim)
-    return WideConfig(problem.dtype, head_dim, *mask, why=WIDE_TABLE[head_dim])
+    if is_fused(problem):
+        return next(row for row in BACKWARD_TABLE if problem.head_dim <= row.head_dim).config(problem.dtype, *mask)
+    head_dim, head_dim_v = (
+        next(row for row in WIDE_TABLE if n <= row) for n in (problem.head_dim, problem.head_dim_v)
+    )
+    score = replace(problem.score.structure, sink=None)
+    return WideConfig(problem.dtype, head_dim, head_dim_v, *mask, score=score, why=WIDE_TABLE[head_dim])
 
 
 def heads_at_a_time(config: WideConfig, problem: AttentionProblem) -> int:
@@ -339,8 +362,9 @@ def declared_backward_configs() -> list[tuple[str, BackwardConfig]]:
 
 
 def declared_wide_configs() -> list[tuple[str, WideConfig]]:
-    """The same of wide heads."""
+    """The same of wide heads, without a score and with V as wide as K."""
     return [
-        (f"backward-{head_dim}-64x64-{mask}-{dtype}", WideConfig(dtype, head_dim, *_MASKS[mask], why=why))
+        (f"backward-{head_dim}-64x64-{mask}-{dtype}", WideConfig(dtype, head_dim, head_dim, *_MASKS[mask], why=why))
         for (head_dim, why), mask, dtype in itertools.product(WIDE_TABLE.items(), _MASKS, _ELEMENTS)
+        if head_dim > BACKWARD_TABLE[-1].head_dim
     ]

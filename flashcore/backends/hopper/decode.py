@@ -34,7 +34,7 @@ class DecodeLauncher(Launcher):
         )  # fmt: skip
         self._default_scale, self._exponent_scale = problem.head_dim**-0.5, exponent_scale(problem)
         self._out_shape = problem.out_shape
-        self._extra_arguments = extra_arguments(problem)
+        self._extra_arguments = extra_arguments(problem.kernel_score)
         # Strides that the kernel can read: of q, k and v -> the entry's parameters, (batch, row, head) of each.
         self._strides: dict[tuple, tuple[int, ...]] = {}
 

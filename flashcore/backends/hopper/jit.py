@@ -110,8 +110,11 @@ def _flatten(path: str) -> str:
     return paste((DEVICE_SOURCES / path).resolve())
 
 
-def score_source(score: Score) -> str:
-    """``struct Score`` and what a kernel's entry needs to make one (device/attention/score.cuh)."""
+def score_source(score: Score, differentiate: bool = False) -> str:
+    """``struct Score`` and what a kernel's entry needs to make one (device/attention/score.cuh).
+
+    :param differentiate: with the derivative, for a backward pass.
+    """
     members: list[tuple[str, str]] = []  # type and name; the entry's parameters for it
     functions, floats, change = [], "", "s"
     if score.change is not None:
@@ -120,12 +123,15 @@ def score_source(score: Score) -> str:
         floats = " ".join(f"[[maybe_unused]] const float {name}_f = float({name});" for name in used)
         floats += " [[maybe_unused]] const float score = s * scale;"
         change = score.base.print("cuda")
-    functions.append(f"""\
-  __forceinline__ float apply(float s, int batch, int head, int query, int key, float query_f, float key_f,
+    printed = {"apply": change}
+    if differentiate:
+        printed["slope"] = "1.0f" if score.change is None else score.base.derivative.print("cuda")
+    functions += [f"""\
+  __forceinline__ float {name}(float s, int batch, int head, int query, int key, float query_f, float key_f,
                               int offset) const {{
     {floats}
-    return {change};
-  }}""")
+    return {value};
+  }}""" for name, value in printed.items()]
     for slot, (dtype, shape) in enumerate(score.captured):
         name, dims = f"captured{slot}", range(len(shape))
         members.append((f"const {_memory_type(dtype)}*", f"{name}_data"))
@@ -168,7 +174,7 @@ def kernel_source(config: KernelConfig) -> str:
     )
     score = _flatten("ptx/math.cuh") + "\n" if config.source.startswith("attention/") else ""
     if hasattr(config, "score"):
-        score += score_source(config.score)
+        score += score_source(config.score, getattr(config, "differentiates", False))
     return f"""\
 {_flatten("ptx/types.cuh")}
 struct Config {{

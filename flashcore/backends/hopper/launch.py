@@ -12,7 +12,7 @@ import numpy
 import torch
 
 from flashcore.problem import AttentionProblem
-from flashcore.score import PLAIN
+from flashcore.score import PLAIN, Score
 
 if TYPE_CHECKING:
     from flashcore.backends.hopper.jit import CompiledKernel
@@ -44,10 +44,9 @@ def diagonals(problem: AttentionProblem) -> tuple[numpy.int32, numpy.int32]:
     return numpy.int32(left), numpy.int32(min(right, 2**31 - 2**20))
 
 
-def extra_arguments(problem: AttentionProblem) -> Callable[[float, tuple[torch.Tensor, ...]], tuple]:
-    """From the scale and the tensors that the problem's score brings to the entry's SCORE_PARAMETERS
+def extra_arguments(score: Score) -> Callable[[float, tuple[torch.Tensor, ...]], tuple]:
+    """From the scale and the tensors that a kernel's score brings to the entry's SCORE_PARAMETERS
     (``jit.score_source``)."""
-    score = problem.kernel_score
     if score == PLAIN:
         return lambda scale, extras: ()
 

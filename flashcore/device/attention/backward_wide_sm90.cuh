@@ -1,15 +1,17 @@
 // Attention backward for Hopper (sm_90a) with wide heads: dK, dV, and dS in 16 bit.
 //
 // COMPUTES  what backward_sm90.cuh does, of head_dim up to 256, but for dQ: dS goes to memory, and
-//   backward_product_sm90.cuh multiplies it with K. A dQ tile would leave no registers for dK and dV.
+//   backward_product_sm90.cuh multiplies it with K. A dQ tile would leave no registers for dK and dV. The head_dim of V, dO
+//   and dV may be another one. Scores may be changed (score.cuh): with P = exp(change(S) - LSE), dS = P * (dP - delta) *
+//   slope(S), but for a constant factor, which is in scale_log2 and in scale.
 //
 // GRID AND ORDER  One CTA per tile of 64 keys of one key head; it walks over the tiles of 64 queries that see it, of all
 //   query heads of the group (backward_schedule.cuh), so dK and dV are complete in its registers. Nothing is added up
 //   across CTAs: the same bits each time. A launch covers as many heads as the workspace has room for.
 //
 // DATA FLOW (per query tile; keys are the rows of S^T, so that P^T and dS^T are first operands from registers)
-//   warpgroup 1:  K, Q -WGMMA SS-> S^T -exp2-> P^T (registers)     P^T -fp32-> smem     P^T, dO -WGMMA RS-> dV
-//   warpgroup 2:  V, dO -WGMMA SS-> dP^T, from -delta on -> dS^T = P^T * dP^T           dS^T, Q -WGMMA RS-> dK
+//   warpgroup 1:  K, Q -WGMMA SS-> S^T -exp2-> P^T (registers)     P^T (* slope) -fp32-> smem     P^T, dO -WGMMA RS-> dV
+//   warpgroup 2:  V, dO -WGMMA SS-> dP^T, from -delta on -> dS^T = P^T (* slope) * dP^T           dS^T, Q -WGMMA RS-> dK
 //                 dS^T -stmatrix-> smem -bulk copy-> global, as the tile lies in shared memory
 //
 // WARP ROLES AND REGISTERS
@@ -17,13 +19,13 @@
 //     others leave.
 //   warpgroup 1 owns dV, warpgroup 2 dK: 64 keys x head_dim each. Both have two products and half of the elementwise work.
 //   setmaxnreg: (24 + 2 * 240) * 128 = 64,512 of 65,536. Live: the gradient head_dim / 2 = 128, S or dP 32, P or dS 16 as
-//     fragments and 32 while they are made, and about 30 more.
+//     fragments and 32 while they are made, and about 30 more. A score's slope takes 32 more, and some spills.
 //
 // SHARED MEMORY (WideSmem), bytes at head_dim 256, 2 stages
 //   k, v                       65,536   at the end dV and dK
 //   q[stages], dout[stages]   131,072   the ring
 //   ds[2]                      16,384   dS^T on its way out
-//   p                          16,384   P^T of a step, fp32: float4 i of thread t at [i][t]
+//   p                          16,384   P^T (* slope) of a step, fp32: float4 i of thread t at [i][t]
 //   rows[stages]                1,056   -lse * log2(e), -delta, whether the first is huge
 //   barriers                       96
 //
@@ -54,15 +56,18 @@
 #include "../ptx/wgmma.cuh"
 #include "../ptx/wgmma_sync.cuh"
 #include "backward_tile.cuh"
+#include "score.cuh"
 
 template <class Config> struct WideSmem {
-  using Tile = SmemTile<64, Config::head_dim>;  // of Q, K, V, dO
+  using QTile = SmemTile<64, Config::head_dim>;    // and of K
+  using VTile = SmemTile<64, Config::head_dim_v>;  // and of dO
   using DsTile = SmemTile<64, 64>;
+  static constexpr int bytes = QTile::bytes > VTile::bytes ? QTile::bytes : VTile::bytes;
 
-  alignas(1024) u8 k[Tile::bytes];
-  u8 v[Tile::bytes];
-  u8 q[Config::stages][Tile::bytes];
-  u8 dout[Config::stages][Tile::bytes];
+  alignas(1024) u8 k[bytes];
+  u8 v[bytes];
+  u8 q[Config::stages][QTile::bytes];
+  u8 dout[Config::stages][VTile::bytes];
   u8 ds[2][DsTile::bytes];
   float4 p[8][128];
   float rows[Config::stages][2 * 64 + 4];  // as in BackwardParams
@@ -74,25 +79,27 @@ template <class Config> struct WideSmem {
 
 template <class Config> struct WideKernel {
   using Smem = WideSmem<Config>;
-  using Tile = typename Smem::Tile;
+  using QTile = typename Smem::QTile;
+  using VTile = typename Smem::VTile;
   using DsTile = typename Smem::DsTile;
   using Element = typename Config::Element;
   using Cursor = RingCursor<Config::stages>;
   using DsCursor = RingCursor<2>;
 
-  static constexpr int head_dim = Config::head_dim;
   static_assert(sizeof(Smem) == Config::smem_bytes, "the host and the kernel disagree on shared memory");
   static_assert(Config::tile_m == 64 && Config::tile_n == 64);
 
   Smem& smem;
   const BackwardParams<Config>& params;
   const KeyTile<Config>& tile;
+  const Score& score;
   u8* const ds;  // (heads of this launch, group, m_blocks, n_blocks) tiles of dS^T as they lie in shared memory
 
   static __forceinline__ void wait(u64& barrier, u32 parity) { mbarrier_wait<Config::wait_limit>(barrier, parity); }
 
   // ---- producer, and the thread that stores dS ---------------------------------------------------------------------
 
+  template <class Tile>
   __forceinline__ void load(u8* to, const TensorMap& map, u64& full, int row, int head) {
 #pragma unroll
     for (int c = 0; c < Tile::chunks; ++c)
@@ -101,22 +108,22 @@ template <class Config> struct WideKernel {
 
   void produce(const TensorMap& q, const TensorMap& k, const TensorMap& v, const TensorMap& dout) {
     if (tile.steps == 0) return;
-    mbarrier_arrive_expect_tx(smem.k_full, Tile::bytes);
-    load(smem.k, k, smem.k_full, tile.n * 64, tile.head);
+    mbarrier_arrive_expect_tx(smem.k_full, QTile::bytes);
+    load<QTile>(smem.k, k, smem.k_full, tile.n * 64, tile.head);
     wait_for_previous_kernel();
     Cursor cursor;
     QueryWalk<Config> walk(params, tile);
     for (int i = 0; i < tile.steps; ++i) {
       wait(smem.ring.empty[cursor.stage], cursor.phase ^ 1);
       u64& full = smem.ring.full[cursor.stage];
-      mbarrier_arrive_expect_tx(full, 2 * Tile::bytes + sizeof(smem.rows[0]));
+      mbarrier_arrive_expect_tx(full, QTile::bytes + VTile::bytes + sizeof(smem.rows[0]));
       const int head = tile.head * params.group_size + walk.head;
-      load(smem.q[cursor.stage], q, full, walk.m * 64, head);
+      load<QTile>(smem.q[cursor.stage], q, full, walk.m * 64, head);
       bulk_load(smem.rows[cursor.stage], params.rows + u64(walk.index()) * (2 * 64 + 4), sizeof(smem.rows[0]), full);
-      load(smem.dout[cursor.stage], dout, full, walk.m * 64, head);
+      load<VTile>(smem.dout[cursor.stage], dout, full, walk.m * 64, head);
       if (i == 0) {
-        mbarrier_arrive_expect_tx(smem.v_full, Tile::bytes);
-        load(smem.v, v, smem.v_full, tile.n * 64, tile.head);
+        mbarrier_arrive_expect_tx(smem.v_full, VTile::bytes);
+        load<VTile>(smem.v, v, smem.v_full, tile.n * 64, tile.head);
       }
       walk.advance();
       cursor.advance();
@@ -142,17 +149,20 @@ template <class Config> struct WideKernel {
 
   // ---- consumers ---------------------------------------------------------------------------------------------------
 
-  struct Consumer {
+  // Tile: of the gradient, and of what P^T or dS^T is multiplied with.
+  template <class Tile> struct Consumer {
     Smem& smem;
     const BackwardParams<Config>& params;
     const KeyTile<Config>& tile;
+    const Score& score;
     const int thread;
     Cursor cursor;
     u32 p_phase = 0;
 
-    float gradient[head_dim / 2];  // dV or dK
-    float s[32];                   // S^T, then P^T; or dP^T, then dS^T
-    u32 fragment[16];              // of P^T or dS^T
+    float gradient[Tile::cols / 2];  // dV or dK
+    float s[32];                     // S^T, then P^T; or dP^T, then dS^T
+    float slope[32];                 // of changed scores
+    u32 fragment[16];                // of P^T or dS^T
 
     __forceinline__ void acquire() { wait(smem.ring.full[cursor.stage], cursor.phase); }
 
@@ -166,12 +176,12 @@ template <class Config> struct WideKernel {
     }
 
     // s (+)= a b^T: K Q^T, V dO^T.
-    __forceinline__ void issue_scores(const u8* a, const u8* b, bool accumulate) {
+    template <class Operands> __forceinline__ void issue_scores(const u8* a, const u8* b, bool accumulate) {
       const u32 first = smem_address(a), second = smem_address(b);
       wgmma_fence();
 #pragma unroll
-      for (int step = 0; step < head_dim / 16; ++step)
-        Wgmma<Element, 64>::template ss<0, 0>(s, Tile::k_major(first, step), Tile::k_major(second, step),
+      for (int step = 0; step < Operands::cols / 16; ++step)
+        Wgmma<Element, 64>::template ss<0, 0>(s, Operands::k_major(first, step), Operands::k_major(second, step),
                                               step > 0 || accumulate);
       wgmma_commit();
     }
@@ -184,7 +194,7 @@ template <class Config> struct WideKernel {
       wgmma_fence();
 #pragma unroll
       for (int step = 0; step < 4; ++step)
-        Wgmma<Element, head_dim>::template rs<1>(gradient, fragment[4 * step], fragment[4 * step + 1],
+        Wgmma<Element, Tile::cols>::template rs<1>(gradient, fragment[4 * step], fragment[4 * step + 1],
                                                  fragment[4 * step + 2], fragment[4 * step + 3],
                                                  Tile::mn_major(second, step), true);
       wgmma_commit();
@@ -198,14 +208,45 @@ template <class Config> struct WideKernel {
     // ---- warpgroup 1: dV
 
     __forceinline__ void exponentiate(const QueryWalk<Config>& walk, int warp_key) {
+      if constexpr (!Score::plain) change(walk, warp_key);
       ::exponentiate(s, params, smem.rows[cursor.stage], walk.m * 64, warp_key, thread);
+      if constexpr (!Score::plain) {
+        // Past the end a changed score may be anything.
+        const int exists = params.seqlen_q - walk.m * 64 - 2 * (thread % 4);
+        if (exists < 64) {
+#pragma unroll
+          for (int i = 0; i < 32; ++i)
+            if (fragment_col(i) >= exists) s[i] = 0;
+        }
+#pragma unroll
+        for (int i = 0; i < 32; ++i) slope[i] = s[i] == 0 ? 0 : slope[i] * s[i];
+      }
+    }
+
+    __forceinline__ void change(const QueryWalk<Config>& walk, int warp_key) {
+      const int head = tile.head * params.group_size + walk.head, offset = params.mask.seqlen_k - params.seqlen_q;
+      const int key = warp_key + thread % 32 / 4, query = walk.m * 64 + 2 * (thread % 4);
+      const float key_f[2] = {float(key), float(key + 8)}, query_f = float(query);
+#pragma unroll
+      for (int group = 0; group < 8; ++group) {
+        float x[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const int i = 4 * group + j, slot = fragment_slot(i), col = fragment_col(i);
+          slope[i] = score.slope(s[i], tile.batch, head, query + col, key + 8 * slot, query_f + col, key_f[slot], offset);
+          x[j] = score.apply(s[i], tile.batch, head, query + col, key + 8 * slot, query_f + col, key_f[slot], offset);
+        }
+        pin(x);  // or addresses and half-done scores of all groups are live at once
+#pragma unroll
+        for (int j = 0; j < 4; ++j) s[4 * group + j] = x[j];
+      }
     }
 
     void walk_for_values(int warp_key) {
       QueryWalk<Config> walk(params, tile);
       wait(smem.k_full, 0);
       acquire();
-      issue_scores(smem.k, smem.q[cursor.stage], false);
+      issue_scores<QTile>(smem.k, smem.q[cursor.stage], false);
       wgmma_wait<0>();
       pin(s);
       exponentiate(walk, warp_key);
@@ -213,9 +254,10 @@ template <class Config> struct WideKernel {
       for (int i = tile.steps;;) {
         const int stage = cursor.stage;
         wait(smem.p_empty, p_phase ^ 1);
+        const float(&p)[32] = Score::plain ? s : slope;
 #pragma unroll
         for (int j = 0; j < 8; ++j)
-          smem.p[j][thread] = make_float4(s[4 * j], s[4 * j + 1], s[4 * j + 2], s[4 * j + 3]);
+          smem.p[j][thread] = make_float4(p[4 * j], p[4 * j + 1], p[4 * j + 2], p[4 * j + 3]);
         arrive(smem.p_full);
         p_phase ^= 1;
         pack();
@@ -224,7 +266,7 @@ template <class Config> struct WideKernel {
         cursor.advance();
         walk.advance();
         acquire();
-        issue_scores(smem.k, smem.q[cursor.stage], false);
+        issue_scores<QTile>(smem.k, smem.q[cursor.stage], false);
         wgmma_wait<1>();
         pin(gradient);
         pin(fragment);
@@ -243,7 +285,7 @@ template <class Config> struct WideKernel {
     __forceinline__ void issue_dp() {
       start_dp<Config>(s, smem.rows[cursor.stage], thread);
       pin(s);
-      issue_scores(smem.v, smem.dout[cursor.stage], true);
+      issue_scores<VTile>(smem.v, smem.dout[cursor.stage], true);
     }
 
     void walk_for_keys() {
@@ -294,24 +336,29 @@ template <class Config> struct WideKernel {
       pin(fragment);
     }
 
-    void run(const TensorMap& dk_map, const TensorMap& dv_map, int wg, int warp) {
+    void make_dv(const TensorMap& map, int warp) {
+      clear();
+      if (!Config::bounded_left || tile.steps > 0) walk_for_values(tile.n * 64 + warp % 4 * 16);
+      store(smem.k, map, 2);  // whose K nobody else reads
+    }
+
+    void make_dk(const TensorMap& map) {
+      clear();
+      if (!Config::bounded_left || tile.steps > 0) walk_for_keys();
 #pragma unroll
-      for (int i = 0; i < head_dim / 2; ++i) gradient[i] = 0;
-      if (wg == 0) {
-        if (!Config::bounded_left || tile.steps > 0) walk_for_values(tile.n * 64 + warp % 4 * 16);
-        store(smem.k, dv_map, 2);  // whose K nobody else reads
-      } else {
-        if (!Config::bounded_left || tile.steps > 0) walk_for_keys();
+      for (int i = 0; i < Tile::cols / 2; ++i) gradient[i] *= params.scale;
+      store(smem.v, map, 3);
+    }
+
+    __forceinline__ void clear() {
 #pragma unroll
-        for (int i = 0; i < head_dim / 2; ++i) gradient[i] *= params.scale;
-        store(smem.v, dk_map, 3);
-      }
-      if (thread == 0) tma_store_wait_read<0>();
+      for (int i = 0; i < Tile::cols / 2; ++i) gradient[i] = 0;
     }
 
     __forceinline__ void store(u8* place, const TensorMap& map, int barrier) {
       named_barrier_sync(barrier, 128);  // all warps' products have read what lies there
       store_gradient<Element, Tile>(gradient, place, map, barrier, thread, tile.n * 64, tile.head, tile.batch);
+      if (thread == 0) tma_store_wait_read<0>();
     }
   };
 };
@@ -320,16 +367,17 @@ extern "C" __global__ void __launch_bounds__(Config::threads, 1)
 attention_backward_wide_sm90(const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k,
                              const __grid_constant__ TensorMap v, const __grid_constant__ TensorMap dout,
                              const __grid_constant__ TensorMap dk, const __grid_constant__ TensorMap dv,
-                             const float* rows, u8* ds, float scale, float scale_log2, int first_head, int heads,
+                             const float* rows, u8* ds, float scale_grad, float scale_log2, int first_head, int heads,
                              int heads_k, int group_size, int seqlen_q, int seqlen_k, int mask_left, int mask_right,
-                             int m_blocks, int n_blocks, int section) {
-  const BackwardParams<Config> params{rows, scale, scale_log2, first_head, heads, heads_k, group_size, seqlen_q,
+                             int m_blocks, int n_blocks, int section SCORE_PARAMETERS) {
+  const BackwardParams<Config> params{rows, scale_grad, scale_log2, first_head, heads, heads_k, group_size, seqlen_q,
                                       {seqlen_k, mask_left, mask_right}, m_blocks, n_blocks, section};
   extern __shared__ __align__(1024) u8 raw_smem[];
   using Kernel = WideKernel<Config>;
   auto& smem = *reinterpret_cast<typename Kernel::Smem*>(raw_smem);
   const KeyTile<Config> tile(params);
-  Kernel kernel{smem, params, tile, ds};
+  const Score score SCORE_VALUE;
+  Kernel kernel{smem, params, tile, score, ds};
   // Uniform over the warp, which the compiler has to be told.
   const int warp = __shfl_sync(full_warp, threadIdx.x / 32, 0);
 
@@ -357,6 +405,10 @@ attention_backward_wide_sm90(const __grid_constant__ TensorMap q, const __grid_c
     if (threadIdx.x == 32) kernel.store_ds();
   } else {
     setmaxnreg_inc<Config::consumer_registers>();
-    typename Kernel::Consumer{smem, params, tile, int(threadIdx.x % 128), {}}.run(dk, dv, warp / 4 - 1, warp);
+    const int thread = threadIdx.x % 128;
+    if (warp < 8)
+      typename Kernel::template Consumer<typename Kernel::VTile>{smem, params, tile, score, thread, {}}.make_dv(dv, warp);
+    else
+      typename Kernel::template Consumer<typename Kernel::QTile>{smem, params, tile, score, thread, {}}.make_dk(dk);
   }
 }

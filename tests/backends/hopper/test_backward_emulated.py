@@ -7,9 +7,11 @@ what only a GPU has: asynchrony, memory ordering, several CTAs at once, speed.
 import ctypes
 import functools
 import math
+import re
 import shutil
 import subprocess
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,8 +30,10 @@ from flashcore.backends.hopper.backward_configs import (
     n_blocks,
     section,
 )
+from flashcore.backends.hopper.jit import score_source
 from flashcore.backends.hopper.launch import diagonals
 from flashcore.problem import AttentionProblem
+from flashcore.score import bind
 from tests.backends.hopper.test_decode_emulated import compiler
 from tests.tolerance import assert_gradients, attention_math
 
@@ -59,9 +63,9 @@ ENTRIES = {
         "scale_log2, batch, heads_k, group_size, seqlen_q, seqlen_k, left, right, m_blocks, n_blocks, section)",
     ),
     WideConfig: (
-        "const float* rows, u8* ds, float scale, float scale_log2, int first_head, int heads, int heads_k, "
+        "const float* rows, u8* ds, float scale_grad, float scale_log2, int first_head, int heads, int heads_k, "
         "int group_size, int seqlen_q, int seqlen_k, int left, int right, int m_blocks, int n_blocks, int section",
-        "attention_backward_wide_sm90(maps[0], maps[1], maps[2], maps[3], maps[4], maps[5], rows, ds, scale, "
+        "attention_backward_wide_sm90(maps[0], maps[1], maps[2], maps[3], maps[4], maps[5], rows, ds, scale_grad, "
         "scale_log2, first_head, heads, heads_k, group_size, seqlen_q, seqlen_k, left, right, m_blocks, n_blocks, "
         "section)",
     ),
@@ -102,8 +106,14 @@ def built(config) -> ctypes.CDLL:
         members = "".join(f"static constexpr int {name} = {int(value)};" for name, value in constants)
         members += f"static constexpr int smem_bytes = {config.smem_bytes};" if "smem_bytes" not in members else ""
         parameters, call = ENTRIES[type(config)]
+        score = ""
+        if isinstance(config, WideConfig):
+            score = score_source(config.score, differentiate=True)
+            parameters += re.search(r"#define SCORE_PARAMETERS (.*)", score)[1]
+            names = re.search(r"#define SCORE_VALUE \{(.*)\}", score)[1]
+            call = call[:-1] + (f", {names})" if names else ")")
         (folder / "all.cpp").write_text(
-            f'#include "emulation_sm90.h"\nstruct Config {{ using Element = Bf16; {members} }};\n'
+            f'#include "emulation_sm90.h"\nstruct Config {{ using Element = Bf16; {members} }};\n{score}'
             f'#include "{config.source}"\n{RUN.format(parameters=parameters, call=call)}'
         )
         options = ["-std=c++20", "-O2", "-march=native", "-ffp-contract=fast", "-w", "-pthread", "-shared", "-fPIC"]
@@ -136,12 +146,14 @@ def address(tensor):
     return ctypes.c_void_p(0 if tensor is None else tensor.data_ptr())
 
 
-def backward(q, k, v, out, lse, dout, dlse=None, causal=False, scale=None, window=None):
+def backward(q, k, v, out, lse, dout, dlse=None, causal=False, scale=None, window=None, score=None):
     """(dq, dk, dv) of the emulated kernels. Everything that they write is NaN before."""
+    spec, captured = bind(score, None)
     problem = AttentionProblem.from_tensors(q, k, v, causal=causal, scale=scale, window=window)
+    problem = replace(problem, score=spec)
     config = choose_backward(problem)
     if isinstance(config, WideConfig):
-        return wide_backward(problem, config, q, k, v, out, lse, dout, dlse)
+        return wide_backward(problem, config, q, k, v, out, lse, dout, dlse, captured)
     blocks, tile_m = m_blocks(config, problem), config.tile_m
     tiles = problem.batch * problem.heads_q * blocks
     rows = torch.full((tiles, 2 * tile_m + 4), torch.nan)
@@ -170,7 +182,7 @@ def backward(q, k, v, out, lse, dout, dlse=None, causal=False, scale=None, windo
     return dq, dk, dv
 
 
-def wide_backward(problem, config, q, k, v, out, lse, dout, dlse, at_once=2):
+def wide_backward(problem, config, q, k, v, out, lse, dout, dlse, captured=(), at_once=2):
     """The same where dS lies in memory, of some key heads at a time."""
     blocks, keys, heads = m_blocks(config, problem), n_blocks(config, problem), problem.batch * problem.heads_k
     tiles, group = problem.batch * problem.heads_q * blocks, problem.group_size
@@ -179,8 +191,13 @@ def wide_backward(problem, config, q, k, v, out, lse, dout, dlse, at_once=2):
     strides = (ctypes.c_uint64 * 6)(*out.stride()[:3], *dout.stride()[:3])
     built(RowsConfig("bfloat16", 256, 64)).run(
         tiles, None, address(out), address(dout), address(lse), address(dlse), address(rows), None, strides,
-        problem.heads_q, problem.seqlen_q, blocks, problem.head_dim,
+        problem.heads_q, problem.seqlen_q, blocks, problem.head_dim_v,
     )  # fmt: skip
+    extra = [] if config.score.change is None else [ctypes.c_float(problem.scale)]
+    for tensor in captured:
+        extra += [address(tensor), *map(ctypes.c_uint64, tensor.stride()), *tensor.shape]
+    factor = problem.score.factor
+    exponent = (problem.scale if config.score.change is None else factor) / LN2
     lengths = problem.seqlen_k, *map(int, diagonals(problem)), blocks, keys
     product = ProductConfig("bfloat16", config.head_dim, config.bounded_left, config.bounded_right)
     for first in range(0, heads, at_once):
@@ -188,24 +205,27 @@ def wide_backward(problem, config, q, k, v, out, lse, dout, dlse, at_once=2):
         ds = torch.full((count * group * blocks * keys, 64 * 64), torch.nan, dtype=torch.bfloat16)
         built(config).run(
             keys * count, maps((q, 64), (k, 64), (v, 64), (dout, 64), (dk, 64), (dv, 64)), address(rows), address(ds),
-            ctypes.c_float(problem.scale), ctypes.c_float(problem.scale / LN2), first, count, problem.heads_k, group,
-            problem.seqlen_q, *lengths, min(count, section(config, problem)),
+            ctypes.c_float(problem.scale * factor), ctypes.c_float(exponent), first, count, problem.heads_k, group,
+            problem.seqlen_q, *lengths, min(count, section(config, problem)), *extra,
         )  # fmt: skip
         built(product).run(
             -(-blocks // product.groups) * count * group, maps((k, 64), (dq, 64)), address(ds),
-            ctypes.c_float(problem.scale), first * group, problem.heads_q, group, *lengths,
+            ctypes.c_float(problem.scale * factor), first * group, problem.heads_q, group, *lengths,
         )  # fmt: skip
     return dq, dk, dv
 
 
-def random_inputs(batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim):
+def random_inputs(batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim, head_dim_v=None):
     generator = torch.Generator().manual_seed(0)
     shapes = (seqlen_q, heads_q), (seqlen_k, heads_k), (seqlen_k, heads_k), (seqlen_q, heads_q)
-    return [torch.randn(batch, *shape, head_dim, generator=generator).bfloat16() for shape in shapes]
+    head_dims = head_dim, head_dim, head_dim_v or head_dim, head_dim_v or head_dim
+    return [
+        torch.randn(batch, *shape, n, generator=generator).bfloat16() for shape, n in zip(shapes, head_dims, strict=True)
+    ]
 
 
-def forward(q, k, v, causal=False, scale=None, window=None):
-    out, lse = attention_math(q, k, v, causal=causal, scale=scale, window=window, dtype=torch.float32)
+def forward(q, k, v, causal=False, scale=None, window=None, score=None):
+    out, lse = attention_math(q, k, v, causal=causal, scale=scale, window=window, score=score, dtype=torch.float32)
     return out.to(q.dtype).contiguous(), lse.contiguous()
 
 
@@ -249,6 +269,32 @@ def test_windows(case, head_dim):
     out, lse = forward(q, k, v, window=window)
     grads = backward(q, k, v, out, lse, dout, window=window)
     assert_gradients(grads, q, k, v, dout, window=window)
+
+
+SLOPES = torch.tensor([0.3, 0.05])
+SCORES = {
+    "softcap": lambda score, *_: 2.0 * torch.tanh(score / 2.0),
+    "alibi": lambda score, batch, head, query, key: score - SLOPES[head] * abs(query - 10 - key),
+    "by_distance": lambda score, batch, head, query, key: torch.where(query - key < 9, score * 2, score * score * 0.1),
+    "steep_at_0": lambda score, *_: torch.sqrt(abs(score)),  # where scores past the end are
+}
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize(("head_dim", "options"), [(64, {"causal": True}), (128, {"window": (70, 10)}), (256, {})])
+def test_scores(score, head_dim, options):
+    q, k, v, dout = random_inputs(1, 150, 140, 2, 1, head_dim)
+    options = {**options, "score": SCORES[score], "scale": 0.2}
+    out, lse = forward(q, k, v, **options)
+    grads = backward(q, k, v, out, lse, dout, **options)
+    assert_gradients(grads, q, k, v, dout, **options)
+
+
+@pytest.mark.parametrize(("head_dim", "head_dim_v"), [(64, 128), (192, 128), (128, 64), (40, 256)])
+def test_values_of_another_head_dim(head_dim, head_dim_v):
+    q, k, v, dout = random_inputs(1, 130, 150, 2, 1, head_dim, head_dim_v)
+    out, lse = forward(q, k, v, True)
+    assert_gradients(backward(q, k, v, out, lse, dout, causal=True), q, k, v, dout, causal=True)
 
 
 def test_huge_scores_stay_finite():

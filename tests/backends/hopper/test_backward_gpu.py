@@ -15,6 +15,7 @@ from flashcore.backends.hopper.backward_configs import (
     declared_wide_configs,
 )
 from flashcore.problem import AttentionProblem
+from flashcore.score import PLAIN, bind
 from tests.cases import CASES
 from tests.poison import poisoned_outputs
 from tests.tolerance import assert_gradients, attention_math
@@ -40,8 +41,9 @@ SHAPES = [
 ]
 
 
-def launcher(q, k, v, causal=False, scale=None, window=None):
+def launcher(q, k, v, causal=False, scale=None, window=None, spec=PLAIN):
     problem = AttentionProblem.from_tensors(q, k, v, causal=causal, scale=scale, window=window)
+    problem = dataclasses.replace(problem, score=spec)
     config = dataclasses.replace(choose_backward(problem), wait_limit=WAIT_LIMIT)
     return (WideLauncher if isinstance(config, WideConfig) else BackwardLauncher)(problem, config)
 
@@ -83,9 +85,8 @@ def suits(case) -> bool:
         min(case.batch, case.seqlen_q, case.seqlen_k) > 0
         and case.head_dim % 8 == 0
         and case.head_dim <= 256
-        and case.head_dim_v in (None, case.head_dim)
+        and (case.head_dim_v or 8) % 8 == 0
         and case.dtype in ("bfloat16", "float16")
-        and case.score is None
         and case.values != "huge"
         and case.seqlen_k > 1  # with one key dS is 0, and only rounding is left of dQ and dK
     )
@@ -94,14 +95,14 @@ def suits(case) -> bool:
 @pytest.mark.parametrize("case", [case for case in CASES if suits(case)], ids=str)
 def test_named_cases(case):
     q, k, v = (t.resolve_neg() for t in case.inputs("cuda"))
-    dout = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).to("cuda", q.dtype)
     options = case.options("cuda")
-    options.pop("score")
     out, lse = forward(q, k, v, **options)
-    sink = options.pop("sink")
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to("cuda", q.dtype)
+    spec, extras = bind(options["score"], options["sink"])
+    mask = {name: options[name] for name in ("causal", "scale", "window")}
     with poisoned_outputs():
-        grads = launcher(q, k, v, **options)(q, k, v, out, lse, dout)
-    assert_gradients(grads, q, k, v, dout, sink=sink, **options)
+        grads = launcher(q, k, v, **mask, spec=spec)(q, k, v, out, lse, dout, None, None, *extras)
+    assert_gradients(grads, q, k, v, dout, **options)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
