@@ -219,9 +219,8 @@ def random_inputs(batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim, head_di
     generator = torch.Generator().manual_seed(0)
     shapes = (seqlen_q, heads_q), (seqlen_k, heads_k), (seqlen_k, heads_k), (seqlen_q, heads_q)
     head_dims = head_dim, head_dim, head_dim_v or head_dim, head_dim_v or head_dim
-    return [
-        torch.randn(batch, *shape, n, generator=generator).bfloat16() for shape, n in zip(shapes, head_dims, strict=True)
-    ]
+    sizes = [(batch, *shape, n) for shape, n in zip(shapes, head_dims, strict=True)]
+    return [torch.randn(size, generator=generator).bfloat16() for size in sizes]
 
 
 def forward(q, k, v, causal=False, scale=None, window=None, score=None):
