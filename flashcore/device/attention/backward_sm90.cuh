@@ -109,40 +109,6 @@ template <class Config> struct BackwardKernel {
 
   static __forceinline__ void wait(u64& barrier, u32 parity) { mbarrier_wait<Config::wait_limit>(barrier, parity); }
 
-  // ---- producer ----------------------------------------------------------------------------------------------------
-
-  template <class Tile>
-  __forceinline__ void load(u8* to, const TensorMap& map, u64& full, int row, int head) {
-#pragma unroll
-    for (int c = 0; c < Tile::chunks; ++c)
-      tma_load_4d(to + c * Tile::chunk_bytes, map, full, c * 64, row, head, tile.batch);
-  }
-
-  void produce(const TensorMap& q, const TensorMap& k, const TensorMap& v, const TensorMap& dout) {
-    if (tile.steps == 0) return;
-    mbarrier_arrive_expect_tx(smem.k_full, KTile::bytes);
-    load<KTile>(smem.k, k, smem.k_full, tile.n * tile_n, tile.head);
-    wait_for_previous_kernel();
-    Cursor cursor;
-    QueryWalk<Config> walk(params, tile);
-    for (int i = 0; i < tile.steps; ++i) {
-      wait(smem.ring.empty[cursor.stage], cursor.phase ^ 1);
-      u64& full = smem.ring.full[cursor.stage];
-      mbarrier_arrive_expect_tx(full, 2 * QTile::bytes + sizeof(smem.rows[0]));
-      const int head = tile.head * params.group_size + walk.head;
-      load<QTile>(smem.q[cursor.stage], q, full, walk.m * tile_m, head);
-      bulk_load(smem.rows[cursor.stage], params.rows + u64(walk.index()) * (2 * tile_m + 4),
-                sizeof(smem.rows[0]), full);
-      load<QTile>(smem.dout[cursor.stage], dout, full, walk.m * tile_m, head);
-      if (i == 0) {
-        mbarrier_arrive_expect_tx(smem.v_full, KTile::bytes);
-        load<KTile>(smem.v, v, smem.v_full, tile.n * tile_n, tile.head);
-      }
-      walk.advance();
-      cursor.advance();
-    }
-  }
-
   // ---- dQ on its way to global memory: one thread for each consumer warpgroup --------------------------------------
 
   __forceinline__ void await_turn(const u32* counter, int turn) {
@@ -418,7 +384,9 @@ attention_backward_sm90(const __grid_constant__ TensorMap q, const __grid_consta
 
   if (warp < 4) {
     setmaxnreg_dec<Config::producer_registers>();
-    if (threadIdx.x == 0) kernel.produce(q, k, v, dout);
+    if (threadIdx.x == 0)
+      produce<typename Kernel::QTile, typename Kernel::QTile, typename Kernel::KTile, typename Kernel::KTile>(
+          smem, params, tile, q, k, v, dout);
     if (threadIdx.x == 32 || threadIdx.x == 64) kernel.add_dq(warp - 1);
   } else {
     setmaxnreg_inc<Config::consumer_registers>();

@@ -1,8 +1,45 @@
-// What a warpgroup of the backward kernels does with the scores of 64 keys (rows) and n queries (columns), and with the
-// gradients of 64 keys: fragments of core/fragment.cuh.
+// What the backward kernels share: the thread that loads; what a warpgroup does with the scores of 64 keys (rows) and n
+// queries (columns), and with the gradients of 64 keys, in fragments of core/fragment.cuh.
 #pragma once
 #include "../core/fragment.cuh"
+#include "../core/ring.cuh"
+#include "../ptx/bulk.cuh"
 #include "backward_schedule.cuh"
+
+template <class Tile>
+__forceinline__ void load_tile(u8* to, const TensorMap& map, u64& full, int row, int head, int batch) {
+#pragma unroll
+  for (int c = 0; c < Tile::chunks; ++c)
+    tma_load_4d(to + c * Tile::chunk_bytes, map, full, c * 64, row, head, batch);
+}
+
+// Loads K and V of a key tile, and Q, dO and the rows' numbers of the query tiles that see it into the ring.
+template <class QTile, class DoutTile, class KTile, class VTile, class Config, class Smem>
+void produce(Smem& smem, const BackwardParams<Config>& params, const KeyTile<Config>& tile, const TensorMap& q,
+             const TensorMap& k, const TensorMap& v, const TensorMap& dout) {
+  if (tile.steps == 0) return;
+  mbarrier_arrive_expect_tx(smem.k_full, KTile::bytes);
+  load_tile<KTile>(smem.k, k, smem.k_full, tile.n * Config::tile_n, tile.head, tile.batch);
+  wait_for_previous_kernel();
+  RingCursor<Config::stages> cursor;
+  QueryWalk<Config> walk(params, tile);
+  for (int i = 0; i < tile.steps; ++i) {
+    mbarrier_wait<Config::wait_limit>(smem.ring.empty[cursor.stage], cursor.phase ^ 1);
+    u64& full = smem.ring.full[cursor.stage];
+    mbarrier_arrive_expect_tx(full, QTile::bytes + DoutTile::bytes + sizeof(smem.rows[0]));
+    const int row = walk.m * Config::tile_m, head = tile.head * params.group_size + walk.head;
+    load_tile<QTile>(smem.q[cursor.stage], q, full, row, head, tile.batch);
+    bulk_load(smem.rows[cursor.stage], params.rows + u64(walk.index()) * (2 * Config::tile_m + 4),
+              sizeof(smem.rows[0]), full);
+    load_tile<DoutTile>(smem.dout[cursor.stage], dout, full, row, head, tile.batch);
+    if (i == 0) {
+      mbarrier_arrive_expect_tx(smem.v_full, VTile::bytes);
+      load_tile<VTile>(smem.v, v, smem.v_full, tile.n * Config::tile_n, tile.head, tile.batch);
+    }
+    walk.advance();
+    cursor.advance();
+  }
+}
 
 // S^T becomes P^T. rows: those of BackwardParams; first: the first query; warp_key: the first key of this warp.
 template <class Config, int n>

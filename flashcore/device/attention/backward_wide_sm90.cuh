@@ -97,38 +97,7 @@ template <class Config> struct WideKernel {
 
   static __forceinline__ void wait(u64& barrier, u32 parity) { mbarrier_wait<Config::wait_limit>(barrier, parity); }
 
-  // ---- producer, and the thread that stores dS ---------------------------------------------------------------------
-
-  template <class Tile>
-  __forceinline__ void load(u8* to, const TensorMap& map, u64& full, int row, int head) {
-#pragma unroll
-    for (int c = 0; c < Tile::chunks; ++c)
-      tma_load_4d(to + c * Tile::chunk_bytes, map, full, c * 64, row, head, tile.batch);
-  }
-
-  void produce(const TensorMap& q, const TensorMap& k, const TensorMap& v, const TensorMap& dout) {
-    if (tile.steps == 0) return;
-    mbarrier_arrive_expect_tx(smem.k_full, QTile::bytes);
-    load<QTile>(smem.k, k, smem.k_full, tile.n * 64, tile.head);
-    wait_for_previous_kernel();
-    Cursor cursor;
-    QueryWalk<Config> walk(params, tile);
-    for (int i = 0; i < tile.steps; ++i) {
-      wait(smem.ring.empty[cursor.stage], cursor.phase ^ 1);
-      u64& full = smem.ring.full[cursor.stage];
-      mbarrier_arrive_expect_tx(full, QTile::bytes + VTile::bytes + sizeof(smem.rows[0]));
-      const int head = tile.head * params.group_size + walk.head;
-      load<QTile>(smem.q[cursor.stage], q, full, walk.m * 64, head);
-      bulk_load(smem.rows[cursor.stage], params.rows + u64(walk.index()) * (2 * 64 + 4), sizeof(smem.rows[0]), full);
-      load<VTile>(smem.dout[cursor.stage], dout, full, walk.m * 64, head);
-      if (i == 0) {
-        mbarrier_arrive_expect_tx(smem.v_full, VTile::bytes);
-        load<VTile>(smem.v, v, smem.v_full, tile.n * 64, tile.head);
-      }
-      walk.advance();
-      cursor.advance();
-    }
-  }
+  // ---- the thread that stores dS ----------------------------------------------------------------------------------
 
   void store_ds() {
     wait_for_previous_kernel();
@@ -401,7 +370,9 @@ attention_backward_wide_sm90(const __grid_constant__ TensorMap q, const __grid_c
 
   if (warp < 4) {
     setmaxnreg_dec<Config::producer_registers>();
-    if (threadIdx.x == 0) kernel.produce(q, k, v, dout);
+    if (threadIdx.x == 0)
+      produce<typename Kernel::QTile, typename Kernel::VTile, typename Kernel::QTile, typename Kernel::VTile>(
+          smem, params, tile, q, k, v, dout);
     if (threadIdx.x == 32) kernel.store_ds();
   } else {
     setmaxnreg_inc<Config::consumer_registers>();
