@@ -193,7 +193,7 @@ class WideLauncher(_Launcher):
 
     def __init__(self, problem: AttentionProblem, config: WideConfig):
         super().__init__(problem, config, 64)
-        heads, at_once = problem.batch * problem.heads_k, configs.heads_at_a_time(config, problem)
+        heads, at_once = problem.batch * problem.heads_k, configs.heads_at_a_time(problem)
         self._factor = problem.score.factor
         self._exponent_scale = None if config.score.change is None else scale_log2(self._factor)
         self._extra_arguments = extra_arguments(config.score)

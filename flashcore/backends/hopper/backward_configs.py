@@ -19,6 +19,7 @@ _CONSUMERS = 2  # warpgroups
 _MASKS = {"full": (False, False), "causal": (False, True), "window": (True, True)}  # bounded on the left, on the right
 _L2_BYTES = 32 << 20  # of the L2 cache, for what the CTAs of a section share
 DS_BYTES = 1 << 30  # of dS at a time, unless one key head needs more
+MOST_DS_BYTES = 4 << 30  # of one key head
 
 
 _DS_TILE = 64 * 64 * 2  # bytes
@@ -273,7 +274,15 @@ def rejects(problem: AttentionProblem) -> str | None:
             return f"{name} {head_dim} > {max(WIDE_TABLE)}"
         if head_dim % 8:
             return f"{name} {head_dim} is not a multiple of 8"
+    if not is_fused(problem) and (ds := _ds_bytes(problem)) > MOST_DS_BYTES:
+        return f"dS of a key head takes {ds / 2**30:.1f} GiB, more than {MOST_DS_BYTES >> 30}"
     return None
+
+
+def _ds_bytes(problem: AttentionProblem) -> int:
+    """Of dS of one key head."""
+    m_blocks, n_blocks = (-(-n // 64) for n in (problem.seqlen_q, problem.seqlen_k))
+    return problem.group_size * m_blocks * n_blocks * _DS_TILE
 
 
 def is_fused(problem: AttentionProblem) -> bool:
@@ -296,10 +305,9 @@ def choose_backward(problem: AttentionProblem) -> BackwardConfig | WideConfig:
     return WideConfig(problem.dtype, head_dim, head_dim_v, *mask, score=score, why=WIDE_TABLE[head_dim])
 
 
-def heads_at_a_time(config: WideConfig, problem: AttentionProblem) -> int:
+def heads_at_a_time(problem: AttentionProblem) -> int:
     """Key heads whose dS is in memory at a time."""
-    one = problem.group_size * m_blocks(config, problem) * n_blocks(config, problem) * _DS_TILE
-    return min(max(1, DS_BYTES // one), problem.batch * problem.heads_k)
+    return min(max(1, DS_BYTES // _ds_bytes(problem)), problem.batch * problem.heads_k)
 
 
 def m_begin(config: BackwardConfig | WideConfig, problem: AttentionProblem, n: int) -> int:
