@@ -59,7 +59,7 @@ def test_result_and_gradients():
     assert_gradients(grads, q, k, v, dout, causal=True, scale=0.3)
 
 
-@pytest.mark.parametrize("window", [(-1, -1), (None, None), [-1, None], (8, 4), (4096, -1)])
+@pytest.mark.parametrize("window", [(-1, -1), (None, None), [-1, None], (8, 4), (4096, -1), torch.tensor([-1, -1])])
 def test_no_window(window):
     q, k, v = inputs()
     assert torch.equal(flash_attn_func(q, k, v, window_size=window), flashcore.attention(q, k, v))
@@ -245,7 +245,7 @@ def test_invalid_features_are_named(arguments, message):
     [
         (None, -5), (-5, None), (-2, 0), (0, -2), (-1, -(2**40)), (True, -1), (-1, False), (-1.0, -1), (3.5, 0),
         ("-1", -1), (torch.tensor(3), -1), (), (-1,), (-1, -1, -1), -1, 0, None, "-1",
-        {-1: 0, 0: -1}, torch.tensor([-1, -1]),
+        {-1: 0, 0: -1}, torch.tensor([[-1, -1]]),
     ],
     ids=str,
 )  # fmt: skip
