@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 
 # Public name -> the module that defines it. A module's own name stands for the module.
 _PUBLIC = {
+    "append": "kv_cache",
     "attention": "api",
     "alibi": "score",
     "bias": "score",
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from flashcore.gemm import explain_matmul, linear, matmul
     from flashcore.gemm_problem import GemmProblem
     from flashcore.integrations.sdpa import scaled_dot_product_attention
+    from flashcore.kv_cache import append
     from flashcore.plan import Plan
     from flashcore.problem import AttentionProblem
     from flashcore.score import alibi, bias, lookup, softcap

@@ -13,7 +13,8 @@ from flashcore.errors import EnvironmentProblem
 
 @pytest.fixture(autouse=True)
 def _unset(monkeypatch):
-    for name in ("FLASHCORE_CACHE_DIR", "FLASHCORE_CACHE", "FLASHCORE_KEEP_SOURCES", "XDG_CACHE_HOME"):
+    for name in ("FLASHCORE_CACHE_DIR", "FLASHCORE_CACHE", "FLASHCORE_KEEP_SOURCES", "FLASHCORE_CHECK_LENGTHS",
+                 "XDG_CACHE_HOME"):  # fmt: skip
         monkeypatch.delenv(name, raising=False)
 
 
@@ -22,6 +23,7 @@ def test_defaults(monkeypatch):
     assert env.cache_dir() == Path("/home/someone/.cache/flashcore")
     assert env.cache_enabled()
     assert not env.keep_sources()
+    assert not env.check_lengths()
 
 
 def test_cache_dir(monkeypatch):
@@ -53,6 +55,13 @@ def test_cache_switch(monkeypatch, value, expected):
 def test_keep_sources_switch(monkeypatch):
     monkeypatch.setenv("FLASHCORE_KEEP_SOURCES", "yes")
     assert env.keep_sources()
+    assert not env.check_lengths()
+
+
+def test_check_lengths_switch(monkeypatch):
+    monkeypatch.setenv("FLASHCORE_CHECK_LENGTHS", "1")
+    assert env.check_lengths()
+    assert not env.keep_sources()
 
 
 def test_nonsense_is_refused(monkeypatch):

@@ -5,8 +5,8 @@ that flash-attn calls differently elsewhere may be given by either name (``s_aux
 ``block_table``, ``page_table``), and a window's -1 may be None.
 
 Packed sequences (varlen) may also say how many of their rows are used, by FlashAttention-3's names (``seqused_q``,
-``seqused_k``). Dropout raises UnsupportedError, as do pages (``block_table``) and the KV cache. Hints of how to compute
-(FlashAttention-3's ``num_splits``, ``pack_gqa``, ``sm_margin``) are accepted and change nothing; nothing else is
+``seqused_k``). Dropout and pages (``block_table``) raise UnsupportedError. Hints of how to compute (FlashAttention-3's
+``num_splits``, ``pack_gqa``, ``sm_margin``, ``scheduler_metadata``) are accepted and change nothing; nothing else is
 ignored. Where flash-attn wants a GPU and half precision, these take all that :func:`flashcore.attention` takes.
 """
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import torch
 
-from flashcore import api, backends
+from flashcore import api, backends, kv_cache
 from flashcore.errors import InvalidInputError, UnsupportedError
 from flashcore.problem import checked_mask
 from flashcore.score import alibi, chained
@@ -206,12 +206,7 @@ def flash_attn_varlen_func(
     :raises UnsupportedError: naming the argument that asks for what FlashCore does not do yet.
     """
     function = "flash_attn_varlen_func"
-    for name, given in {"block_table": block_table, "page_table": page_table}.items():
-        if given is not None:
-            raise UnsupportedError(
-                f"{function}: {name} is not supported: FlashCore does not have caches in pages yet. Gather the pages "
-                "of each sequence, or use flash-attn's own function."
-            )
+    _refuse_pages(function, block_table=block_table, page_table=page_table)
     if dropout_p is None or isinstance(dropout_p, torch.Tensor):
         raise InvalidInputError(
             f"{function}: dropout_p={'None' if dropout_p is None else 'a tensor'}: arguments by position are in "
@@ -298,15 +293,94 @@ def flash_attn_with_kvcache(
     sinks=None,
     pack_gqa=None,
     sm_margin=0,
+    scheduler_metadata=None,
 ):
-    """Attention over a KV cache: not there yet.
+    """Attention of q (batch, seqlen_q, heads_q, head_dim) over a cache, to which k and v are first appended in place.
 
-    :raises UnsupportedError: always.
+    No gradient comes from it, as in flash-attn. See :func:`flash_attn_func` for what is not named here; seqlen_k is a
+    sequence's length, with what is appended and without its `cache_leftpad`. Lengths on the device are never read back:
+    CUDA graphs replay with new ones. Those beyond the cache's capacity are cut off there, and what is appended beyond
+    it is not written (:func:`flashcore.append`); ``FLASHCORE_CHECK_LENGTHS=1`` raises instead.
+
+    :param k_cache: (batch_cache, capacity, heads_k, head_dim), any strides; read where it is, if v_cache lies alike.
+    :param v_cache: (batch_cache, capacity, heads_k, head_dim_v).
+    :param k: (batch, new, heads_k, head_dim), written from position ``cache_seqlens[b]`` on. With `v` and
+        `cache_seqlens`, or not at all.
+    :param v: (batch, new, heads_k, head_dim_v).
+    :param rotary_cos: (positions, rotary_dim / 2) for as many positions as the cache has or more, with `rotary_sin` and
+        `k`: k is rotated by row ``cache_seqlens[b] + i`` before it is written, and so is q with `causal` or a window,
+        else each query by row ``cache_seqlens[b]``.
+    :param cache_seqlens: how many positions were filled before the call: int32 (batch,) on the device, or an int, for
+        which there is a plan of its own; None: the cache is full.
+    :param cache_batch_idx: int32 (batch,): the cache's row of each sequence, no two the same if k is given. Those rows
+        are copied for the attention, which warns once.
+    :param cache_leftpad: int32 (batch,): the first so many positions belong to nobody. Rotary positions count them.
+    :param block_table: of a cache in pages, which is not there yet. Also `page_table`.
+    :param rotary_interleaved: rotate neighbours, instead of the first half with the second.
+    :param num_splits: a hint, like `pack_gqa`, `sm_margin` and `scheduler_metadata`.
+    :param return_softmax_lse: also return softmax_lse, float32 (batch, heads_q, seqlen_q). Also `return_lse`.
+    :returns: out (batch, seqlen_q, heads_q, head_dim_v), or a tuple as above.
+    :raises InvalidInputError: arguments that are wrong or contradict each other; more is appended than the host knows
+        room for.
+    :raises UnsupportedError: naming the argument that asks for what FlashCore does not do yet.
     """
-    raise UnsupportedError(
-        "flash_attn_with_kvcache: decoding over a KV cache is not supported yet. Call flash_attn_func with the filled "
-        "part of the cache, k_cache[:, :length], or use flash-attn's own function."
-    )
+    function = "flash_attn_with_kvcache"
+    _refuse_pages(function, block_table=block_table, page_table=page_table)
+    sink = _sink(function, q, s_aux=s_aux, learnable_sink=learnable_sink, sinks=sinks)
+    if (k is None) != (v is None) or (k is not None and cache_seqlens is None):
+        raise InvalidInputError(f"{function}: k, v and cache_seqlens belong together. Pass all three to append.")
+    if (rotary_cos is None) != (rotary_sin is None) or (rotary_cos is not None and k is None):
+        raise InvalidInputError(f"{function}: rotary_cos and rotary_sin belong together, and need new k and v.")
+    rotary = None if rotary_cos is None else (rotary_cos, rotary_sin)
+    mask = checked_mask(bool(causal), _window(function, window_size))
+    batch, capacity, new = len(q), k_cache.shape[1], 0 if k is None else k.shape[1]
+    filled = capacity if cache_seqlens is None else cache_seqlens
+    on_host = not isinstance(filled, torch.Tensor)
+    if on_host and not (isinstance(filled, int) and 0 <= filled <= capacity - new):
+        raise InvalidInputError(
+            f"{function}: cache_seqlens must be an int32 tensor, or an int from 0 to {capacity - new}, so that the new "
+            f"positions ({new}) fit into the cache's capacity, {capacity} (given {filled!r})."
+        )
+    with torch.no_grad():
+        if k is not None:
+            before = q.new_full((batch,), filled, dtype=torch.int32) if on_host else filled
+            kv_cache.append(
+                k_cache, v_cache, k, v, before, rotary=rotary, interleaved=rotary_interleaved,
+                batch_index=cache_batch_idx,
+            )  # fmt: skip
+            if rotary is not None:
+                masked = any(side is not None and side < capacity for side in (mask.left, mask.right))
+                q = kv_cache.rotate(q, rotary, before, rotary_interleaved, step=1 if masked else 0)
+            filled = filled + new
+        if on_host:
+            k_cache, v_cache = k_cache[:, :filled], v_cache[:, :filled]
+        if cache_batch_idx is not None:
+            k_cache, v_cache = kv_cache.selected(cache_batch_idx, k_cache, v_cache)
+        k, v, rows_q, packed = k_cache, v_cache, q, {}
+        if not on_host or cache_leftpad is not None:
+            if on_host:
+                filled = q.new_full((batch,), filled, dtype=torch.int32)
+            kv_cache.check_lengths(function, filled, capacity)
+            rows_q, k, v, packed = kv_cache.as_packed(q, k_cache, v_cache, filled, cache_leftpad)
+        returns_lse = return_softmax_lse or return_lse
+        result = _attend(
+            function, rows_q, k, v, packed, sink, 0.0, softmax_scale, causal, window_size, softcap, alibi_slopes, False,
+            False, returns_lse,
+        )  # fmt: skip
+    if not packed:
+        return result
+    out, lse = result if returns_lse else (result, None)
+    out = out.view(*q.shape[:3], v.shape[2])
+    return (out, lse.view(q.shape[2], *q.shape[:2]).transpose(0, 1).contiguous()) if returns_lse else out
+
+
+def _refuse_pages(function: str, **given) -> None:
+    for name, table in given.items():
+        if table is not None:
+            raise UnsupportedError(
+                f"{function}: {name} is not supported: FlashCore does not have caches in pages yet. Gather the pages "
+                "of each sequence, or use flash-attn's own function."
+            )
 
 
 def _window(function: str, window_size) -> tuple[int | None, int | None]:

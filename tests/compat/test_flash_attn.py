@@ -303,11 +303,6 @@ def test_a_backward_of_our_own_is_deterministic(add_backend, features):
         flash_attn_func(q, k, v, deterministic=True, **features)
 
 
-def test_functions_that_are_not_there_yet_say_so():
-    with pytest.raises(UnsupportedError, match="KV cache is not supported yet"):
-        flash_attn.flash_attn_with_kvcache(*inputs(), cache_seqlens=4)
-
-
 def test_invalid_arguments_are_named():
     q, k, v = inputs()
     with pytest.raises(InvalidInputError, match="k and v must have one seqlen"):
