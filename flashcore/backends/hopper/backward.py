@@ -188,53 +188,59 @@ class BackwardLauncher(_Launcher):
 
 
 class WideLauncher(_Launcher):
-    """One variant of the kernel for wide heads, with the product that follows it, for so many key heads at a time as
-    the memory for dS holds. That memory lies behind the numbers of rows."""
+    """One variant of the kernel for wide heads, with the product that follows it, in as many rounds as the memory for
+    dS takes. It lies behind the numbers of rows; behind it, where a head takes several rounds, the sums of dQ."""
 
     def __init__(self, problem: AttentionProblem, config: WideConfig):
         super().__init__(problem, config, 64)
-        heads, at_once = problem.batch * problem.heads_k, configs.heads_at_a_time(problem)
+        rounds = configs.wide_rounds(config, problem)
+        group, heads, tiles = problem.group_size, len(rounds[0][0]), len(rounds[0][1])
+        self._ds_bytes = heads * group * self._blocks * tiles * 64 * 64 * 2
+        self._sum_bytes = heads * group * self._blocks * 64 * config.head_dim * 4 if tiles < self._keys else 0
         self._factor = problem.score.factor
         self._exponent_scale = None if config.score.change is None else scale_log2(self._factor)
         self._extra_arguments = extra_arguments(config.score)
         self._captured = len(config.score.captured)
-        group, per_head = problem.group_size, self._blocks * self._keys
-        self._ds_bytes = at_once * group * per_head * 64 * 64 * 2
         main = compile_kernel(config)
         product_config = ProductConfig(
-            config.dtype, config.head_dim, config.bounded_left, config.bounded_right, config.wait_limit
-        )
+            config.dtype, config.head_dim, config.bounded_left, config.bounded_right, self._sum_bytes > 0,
+            config.wait_limit,
+        )  # fmt: skip
         product = compile_kernel(product_config)
         parts = -(-self._blocks // product_config.groups)
         section = configs.section(config, problem)
-        lengths = problem.seqlen_k, *diagonals(problem), self._blocks, self._keys
         self._rounds = []
-        for first in range(0, heads, at_once):
-            count = min(at_once, heads - first)
+        for heads, tiles in rounds:
+            lengths = problem.seqlen_k, *diagonals(problem), self._blocks, tiles.start, len(tiles)
             self._rounds.append((
-                Launcher(main, self._keys * count, **_AFTER_ANOTHER),
-                _i32(first, count, problem.heads_k, group, problem.seqlen_q, *lengths, min(section, count)),
-                Launcher(product, parts * count * group, **_AFTER_ANOTHER),
-                _i32(first * group, problem.heads_q, group, *lengths),
+                Launcher(main, len(tiles) * len(heads), **_AFTER_ANOTHER),
+                _i32(
+                    heads.start, len(heads), problem.heads_k, group, problem.seqlen_q, *lengths,
+                    min(section, len(heads)),
+                ),
+                Launcher(product, parts * len(heads) * group, **_AFTER_ANOTHER),
+                _i32(tiles.start > 0, tiles.stop == self._keys),
+                _i32(heads.start * group, problem.heads_q, group, *lengths),
             ))  # fmt: skip
 
     @property
     def workspace_bytes(self) -> int:
-        return -(-self._row_bytes // 16) * 16 + self._ds_bytes
+        return -(-self._row_bytes // 16) * 16 + self._ds_bytes + self._sum_bytes
 
     def _multiply(
         self, device: int, stream: Any, maps: list, workspace: int, scale: float, extras: tuple[torch.Tensor, ...]
     ) -> None:
         *inputs, map_dq = maps
         ds = workspace + -(-self._row_bytes // 16) * 16
+        sums = ds + self._ds_bytes
         # Of dQ and dK, and of the exponent.
         scales = numpy.float32(scale * self._factor), self._exponent_scale or numpy.float32(scale * LOG2_E)
         extra = self._extra_arguments(scale, extras[: self._captured])
-        for main, main_scalars, product, product_scalars in self._rounds:
+        for main, main_scalars, product, stage, product_scalars in self._rounds:
             launch, kernel, shape = main.loaded(device)
             launch(stream, shape, kernel, *inputs, workspace, ds, *scales, *main_scalars, *extra)
             launch, kernel, shape = product.loaded(device)
-            launch(stream, shape, kernel, inputs[1], map_dq, ds, scales[0], *product_scalars)
+            launch(stream, shape, kernel, inputs[1], map_dq, ds, sums, *stage, scales[0], *product_scalars)
 
 
 # A kernel may start before the one before it has ended.

@@ -18,8 +18,7 @@ _ELEMENTS = {"bfloat16": "Bf16", "float16": "Fp16"}
 _CONSUMERS = 2  # warpgroups
 _MASKS = {"full": (False, False), "causal": (False, True), "window": (True, True)}  # bounded on the left, on the right
 _L2_BYTES = 32 << 20  # of the L2 cache, for what the CTAs of a section share
-DS_BYTES = 1 << 30  # of dS at a time, unless one key head needs more
-MOST_DS_BYTES = 4 << 30  # of one key head
+DS_BYTES = 1 << 30  # of dS at a time
 
 
 _DS_TILE = 64 * 64 * 2  # bytes
@@ -164,6 +163,7 @@ class ProductConfig:
     head_dim: int
     bounded_left: bool
     bounded_right: bool
+    rounds: bool = False  # whether the sums of a launch may go on in the next one
     wait_limit: int = 0
 
     source: ClassVar[str] = "attention/backward_product_sm90.cuh"
@@ -274,15 +274,7 @@ def rejects(problem: AttentionProblem) -> str | None:
             return f"{name} {head_dim} > {max(WIDE_TABLE)}"
         if head_dim % 8:
             return f"{name} {head_dim} is not a multiple of 8"
-    if not is_fused(problem) and (ds := _ds_bytes(problem)) > MOST_DS_BYTES:
-        return f"dS of a key head takes {ds / 2**30:.1f} GiB, more than {MOST_DS_BYTES >> 30}"
     return None
-
-
-def _ds_bytes(problem: AttentionProblem) -> int:
-    """Of dS of one key head."""
-    m_blocks, n_blocks = (-(-n // 64) for n in (problem.seqlen_q, problem.seqlen_k))
-    return problem.group_size * m_blocks * n_blocks * _DS_TILE
 
 
 def is_fused(problem: AttentionProblem) -> bool:
@@ -305,9 +297,17 @@ def choose_backward(problem: AttentionProblem) -> BackwardConfig | WideConfig:
     return WideConfig(problem.dtype, head_dim, head_dim_v, *mask, score=score, why=WIDE_TABLE[head_dim])
 
 
-def heads_at_a_time(problem: AttentionProblem) -> int:
-    """Key heads whose dS is in memory at a time."""
-    return min(max(1, DS_BYTES // _ds_bytes(problem)), problem.batch * problem.heads_k)
+def wide_rounds(config: WideConfig, problem: AttentionProblem) -> list[tuple[range, range]]:
+    """The key heads and key tiles of each launch: as many as the memory for dS holds, whole heads if it holds one."""
+    heads, tiles = problem.batch * problem.heads_k, n_blocks(config, problem)
+    column = problem.group_size * m_blocks(config, problem) * _DS_TILE  # bytes of one key tile
+    heads_at_once = min(max(1, DS_BYTES // (column * tiles)), heads)
+    tiles_at_once = min(max(1, DS_BYTES // column), tiles)
+    return [
+        (range(head, min(head + heads_at_once, heads)), range(tile, min(tile + tiles_at_once, tiles)))
+        for head in range(0, heads, heads_at_once)
+        for tile in range(0, tiles, tiles_at_once)
+    ]
 
 
 def m_begin(config: BackwardConfig | WideConfig, problem: AttentionProblem, n: int) -> int:

@@ -10,7 +10,8 @@ template <class Config> struct BackwardParams {
   int first_head, heads;  // (batch, key head) pairs of this launch
   int heads_k, group_size, seqlen_q;
   Mask<Config::bounded_left, Config::bounded_right> mask;
-  int m_blocks, n_blocks;  // tiles of queries and of keys
+  int m_blocks;           // tiles of queries
+  int first_n, n_blocks;  // tiles of keys of this launch
   int section;             // key heads whose tiles are dealt out together
 };
 
@@ -42,7 +43,7 @@ template <class Config> struct KeyTile {
     const int first_head = int(blockIdx.x) / tiles * params.section;
     const int here = min(params.section, params.heads - first_head);
     const int rank = int(blockIdx.x) % tiles;
-    n = rank / here;
+    n = params.first_n + rank / here;
     const int batch_head = params.first_head + first_head + rank % here;
     batch = batch_head / params.heads_k;
     head = batch_head % params.heads_k;

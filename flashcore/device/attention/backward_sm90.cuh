@@ -354,7 +354,7 @@ attention_backward_sm90(const __grid_constant__ TensorMap q, const __grid_consta
                         int seqlen_q, int seqlen_k, int mask_left, int mask_right, int m_blocks, int n_blocks,
                         int section) {
   const BackwardParams<Config> params{rows, scale, scale_log2, 0, batch * heads_k, heads_k, group_size, seqlen_q,
-                                      {seqlen_k, mask_left, mask_right}, m_blocks, n_blocks, section};
+                                      {seqlen_k, mask_left, mask_right}, m_blocks, 0, n_blocks, section};
   extern __shared__ __align__(1024) u8 raw_smem[];
   using Kernel = BackwardKernel<Config>;
   auto& smem = *reinterpret_cast<typename Kernel::Smem*>(raw_smem);

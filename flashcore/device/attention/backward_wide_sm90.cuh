@@ -7,7 +7,8 @@
 //
 // GRID AND ORDER  One CTA per tile of 64 keys of one key head; it walks over the tiles of 64 queries that see it, of all
 //   query heads of the group (backward_schedule.cuh), so dK and dV are complete in its registers. Nothing is added up
-//   across CTAs: the same bits each time. A launch covers as many heads as the workspace has room for.
+//   across CTAs: the same bits each time. A launch covers as many heads as the workspace has room for, or of one head as
+//   many key tiles.
 //
 // DATA FLOW (per query tile; keys are the rows of S^T, so that P^T and dS^T are first operands from registers)
 //   warpgroup 1:  K, Q -WGMMA SS-> S^T -exp2-> P^T (registers)     P^T (* slope) -fp32-> smem     P^T, dO -WGMMA RS-> dV
@@ -93,7 +94,7 @@ template <class Config> struct WideKernel {
   const BackwardParams<Config>& params;
   const KeyTile<Config>& tile;
   const Score& score;
-  u8* const ds;  // (heads of this launch, group, m_blocks, n_blocks) tiles of dS^T as they lie in shared memory
+  u8* const ds;  // (heads, group, m_blocks, n_blocks of this launch) tiles of dS^T as they lie in shared memory
 
   static __forceinline__ void wait(u64& barrier, u32 parity) { mbarrier_wait<Config::wait_limit>(barrier, parity); }
 
@@ -106,8 +107,8 @@ template <class Config> struct WideKernel {
     const int before = params.first_head * params.group_size * params.m_blocks;  // query tiles of earlier launches
     for (int i = 0; i < tile.steps; ++i) {
       wait(smem.ds_full[cursor.stage], cursor.phase);
-      bulk_store(ds + (u64(walk.index() - before) * params.n_blocks + tile.n) * DsTile::bytes, smem.ds[cursor.stage],
-                 DsTile::bytes);
+      const u64 index = u64(walk.index() - before) * params.n_blocks + tile.n - params.first_n;
+      bulk_store(ds + index * DsTile::bytes, smem.ds[cursor.stage], DsTile::bytes);
       tma_store_commit();
       tma_store_wait_read<0>();
       mbarrier_arrive(smem.ds_empty[cursor.stage]);
@@ -338,9 +339,9 @@ attention_backward_wide_sm90(const __grid_constant__ TensorMap q, const __grid_c
                              const __grid_constant__ TensorMap dk, const __grid_constant__ TensorMap dv,
                              const float* rows, u8* ds, float scale_grad, float scale_log2, int first_head, int heads,
                              int heads_k, int group_size, int seqlen_q, int seqlen_k, int mask_left, int mask_right,
-                             int m_blocks, int n_blocks, int section SCORE_PARAMETERS) {
+                             int m_blocks, int first_n, int n_blocks, int section SCORE_PARAMETERS) {
   const BackwardParams<Config> params{rows, scale_grad, scale_log2, first_head, heads, heads_k, group_size, seqlen_q,
-                                      {seqlen_k, mask_left, mask_right}, m_blocks, n_blocks, section};
+                                      {seqlen_k, mask_left, mask_right}, m_blocks, first_n, n_blocks, section};
   extern __shared__ __align__(1024) u8 raw_smem[];
   using Kernel = WideKernel<Config>;
   auto& smem = *reinterpret_cast<typename Kernel::Smem*>(raw_smem);

@@ -14,13 +14,13 @@ from flashcore.backends.hopper.backward_configs import (
     deal_key_tiles,
     declared_backward_configs,
     declared_wide_configs,
-    heads_at_a_time,
     m_begin,
     m_blocks,
     m_end,
     n_blocks,
     section,
     walk,
+    wide_rounds,
 )
 from flashcore.mask import CAUSAL, FULL, Mask
 from flashcore.problem import AttentionProblem
@@ -145,12 +145,14 @@ def test_sums_are_ordered_and_nobody_waits_for_ever(problem, sms, random):
 
 def test_the_memory_for_ds_is_bounded():
     wide = dataclasses.replace(PROBLEM, head_dim=256, head_dim_v=256, heads_q=8, heads_k=8)
-    for seqlen, heads in ((1024, 16), (4096, 16), (8192, 8), (16384, 2), (32768, 1)):
+    for seqlen, heads, tiles in ((1024, 16, 16), (4096, 16, 64), (8192, 8, 128), (16384, 2, 256), (65536, 1, 128)):
         problem = dataclasses.replace(wide, seqlen_q=seqlen, seqlen_k=seqlen)
-        assert heads_at_a_time(problem) == heads
-    with pytest.raises(LookupError, match="8.0 GiB, more than 4"):
-        choose_backward(dataclasses.replace(wide, seqlen_q=65536, seqlen_k=65536))
-    assert choose_backward(dataclasses.replace(wide, seqlen_q=65536, seqlen_k=65536, head_dim=128, head_dim_v=128))
+        config = choose_backward(problem)
+        rounds = wide_rounds(config, problem)
+        assert (len(rounds[0][0]), len(rounds[0][1])) == (heads, tiles)
+        covered = collections.Counter((head, tile) for heads, tiles in rounds for head in heads for tile in tiles)
+        assert set(covered.values()) == {1}
+        assert len(covered) == problem.batch * problem.heads_k * n_blocks(config, problem)
 
 
 def test_few_tiles_of_a_head_run_at_once():

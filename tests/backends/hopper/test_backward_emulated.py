@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from flashcore.backends.hopper import backward_configs
 from flashcore.backends.hopper.backward_configs import (
     BACKWARD_TABLE,
     BackwardConfig,
@@ -29,6 +30,7 @@ from flashcore.backends.hopper.backward_configs import (
     m_blocks,
     n_blocks,
     section,
+    wide_rounds,
 )
 from flashcore.backends.hopper.jit import score_source
 from flashcore.backends.hopper.launch import diagonals
@@ -64,16 +66,17 @@ ENTRIES = {
     ),
     WideConfig: (
         "const float* rows, u8* ds, float scale_grad, float scale_log2, int first_head, int heads, int heads_k, "
-        "int group_size, int seqlen_q, int seqlen_k, int left, int right, int m_blocks, int n_blocks, int section",
+        "int group_size, int seqlen_q, int seqlen_k, int left, int right, int m_blocks, int first_n, int n_blocks, "
+        "int section",
         "attention_backward_wide_sm90(maps[0], maps[1], maps[2], maps[3], maps[4], maps[5], rows, ds, scale_grad, "
-        "scale_log2, first_head, heads, heads_k, group_size, seqlen_q, seqlen_k, left, right, m_blocks, n_blocks, "
-        "section)",
+        "scale_log2, first_head, heads, heads_k, group_size, seqlen_q, seqlen_k, left, right, m_blocks, first_n, "
+        "n_blocks, section)",
     ),
     ProductConfig: (
-        "const u8* ds, float scale, int first_head, int heads_q, int group_size, int seqlen_k, int left, int right, "
-        "int m_blocks, int n_blocks",
-        "attention_backward_product_sm90(maps[0], maps[1], ds, scale, first_head, heads_q, group_size, seqlen_k, left, "
-        "right, m_blocks, n_blocks)",
+        "const u8* ds, float4* sums, int goes_on, int ends, float scale, int first_head, int heads_q, int group_size, "
+        "int seqlen_k, int left, int right, int m_blocks, int first_n, int n_blocks",
+        "attention_backward_product_sm90(maps[0], maps[1], ds, sums, goes_on, ends, scale, first_head, heads_q, "
+        "group_size, seqlen_k, left, right, m_blocks, first_n, n_blocks)",
     ),
     DqConfig: (
         "const float* sums, float scale, int heads_q, int m_blocks, int m_begin",
@@ -182,9 +185,9 @@ def backward(q, k, v, out, lse, dout, dlse=None, causal=False, scale=None, windo
     return dq, dk, dv
 
 
-def wide_backward(problem, config, q, k, v, out, lse, dout, dlse, captured=(), at_once=2):
+def wide_backward(problem, config, q, k, v, out, lse, dout, dlse, captured=()):
     """The same where dS lies in memory, of some key heads at a time."""
-    blocks, keys, heads = m_blocks(config, problem), n_blocks(config, problem), problem.batch * problem.heads_k
+    blocks, keys = m_blocks(config, problem), n_blocks(config, problem)
     tiles, group = problem.batch * problem.heads_q * blocks, problem.group_size
     rows = torch.full((tiles, 2 * 64 + 4), torch.nan)
     dq, dk, dv = (torch.full(t.shape, torch.nan, dtype=t.dtype) for t in (q, k, v))
@@ -198,19 +201,24 @@ def wide_backward(problem, config, q, k, v, out, lse, dout, dlse, captured=(), a
         extra += [address(tensor), *map(ctypes.c_uint64, tensor.stride()), *tensor.shape]
     factor = problem.score.factor
     exponent = (problem.scale if config.score.change is None else factor) / LN2
-    lengths = problem.seqlen_k, *map(int, diagonals(problem)), blocks, keys
-    product = ProductConfig("bfloat16", config.head_dim, config.bounded_left, config.bounded_right)
-    for first in range(0, heads, at_once):
-        count = min(at_once, heads - first)
-        ds = torch.full((count * group * blocks * keys, 64 * 64), torch.nan, dtype=torch.bfloat16)
+    rounds = wide_rounds(config, problem)
+    product = ProductConfig(
+        "bfloat16", config.head_dim, config.bounded_left, config.bounded_right, len(rounds[0][1]) < keys
+    )
+    sums = torch.full((len(rounds[0][0]) * group * blocks * 64 * config.head_dim,), torch.nan)
+    for some, tiles_n in rounds:
+        count = len(some)
+        lengths = problem.seqlen_k, *map(int, diagonals(problem)), blocks, tiles_n.start, len(tiles_n)
+        ds = torch.full((count * group * blocks * len(tiles_n), 64 * 64), torch.nan, dtype=torch.bfloat16)
         built(config).run(
-            keys * count, maps((q, 64), (k, 64), (v, 64), (dout, 64), (dk, 64), (dv, 64)), address(rows), address(ds),
-            ctypes.c_float(problem.scale * factor), ctypes.c_float(exponent), first, count, problem.heads_k, group,
-            problem.seqlen_q, *lengths, min(count, section(config, problem)), *extra,
+            len(tiles_n) * count, maps((q, 64), (k, 64), (v, 64), (dout, 64), (dk, 64), (dv, 64)), address(rows),
+            address(ds), ctypes.c_float(problem.scale * factor), ctypes.c_float(exponent), some.start, count,
+            problem.heads_k, group, problem.seqlen_q, *lengths, min(count, section(config, problem)), *extra,
         )  # fmt: skip
         built(product).run(
-            -(-blocks // product.groups) * count * group, maps((k, 64), (dq, 64)), address(ds),
-            ctypes.c_float(problem.scale * factor), first * group, problem.heads_q, group, *lengths,
+            -(-blocks // product.groups) * count * group, maps((k, 64), (dq, 64)), address(ds), address(sums),
+            tiles_n.start > 0, tiles_n.stop == keys, ctypes.c_float(problem.scale * factor), some.start * group,
+            problem.heads_q, group, *lengths,
         )  # fmt: skip
     return dq, dk, dv
 
@@ -294,6 +302,16 @@ def test_values_of_another_head_dim(head_dim, head_dim_v):
     q, k, v, dout = random_inputs(1, 130, 150, 2, 1, head_dim, head_dim_v)
     out, lse = forward(q, k, v, True)
     assert_gradients(backward(q, k, v, out, lse, dout, causal=True), q, k, v, dout, causal=True)
+
+
+@pytest.mark.parametrize("tiles", [1, 2, 6])
+@pytest.mark.parametrize("options", [{"causal": True}, {"window": (100, 30)}], ids=str)
+def test_rounds_over_heads_and_over_keys(tiles, options, monkeypatch):
+    """The memory for dS holds so many key tiles of a head, of which it has three."""
+    q, k, v, dout = random_inputs(1, 200, 190, 4, 2, 192)
+    monkeypatch.setattr(backward_configs, "DS_BYTES", tiles * 2 * 4 * 64 * 64 * 2)
+    out, lse = forward(q, k, v, **options)
+    assert_gradients(backward(q, k, v, out, lse, dout, **options), q, k, v, dout, **options)
 
 
 def test_huge_scores_stay_finite():

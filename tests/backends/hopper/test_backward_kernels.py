@@ -55,9 +55,9 @@ def test_kernel(name, wait_limit, tmp_path):
 @pytest.mark.parametrize("config", [config for _, config in declared_wide_configs()], ids=str)
 def test_kernels_of_wide_heads(config, wait_limit, tmp_path):
     config = dataclasses.replace(config, wait_limit=wait_limit)
-    product = ProductConfig(config.dtype, config.head_dim, config.bounded_left, config.bounded_right, wait_limit)
+    product = ProductConfig(config.dtype, config.head_dim, config.bounded_left, config.bounded_right, False, wait_limit)
     counts = []
-    for one in (config, product):
+    for one in (config, product, dataclasses.replace(product, rounds=True)):
         kernel = jit.compile_kernel(one)
         assert kernel.registers == 65536 // one.threads // 8 * 8
         assert kernel.spill_bytes == 0
@@ -66,7 +66,7 @@ def test_kernels_of_wide_heads(config, wait_limit, tmp_path):
         assert counts[-1]["LDL"] == counts[-1]["STL"] == 0
     # S and dP before the loops and in them, dV and dK in them; one instruction a step of 16.
     assert counts[0]["HGMMA"] == 4 * config.head_dim // 16 + 2 * 4
-    assert counts[1]["HGMMA"] == 4
+    assert counts[1]["HGMMA"] == counts[2]["HGMMA"] == 4
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
