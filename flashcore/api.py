@@ -16,7 +16,14 @@ from flashcore.backends import ATTENTION, Run
 from flashcore.calls import Runs, autocast, on_its_device, operators, unknown_keywords
 from flashcore.errors import UnsupportedError
 from flashcore.plan import Plan
-from flashcore.problem import LEAST_SCALE, AttentionProblem, check_tensors, checked_mask, checked_scale
+from flashcore.problem import (
+    LEAST_SCALE,
+    AttentionProblem,
+    check_packed,
+    check_tensors,
+    checked_mask,
+    checked_scale,
+)
 from flashcore.score import PLAIN, Score, bind
 from flashcore.sequences import Packed, Paged
 from flashcore.watching import answers_itself, is_batched, is_recorded, is_transformed, is_watched
@@ -241,30 +248,33 @@ def _with_features(q, k, v, causal, window, scale, score, sink, queries, keys, r
 def _by_operator(options, q, k, v, scale, *extras):
     """(out, lse) by the operator, for those who record operators or answer them."""
     causal, window, spec, packed, return_lse, backend = options
-    _refuse_packed(packed)
+    _refuse_paged(packed)
     if not torch.compiler.is_compiling():  # which checks the operator's arguments as it traces
-        check_tensors(q, k, v)
-        checked_scale(scale, q.shape[3])
-    return operators().attention(q, k, v, extras, checked_mask(causal, window), scale, spec, return_lse, backend)
+        check_tensors(q, k, v, packed=bool(packed))
+        checked_scale(scale, q.shape[-1])
+    if packed:
+        check_packed(*packed, q)
+    mask, of_score = checked_mask(causal, window), extras[len(extras) - len(spec.tensors) :]
+    return operators().attention(q, k, v, of_score, mask, scale, spec, packed, return_lse, backend)
 
 
 def _by_operations(options, q, k, v, scale, *extras):
     """(out, lse) by a backend that is made of PyTorch's operations, which transforms see through."""
     causal, window, spec, packed, return_lse, backend = options
-    _refuse_packed(packed)
+    _refuse_paged(packed)
     plan = planning.prepared_plan(_problem(q, k, v, extras, causal, window, scale, spec, packed, return_lse), backend)
     if not ATTENTION.load(plan.backend).NATIVE_GRAD:
         raise UnsupportedError(
             f"attention: backend {plan.backend!r} cannot be transformed by torch.func (grad, vjp, vmap, ...) or "
-            f'forward-mode differentiation. Pass backend="{"sdpa" if spec == PLAIN else "reference"}".'
+            f'forward-mode differentiation. Pass backend="{"sdpa" if spec == PLAIN and not packed else "reference"}".'
         )
     return plan.run(q, k, v, scale, *extras)
 
 
-def _refuse_packed(packed: object) -> None:
-    if packed:
+def _refuse_paged(packed: tuple) -> None:
+    if packed and isinstance(packed[1], Paged):
         raise UnsupportedError(
-            "attention: packed sequences are not there under torch.compile, torch.func and other recordings."
+            "attention: paged keys are not there under torch.compile, torch.func and other recordings."
         )
 
 
@@ -366,9 +376,9 @@ def _gradients(plan: Plan, scale: float | None, q, k, v, out, lse, dout, dlse, *
 
 
 def _gradients_by_operator(plan: Plan, scale: float | None, q, k, v, out, lse, dout, dlse, *extras):
-    _refuse_packed(plan.problem.packed)
     problem, backend = plan.problem, plan.backend if plan.backend in ATTENTION.providers else "auto"
-    options = problem.mask, scale, problem.score, problem.return_lse, backend
+    *packed, extras = problem.split(extras) if problem.packed else (extras,)
+    options = problem.mask, scale, problem.score, packed, problem.return_lse, backend
     return operators().attention_backward(dout, dlse, q, k, v, out, lse, extras, *options)
 
 

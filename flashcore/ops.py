@@ -7,6 +7,7 @@ this module first.
 
 ``attention_forward`` returns ``(out, lse)``, contiguous; the LSE is empty where nobody asked for it. Its mask says how
 many keys to the left and right of its own a query sees, None for all; what becomes of a score is an expression's text.
+Packed sequences are their offsets and how long the longest is, on both sides, None for dense ones.
 ``attention_backward`` returns ``(dq, dk, dv)``, contiguous, by the plan's backward pass; where that is autograd
 (PyTorch's own attention and the reference), it computes the forward again. The gradient of sinks is made of PyTorch's
 operations.
@@ -20,6 +21,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
@@ -29,18 +31,23 @@ from flashcore import plan as planning
 from flashcore.gemm_problem import check_arguments
 from flashcore.plan import Plan
 from flashcore.problem import LEAST_SCALE, AttentionProblem, check_tensors
+from flashcore.score import Score, describe, parse
 from flashcore.score import check as check_score
-from flashcore.score import describe, parse
+from flashcore.sequences import Packed
 
 _runs = calls.Runs()
 
 _FORWARD = "flashcore::attention_forward"
 _BACKWARD = "flashcore::attention_backward"
-# What the score looks up, in the order of its slots, or None, and the sinks. Not a list that is always there: PyTorch
-# takes no batch of output gradients apart for an operator with one, and AOTInductor's packages fail with an empty one.
-_EXTRAS = "Tensor[]? captured, Tensor? sink"
-# The mask, what becomes of a scaled score as an expression's text, and how to plan.
-_OPTIONS = "SymInt? left, SymInt? right, float? scale, str? score, bool needs_grad, bool return_lse, str backend"
+# Where packed sequences lie, what the score looks up, in the order of its slots, or None, and the sinks. Not a list
+# that is always there: PyTorch takes no batch of output gradients apart for an operator with one, and AOTInductor's
+# packages fail with an empty one.
+_EXTRAS = "Tensor? offsets_q, Tensor? used_q, Tensor? offsets_k, Tensor? used_k, Tensor[]? captured, Tensor? sink"
+# Bounds of packed sequences, the mask, what becomes of a scaled score as an expression's text, and how to plan.
+_OPTIONS = (
+    "SymInt? longest_q, SymInt? longest_k, SymInt? left, SymInt? right, float? scale, str? score, bool needs_grad, "
+    "bool return_lse, str backend"
+)
 
 # Backends read any strides, but not all equally fast: the compiler keeps those that an eager call would see.
 _TAGS = torch.Tag.needs_fixed_stride_order
@@ -56,32 +63,72 @@ torch.library.define(
 )
 
 
-def attention(q, k, v, extras, mask, scale, spec, return_lse, backend) -> tuple[torch.Tensor, torch.Tensor]:
-    """``flashcore.attention`` by operators."""
+class _Arguments(NamedTuple):
+    """What comes after the tensors that every call has, as the schemas have it."""
+
+    offsets_q: torch.Tensor | None
+    used_q: torch.Tensor | None
+    offsets_k: torch.Tensor | None
+    used_k: torch.Tensor | None
+    captured: list[torch.Tensor] | None
+    sink: torch.Tensor | None
+    longest_q: int | None
+    longest_k: int | None
+    left: int | None
+    right: int | None
+    scale: float | None
+    score: str | None
+    needs_grad: bool
+    return_lse: bool
+    backend: str
+
+    @property
+    def packed(self) -> bool:
+        return self.offsets_q is not None
+
+    @property
+    def extras(self) -> tuple[torch.Tensor, ...]:
+        """All tensors, in the order of ``AttentionProblem.tensors``."""
+        one_by_one = *self[:4], *(self.captured or ()), self.sink
+        return tuple(tensor for tensor in one_by_one if tensor is not None)
+
+    def described(self) -> tuple[Score, tuple[torch.Tensor, ...]]:
+        """The score's spec and its tensors."""
+        return describe(None if self.score is None else parse(self.score), self.captured or (), self.sink)
+
+
+def attention(q, k, v, extras, mask, scale, spec, packed, return_lse, backend) -> tuple[torch.Tensor, torch.Tensor]:
+    """``flashcore.attention`` by operators: `extras` are the score's, `packed` is (queries, keys), empty if dense."""
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *extras))
-    arguments = _arguments(extras, mask, scale, spec, needs_grad, return_lse, backend)
+    arguments = _arguments(extras, mask, scale, spec, packed, needs_grad, return_lse, backend)
     return torch.ops.flashcore.attention_forward(q, k, v, *arguments)
 
 
 def attention_backward(
-    dout, dlse, q, k, v, out, lse, extras, mask, scale, spec, return_lse, backend
+    dout, dlse, q, k, v, out, lse, extras, mask, scale, spec, packed, return_lse, backend
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dq, dk, dv) by the operator."""
-    arguments = _arguments(extras, mask, scale, spec, True, return_lse, backend)
+    arguments = _arguments(extras, mask, scale, spec, packed, True, return_lse, backend)
     return torch.ops.flashcore.attention_backward(dout, dlse, q, k, v, out, lse, *arguments)
 
 
-def _arguments(extras, mask, scale, spec, needs_grad, return_lse, backend) -> tuple:
+def _arguments(extras, mask, scale, spec, packed, needs_grad, return_lse, backend) -> tuple:
     """What comes after the tensors that every call has, in the schemas' order."""
+    places = [tensor for rows in packed for tensor in (rows.offsets, rows.used)] or [None] * 4
     captured, sink = (extras, None) if spec.sink is None else (extras[:-1], extras[-1])
+    longest = [rows.longest for rows in packed] or [None] * 2
     text = None if spec.change is None else spec.change.text
-    return list(captured) or None, sink, mask.left, mask.right, scale, text, needs_grad, return_lse, backend
+    return (
+        *places, list(captured) or None, sink, *longest, mask.left, mask.right, scale, text, needs_grad, return_lse,
+        backend,
+    )  # fmt: skip
 
 
 @torch.library.impl(_FORWARD, "default")
-def _forward(q, k, v, captured, sink, left, right, scale, score, needs_grad, return_lse, backend):
-    plan, extras = _plan(q, k, v, captured, sink, left, right, scale, score, needs_grad, return_lse, backend)
-    out, lse = calls.on_its_device(q, plan.run)(q, k, v, scale, *extras)
+def _forward(q, k, v, *arguments):
+    given = _Arguments(*arguments)
+    plan, extras = _plan(q, k, v, given), given.extras
+    out, lse = calls.on_its_device(q, plan.run)(q, k, v, given.scale, *extras)
     if not plan.problem.needs_lse:
         lse = q.new_empty(0, dtype=torch.float32)
     elif lse is None:  # nobody reads it: autograd differentiates this backend without
@@ -90,21 +137,22 @@ def _forward(q, k, v, captured, sink, left, right, scale, score, needs_grad, ret
 
 
 @torch.library.register_fake(_FORWARD)
-def _(q, k, v, captured, sink, left, right, scale, score, needs_grad, return_lse, backend):
-    check_tensors(q, k, v)
-    check_score(*_described(score, captured, sink), q, k.shape[1])
-    batch, seqlen_q, heads_q, _ = q.shape
-    lse_shape = (batch, heads_q, seqlen_q) if needs_grad or return_lse else (0,)
-    return q.new_empty(batch, seqlen_q, heads_q, v.shape[3]), q.new_empty(lse_shape, dtype=torch.float32)
+def _(q, k, v, *arguments):
+    given = _Arguments(*arguments)
+    check_tensors(q, k, v, packed=given.packed)
+    seqlen_k, sequences = (given.longest_k, given.offsets_q.shape[0] - 1) if given.packed else (k.shape[1], None)
+    check_score(*given.described(), q, seqlen_k, sequences)
+    *batch, rows, heads_q, _ = q.shape
+    lse_shape = (*batch, heads_q, rows) if given.needs_grad or given.return_lse else (0,)
+    return q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(lse_shape, dtype=torch.float32)
 
 
 @torch.library.impl(_BACKWARD, "default")
-def _backward(
-    dout, dlse, q, k, v, out, lse, captured, sink, left, right, scale, score, needs_grad, return_lse, backend
-):
-    plan, extras = _plan(q, k, v, captured, sink, left, right, scale, score, needs_grad, return_lse, backend)
+def _backward(dout, dlse, q, k, v, out, lse, *arguments):
+    given = _Arguments(*arguments)
+    plan = _plan(q, k, v, given)
     backward = planning.recorded_backward(plan) if dlse is None else plan.backward_with_dlse
-    grads = calls.on_its_device(q, backward.run)(q, k, v, out, lse, dout, dlse, scale, *extras)
+    grads = calls.on_its_device(q, backward.run)(q, k, v, out, lse, dout, dlse, given.scale, *given.extras)
     return tuple(grad.contiguous() for grad in grads)
 
 
@@ -114,65 +162,75 @@ def _(dout, dlse, q, k, v, *_):
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, captured, sink, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, *output, sink, *captured or ())
+    q, k, v, *places, captured, sink = inputs[:9]
+    ctx.options = inputs[9:]
+    ctx.save_for_backward(q, k, v, *output, sink, *places, *captured or ())
     ctx.set_materialize_grads(False)  # whether the loss depends on the LSE makes a difference
 
 
 def _differentiate(ctx, dout, dlse):
     if torch.is_grad_enabled():
         api.refuse_second_derivative()
-    q, k, v, out, lse, sink, *captured = ctx.saved_tensors
-    left, right, scale, score, needs_grad, return_lse, backend = ctx.options
-    arguments = captured or None, sink, left, right, scale, score, True, return_lse, backend
-    if not needs_grad:  # it was recorded where nobody needed a gradient, nor the LSE
+    q, k, v, out, lse, sink, *others = ctx.saved_tensors
+    places, captured = others[:4], others[4:]
+    given = _Arguments(*places, captured or None, sink, *ctx.options)
+    arguments = given._replace(needs_grad=True)
+    if not given.needs_grad:  # it was recorded where nobody needed a gradient, nor the LSE
         out, lse = torch.ops.flashcore.attention_forward(q, k, v, *arguments)
     dout, dlse = gradients.of_results(out, lse, dout, dlse)
     dq, dk, dv = torch.ops.flashcore.attention_backward(dout, dlse, q, k, v, out, lse, *arguments)
-    dsink = gradients.of_sinks(sink, out, lse, dout, dlse) if ctx.needs_input_grad[4] else None
-    return dq, dk, dv, [None] * len(captured) or None, dsink, *(None for _ in ctx.options)
+    dsink = gradients.of_sinks(sink, out, lse, dout, dlse) if ctx.needs_input_grad[8] else None
+    return dq, dk, dv, *[None] * 4, [None] * len(captured) or None, dsink, *(None for _ in ctx.options)
 
 
 @register_flop_formula(torch.ops.flashcore.attention_forward)
-def _count_forward(q, k, v, *_, out_shape=None) -> int:
+def _count_forward(q, k, v, *arguments, out_shape=None) -> int:
     """Of whole products, as PyTorch counts its own attention: no mask saves any, and scores and sinks are free."""
-    return 2 * q[0] * q[2] * q[1] * k[1] * (q[3] + v[3])
+    return 2 * _count_scores(q, k, arguments) * (q[-1] + v[-1])
 
 
 @register_flop_formula(torch.ops.flashcore.attention_backward)
-def _count_backward(dout, dlse, q, k, v, *_, out_shape=None) -> int:
+def _count_backward(dout, dlse, q, k, v, out, lse, *arguments, out_shape=None) -> int:
     """Five products: the scores again, and the gradients of the probabilities, q, k and v."""
-    return 2 * q[0] * q[2] * q[1] * k[1] * (3 * q[3] + 2 * v[3])
+    return 2 * _count_scores(q, k, arguments) * (3 * q[-1] + 2 * v[-1])
+
+
+def _count_scores(q, k, arguments) -> int:
+    """Of packed sequences, whose lengths the device would have to be asked for, no less than there are."""
+    given = _Arguments(*arguments)
+    rows_q, rows_k = q[-3], k[-3]
+    if given.packed:
+        return q[-2] * min(rows_q * rows_k, rows_q * given.longest_k, rows_k * given.longest_q)
+    return q[0] * q[-2] * rows_q * rows_k
 
 
 torch.library.register_autograd(_FORWARD, _differentiate, setup_context=_setup_context)
 torch.library.register_autograd(_BACKWARD, api.refuse_second_derivative)
 
 
-def _plan(
-    q, k, v, captured, sink, left, right, scale, score, needs_grad, return_lse, backend
-) -> tuple[Plan, tuple[torch.Tensor, ...]]:
-    """The plan for these arguments, as an eager call would find it, and what its run gets after the scale."""
-    extras = (*(captured or ()), *(() if sink is None else (sink,)))
+def _plan(q, k, v, given: _Arguments) -> Plan:
+    """The plan for these arguments, as an eager call would find it."""
+    scale, extras = given.scale, given.extras
     key = (
         q.shape, k.shape, v.shape, q.dtype, q.device, tuple((t.shape, t.dtype, t.device) for t in extras),
-        sink is None, left, right, scale is None or LEAST_SCALE <= scale <= sys.float_info.max or scale, score,
-        needs_grad, return_lse, backend, planning.active_override.get(),
+        given.used_q is None, given.used_k is None, given.sink is None, given.longest_q, given.longest_k, given.left,
+        given.right, scale is None or LEAST_SCALE <= scale <= sys.float_info.max or scale, given.score,
+        given.needs_grad, given.return_lse, given.backend, planning.active_override.get(),
     )  # fmt: skip
     found = _runs.recent.get(key) or _runs.recall(key)
     if found is None:
-        spec, _ = _described(score, captured, sink)
+        queries = keys = None
+        if given.packed:
+            queries = Packed(given.offsets_q, given.longest_q, given.used_q)
+            keys = Packed(given.offsets_k, given.longest_k, given.used_k)
         problem = AttentionProblem.from_tensors(
-            q, k, v, window=(left, right), scale=scale, score=spec, extras=extras, return_lse=return_lse
+            q, k, v, window=(given.left, given.right), scale=scale, score=given.described()[0], extras=extras,
+            queries=queries, keys=keys, return_lse=given.return_lse,
+        )  # fmt: skip
+        found = _runs.remember(
+            key, planning.prepared_plan(replace(problem, needs_grad=given.needs_grad), given.backend)
         )
-        plan = planning.prepared_plan(replace(problem, needs_grad=needs_grad), backend)
-        found = _runs.remember(key, plan)
-    return found, extras
-
-
-def _described(score, captured, sink):
-    """The spec and its tensors of an operator's arguments."""
-    return describe(None if score is None else parse(score), captured or (), sink)
+    return found
 
 
 # ---- matrix products ----------------------------------------------------------------------------------------------

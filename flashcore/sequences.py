@@ -201,13 +201,13 @@ class Paged:
 
 
 def _checked_longest(owner: str, longest: object) -> int:
-    if isinstance(longest, bool) or not isinstance(longest, numbers.Integral) or longest < 0:
+    if isinstance(longest, bool) or not isinstance(longest, (numbers.Integral, torch.SymInt)) or longest < 0:
         given = type(longest).__name__ if isinstance(longest, torch.Tensor) else repr(longest)
         raise InvalidInputError(
             f"{owner}: longest must be an int from 0 on, known to the host (given {given}). It may be larger than the "
             "longest sequence."
         )
-    return int(longest)  # NumPy's as well
+    return longest if isinstance(longest, (int, torch.SymInt)) else int(longest)  # NumPy's
 
 
 def _check_numbers(what: str, tensor: object, shape: str) -> None:

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import flashcore
-from flashcore import ops
+from flashcore import Packed, ops
 from flashcore.backends import recompute, reference
 from flashcore.compat.flash_attn import flash_attn_func, flash_attn_qkvpacked_func
 from flashcore.errors import UnsupportedError
@@ -214,6 +214,93 @@ def test_features_of_any_lengths_in_one_graph(add_backend):
     assert seen[::2] == seen[1::2] == [(q, k, Mask(q, 2), (1, 4, q, k)) for q, k in lengths]
 
 
+def packed_inputs(total_q=10, total_k=14):
+    shapes = (total_q, 4, 16), (total_k, 2, 16), (total_k, 2, 16)
+    return [torch.randn(shape, requires_grad=True) for shape in shapes]
+
+
+def lengths(*numbers):
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+PACKED = {
+    "plain": {},
+    "causal": {"causal": True},
+    "window": {"window": (3, 1)},
+    "softcap": {"score": flashcore.softcap(2.0)},
+    "alibi": {"score": flashcore.alibi(torch.rand(2, 4)), "causal": True},
+    "sink": {"sink": torch.randn(4, requires_grad=True), "window": (4, 0)},
+}
+ALL = Packed(lengths(0, 4, 9), 5), Packed(lengths(0, 6, 13), 8)
+USED = Packed(lengths(1, 4, 9), 5, lengths(3, 2)), Packed(lengths(0, 6, 13), 8, lengths(5, 7))
+
+
+@pytest.mark.parametrize("made_inside", [False, True])
+@pytest.mark.parametrize("places", [ALL, USED, (ALL[0], USED[1])], ids=["all", "used", "used_keys"])
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_sequences_in_one_graph(name, places, made_inside):
+    options = PACKED[name]
+
+    def program(q, k, v, queries, keys):
+        if made_inside:
+            queries, keys = (Packed(rows.offsets, rows.longest, rows.used) for rows in (queries, keys))
+        out, lse = flashcore.attention(q * 2, k, v, queries=queries, keys=keys, return_lse=True, **options)
+        return out + 1, lse
+
+    function, counter = compiled(program)
+    tensors = packed_inputs()
+    leaves = [*tensors, *([options["sink"]] if "sink" in options else [])]
+    (out, lse), expected = function(*tensors, *places), program(*tensors, *places)
+    torch.testing.assert_close((out, lse), expected)
+    douts = torch.randn_like(out), torch.randn_like(lse)
+    grads = torch.autograd.grad((out, lse), leaves, douts)
+    torch.testing.assert_close(grads, torch.autograd.grad(expected, leaves, douts))
+    assert all(grad.any() for grad in grads)
+    assert counter.frame_count == 1
+
+
+def test_packed_sequences_of_any_lengths_in_one_graph(add_backend):
+    seen = []
+
+    def forward(problem, config, *tensors):
+        seen.append((problem.batch, problem.queries.total, problem.keys.total, problem.seqlen_q, problem.seqlen_k))
+        return reference.forward(problem, config, *tensors)
+
+    add_backend("fake", forward=forward)
+
+    def program(q, k, v, queries, keys):
+        return flashcore.attention(q, k, v, causal=True, score=flashcore.softcap(2.0), queries=queries, keys=keys)
+
+    function, counter = compiled(program, dynamic=True)
+    cases = [
+        ((0, 4, 10), (0, 5, 14), 7, 9), ((0, 3, 30, 40), (0, 20, 60, 90), 27, 50),
+        ((0, 5, 5, 6, 9), (0, 2, 3, 7, 8), 6, 4),
+    ]  # fmt: skip
+    for offsets_q, offsets_k, longest_q, longest_k in cases:
+        tensors = packed_inputs(offsets_q[-1], offsets_k[-1])
+        places = Packed(lengths(*offsets_q), longest_q), Packed(lengths(*offsets_k), longest_k)
+        found, expected = function(*tensors, *places), program(*tensors, *places)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(*(torch.autograd.grad(out.sum(), tensors) for out in (found, expected)))
+    assert counter.frame_count == 1
+    bounds = [(len(q) - 1, q[-1], k[-1], longest_q, longest_k) for q, k, longest_q, longest_k in cases]
+    assert seen[::2] == seen[1::2] == bounds
+
+
+def test_packed_sequences_by_inductor():
+    def program(q, k, v, offsets, longest):
+        rows = Packed(offsets, longest)
+        return flashcore.attention(q * 2, k, v, causal=True, queries=rows, keys=rows) + 1
+
+    function, counter = compiled(program, "inductor", dynamic=True)
+    for offsets, longest in (((0, 4, 10), 6), ((0, 13, 14, 40), 30)):
+        arguments = *packed_inputs(offsets[-1], offsets[-1]), lengths(*offsets), longest
+        found, expected = function(*arguments), program(*arguments)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(*(torch.autograd.grad(out.sum(), arguments[:3]) for out in (found, expected)))
+    assert counter.frame_count == 1
+
+
 def test_numbers_of_a_score_are_constants_of_a_graph():
     def program(q, k, v, cap, shift):
         return flashcore.attention(q, k, v, score=lambda s, *at: flashcore.softcap(cap)(s, *at) + at[3] * shift)
@@ -289,6 +376,28 @@ def test_invalid_arguments_are_named_while_tracing():
         compiled(lambda q, k, v: flashcore.attention(q, k, v, score=flashcore.alibi(SLOPES[1:])))[0](q, k, v)
 
 
+@pytest.mark.parametrize(
+    ("places", "message"),
+    [
+        ({"queries": ALL[0]}, "keys are dense and the others packed"),
+        ({"queries": ALL[0], "keys": [0, 6, 13]}, r"keys must be flashcore.Packed, .* or None \(given \[0, 6, 13\]\)"),
+        ({"queries": ALL[0], "keys": Packed(lengths(0, 13), 13)}, r"one number of sequences \(given 2 and 1\)"),
+        ({"queries": ALL[0], "keys": ALL[1], "sink": torch.zeros(3)}, r"sink must be \(4,\)"),
+        ({"queries": ALL[0], "keys": ALL[1], "score": flashcore.alibi(torch.ones(3, 4))}, "batch in a dimension of"),
+    ],
+    ids=["one_side", "list", "batch", "sink", "slopes"],
+)
+def test_invalid_packed_sequences_are_named_while_tracing(places, message):
+    with pytest.raises(torch._dynamo.exc.TorchDynamoException, match=message):
+        compiled(lambda q, k, v: flashcore.attention(q, k, v, **places))[0](*packed_inputs())
+
+
+def test_dense_tensors_are_no_packed_ones_while_tracing():
+    tensors = [t[None] for t in packed_inputs()]
+    with pytest.raises(RuntimeError, match="q of packed sequences must have 3 dimensions"):
+        compiled(lambda q, k, v: flashcore.attention(q, k, v, queries=ALL[0], keys=ALL[1]))[0](*tensors)
+
+
 def test_export():
     class Layer(torch.nn.Module):
         def forward(self, q, k, v):
@@ -314,6 +423,24 @@ def test_export_with_features(recwarn, strict):
     program = torch.export.export(Layer(), example, dynamic_shapes=dynamic, strict=strict)
     assert not recwarn, "such as of side effects, which traces of score functions do not have"
     others = *inputs(33, 21), torch.randn(1, 4, 33, 21), torch.randn(4)
+    torch.testing.assert_close(program.module()(*others), Layer()(*others))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_export_of_packed_sequences(strict):
+    """Also where the number of all rows, which is a symbol, is the bound of one sequence's."""
+
+    class Layer(torch.nn.Module):
+        def forward(self, q, k, v, offsets_q, offsets_k, used):
+            queries, keys = Packed(offsets_q, q.shape[0]), Packed(offsets_k, k.shape[0], used)
+            return flashcore.attention(q, k, v, causal=True, queries=queries, keys=keys)
+
+    total_q, total_k, batch = (torch.export.Dim(name, min=2) for name in ("total_q", "total_k", "batch"))
+    dynamic = {0: total_q}, {0: total_k}, {0: total_k}, {0: batch + 1}, {0: batch + 1}, {0: batch}
+    example = *(t.detach() for t in packed_inputs()), lengths(0, 4, 10), lengths(0, 6, 14), lengths(5, 8)
+    program = torch.export.export(Layer(), example, dynamic_shapes=dynamic, strict=strict)
+    others = [t.detach() for t in packed_inputs(33, 44)]
+    others += [lengths(0, 5, 10, 33), lengths(0, 10, 12, 44), lengths(10, 1, 30)]
     torch.testing.assert_close(program.module()(*others), Layer()(*others))
 
 
@@ -349,6 +476,22 @@ def test_flops_are_counted():
     assert ours.get_total_flops() / forward == (3 * 16 + 2 * 24) / (16 + 24)
 
 
+@pytest.mark.parametrize(
+    ("longest_q", "longest_k", "scores"), [(5, 7, 70), (10, 3, 30), (2, 14, 28), (10, 14, 140), (99, 99, 140)]
+)
+def test_flops_of_packed_sequences_are_bounded(longest_q, longest_k, scores):
+    """By what each row, and all of them together, may have to do with."""
+    places = {"queries": Packed(lengths(0, 4, 10), longest_q), "keys": Packed(lengths(0, 6, 14), longest_k)}
+    q, k, _ = packed_inputs()
+    v = torch.randn(14, 2, 24)
+    with FlopCounterMode(display=False) as forward:
+        out = flashcore.attention(q, k, v, **places)
+    with FlopCounterMode(display=False) as backward:
+        out.sum().backward()
+    assert forward.get_total_flops() == 2 * 4 * scores * (16 + 24)
+    assert backward.get_total_flops() == 2 * 4 * scores * (3 * 16 + 2 * 24)
+
+
 @pytest.mark.parametrize("shapes", [((5, 7), (7, 6)), ((3, 5, 7), (7, 6)), ((5, 7), (3, 7, 6)), ((3, 5, 7), (3, 7, 6))])
 def test_flops_of_products_are_counted(shapes):
     a, b = (torch.randn(shape) for shape in shapes)
@@ -375,6 +518,15 @@ OPCHECK = {
     "bias": ({"requires_grad": True}, {"score": flashcore.bias(torch.randn(1, 4, 5, 7)), "window": (4, 0)}),
     "sink": ({"requires_grad": True}, {"sink": torch.randn(4, requires_grad=True), "return_lse": True}),
     "head_dim_v": ({"requires_grad": True}, {"head_dim_v": 24}),
+    "packed": ({}, {"packed": ALL}),
+    "packed_grad": ({"requires_grad": True}, {"packed": ALL, "causal": True, "return_lse": True}),
+    "packed_used": ({"requires_grad": True}, {"packed": USED, "window": (3, 1)}),
+    "packed_used_keys": ({"requires_grad": True}, {"packed": (ALL[0], USED[1]), "score": flashcore.softcap(2.0)}),
+    "packed_sink": (
+        {"requires_grad": True},
+        {"packed": ALL, "sink": torch.randn(4, requires_grad=True), "score": flashcore.alibi(torch.rand(2, 4))},
+    ),
+    "packed_empty": ({"seqlen_k": 0, "requires_grad": True}, {"packed": (ALL[0], Packed(lengths(0, 0, 0), 0))}),
 }
 
 
@@ -385,9 +537,15 @@ def arguments(shape: dict, options: dict, backend: str) -> tuple:
     head_dim_v = options.get("head_dim_v", 16)
     q, k, v = inputs(**shape)
     v = torch.randn(*v.shape[:3], head_dim_v, dtype=v.dtype).requires_grad_(v.requires_grad)
+    packed = options.get("packed", ())
+    if packed:
+        q, k, v = (t.detach().flatten(0, 1).requires_grad_(t.requires_grad) for t in (q, k, v))
+    places = [t for rows in packed for t in (rows.offsets, rows.used)] or [None] * 4
+    longest = [rows.longest for rows in packed] or [None] * 2
     return (
-        q, k, v, list(captured) or None, options.get("sink"), left, 0 if options.get("causal") else right,
-        options.get("scale"), None if spec.change is None else spec.change.text, shape.get("requires_grad", False),
+        q, k, v, *places, list(captured) or None, options.get("sink"), *longest,
+        left, 0 if options.get("causal") else right, options.get("scale"),
+        None if spec.change is None else spec.change.text, shape.get("requires_grad", False),
         options.get("return_lse", False), backend,
     )  # fmt: skip
 
@@ -411,16 +569,16 @@ def test_backward_operator(backend, name):
 
 
 @pytest.mark.parametrize("backend", ["recomputed", "own_backward", "reference"], indirect=True)
-@pytest.mark.parametrize("name", ["softcap", "alibi", "bias", "sink"])
-def test_backward_operator_with_scores_and_sinks(backend, name):
+@pytest.mark.parametrize("name", ["softcap", "alibi", "bias", "sink", "packed_grad", "packed_used", "packed_sink"])
+def test_backward_operator_with_more_tensors(backend, name):
     check_backward_operator(backend, name)
 
 
 def check_backward_operator(backend, name):
     shape, options = OPCHECK[name]
-    q, k, v, captured, sink, *rest = arguments(shape, options, backend)
+    q, k, v, *rest = arguments(shape, options, backend)
     q, k, v = (t.detach() for t in (q, k, v))
-    rest = captured, None if sink is None else sink.detach(), *rest
+    rest = [t.detach() if isinstance(t, torch.Tensor) else t for t in rest]
     out, lse = torch.ops.flashcore.attention_forward(q, k, v, *rest)
     expanded = out.new_ones(()).expand_as(out)
     for dout in (torch.randn_like(out), expanded):
@@ -431,7 +589,7 @@ def check_backward_operator(backend, name):
 @pytest.mark.parametrize("loss", [torch.sum, lambda out: out.square().sum()])
 def test_second_derivative_is_refused(loss):
     tensors = inputs(requires_grad=True)
-    options = (), FULL, None, PLAIN, False, "auto"
+    options = (), FULL, None, PLAIN, (), False, "auto"
     out, lse = ops.attention(*tensors, *options)
     with pytest.raises(UnsupportedError, match="second derivatives are not there"):
         torch.autograd.grad(loss(out), tensors[0], create_graph=True)
@@ -440,16 +598,17 @@ def test_second_derivative_is_refused(loss):
         dq.sum().backward()
 
 
-def test_batched_output_gradients():
-    q, k, v = inputs(requires_grad=True)
-    out, _ = ops.attention(q, k, v, (), CAUSAL, None, PLAIN, False, "auto")
+@pytest.mark.parametrize("packed", [(), USED], ids=["dense", "packed"])
+def test_batched_output_gradients(packed):
+    q, k, v = packed_inputs() if packed else inputs(requires_grad=True)
+    out, _ = ops.attention(q, k, v, (), CAUSAL, None, PLAIN, packed, False, "auto")
     douts = torch.randn(3, *out.shape)
     batched = torch.autograd.grad(out, (q, k, v), douts, is_grads_batched=True, retain_graph=True)
     one_by_one = [torch.autograd.grad(out, (q, k, v), dout, retain_graph=True) for dout in douts]
     torch.testing.assert_close(batched, tuple(map(torch.stack, zip(*one_by_one, strict=True))))
 
 
-@pytest.mark.parametrize("features", [False, True])
+@pytest.mark.parametrize("features", ["", "window and score", "packed"])
 def test_compiled_autograd_over_an_eager_forward(add_backend, features):
     """The backward pass is an operator in its graph: a compiler that traced into a launch would find no code in it."""
     ran = []
@@ -463,6 +622,8 @@ def test_compiled_autograd_over_an_eager_forward(add_backend, features):
     weight = torch.randn(6, 16, requires_grad=True)
 
     options = {"window": (3, 0), "score": flashcore.alibi(SLOPES)} if features else {"causal": True}
+    if features == "packed":
+        options |= dict(zip(("queries", "keys"), USED, strict=True))
 
     def run():
         tensors = [t.detach().requires_grad_() for t in plain]
@@ -470,8 +631,8 @@ def test_compiled_autograd_over_an_eager_forward(add_backend, features):
         out = flashcore.attention(*tensors, scale=0.3, sink=sink if features else None, **options)
         return [*tensors, weight, *([sink] if features else [])], flashcore.linear(out, weight)
 
-    plain = inputs()
-    dout = torch.randn(2, 5, 4, 6)
+    plain = packed_inputs() if features == "packed" else inputs()
+    dout = torch.randn(*plain[0].shape[:-1], 6)
     leaves, out = run()
     expected = torch.autograd.grad(out, leaves, dout)
     leaves, out = run()
@@ -741,7 +902,7 @@ def test_compiled_on_a_gpu(name):
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_operators_on_a_gpu(requires_grad):
     tensors = inputs(dtype=torch.bfloat16, device="cuda", requires_grad=requires_grad)
-    options = (None, None, None, 0, None, None, requires_grad, False, "auto")
+    options = (*[None] * 6, None, None, None, 0, None, None, requires_grad, False, "auto")
     torch.library.opcheck(torch.ops.flashcore.attention_forward, (*tensors, *options))
 
 

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 import flashcore
 from flashcore import Packed, Paged, api
-from flashcore.backends import reference
+from flashcore.backends import recompute, reference
 from flashcore.errors import InvalidInputError, UnsupportedError
 from flashcore.plan import override
 from flashcore.problem import AttentionProblem
@@ -51,6 +52,7 @@ def test_what_is_no_packed(name):
 
 ONE = Packed(lengths(0, 10), 10)
 TWO = Packed(lengths(0, 4, 12), 8)
+TWO_OF_QUERIES = lengths(0, 4, 10)
 INVALID = {
     "batch": (inputs(), {"queries": ONE, "keys": TWO}, r"of one number of sequences \(given 1 and 2\)"),
     "4-D": ([t[None] for t in inputs()], {"queries": ONE, "keys": ONE}, r"q of packed sequences must have 3 dimen"),
@@ -210,31 +212,70 @@ def test_recompute_gives_the_gradients_of_who_has_none(add_backend):
         torch.testing.assert_close(grad, right, rtol=2e-2, atol=2e-2)
 
 
-def test_recordings_and_transforms_are_refused():
+def _call(q, k, v, offsets_q, offsets_k):
+    queries, keys = Packed(offsets_q, 10, lengths(4, 3)), Packed(offsets_k, 8)
+    return flashcore.attention(q, k, v, causal=True, queries=queries, keys=keys)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("record", ["jit", "make_fx", "symbolic"])
+def test_a_recording_reads_the_lengths_when_it_runs(add_backend, record):
+    add_backend("fake")
+    example = *inputs(), lengths(0, 4, 10), lengths(0, 5, 12)
+    if record == "jit":
+        recorded = torch.jit.trace(_call, example)
+    else:
+        recorded = make_fx(_call, tracing_mode="real" if record == "make_fx" else "symbolic")(*example)
+    others = *inputs(), lengths(0, 7, 10), lengths(0, 2, 9)
+    torch.testing.assert_close(recorded(*others), _call(*others))
+
+
+def test_fake_tensors(add_backend):
+    """In their mode, and outside of it."""
+    add_backend("fake")
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = [mode.from_tensor(t) for t in inputs()]
+        inside = _call(*fakes, TWO_OF_QUERIES, TWO.offsets)
+    outside = _call(*fakes, *(mode.from_tensor(t) for t in (TWO_OF_QUERIES, TWO.offsets)))
+    for out in (inside, outside):
+        assert isinstance(out, FakeTensor)
+        assert out.shape == (10, 4, 16)
+
+
+def test_a_recorded_call_is_checked():
+    with FlopCounterMode(display=False):
+        with pytest.raises(InvalidInputError, match="one number of sequences"):
+            flashcore.attention(*inputs(), queries=ONE, keys=TWO)
+        with pytest.raises(InvalidInputError, match="q of packed sequences must have 3 dimensions"):
+            flashcore.attention(*(t[None] for t in inputs()), queries=ONE, keys=ONE)
+
+
+def test_a_recorded_backward_pass(add_backend):
+    """Of an eager call: it is the operator, which counts."""
+    add_backend("fake", backward=recompute.reference.backward)
+    leaves = [t.requires_grad_() for t in inputs()]
+    out = _call(*leaves, TWO_OF_QUERIES, TWO.offsets)
+    dout = torch.randn_like(out)
+    with FlopCounterMode(display=False) as counter:
+        grads = torch.autograd.grad(out, leaves, dout, retain_graph=True)
+    assert torch.ops.flashcore.attention_backward in counter.get_flop_counts()["Global"]
+    torch.testing.assert_close(grads, torch.autograd.grad(out, leaves, dout))
+
+
+def test_transforms():
     q, k, v = inputs()
-
-    def call(q, k, v):
-        return flashcore.attention(q, k, v, queries=ONE, keys=ONE).sum()
-
-    with pytest.raises(UnsupportedError, match="packed sequences are not there"):
-        torch.func.grad(call)(q, k, v)
-    with pytest.raises(UnsupportedError, match="packed sequences are not there"):
-        torch.jit.trace(call, (q, k, v))
-    with FakeTensorMode() as mode:
-        fakes = [mode.from_tensor(t) for t in (q, k, v)]
-    with pytest.raises(UnsupportedError, match="packed sequences are not there"):
-        call(*fakes)
-    leaves = [t.requires_grad_() for t in inputs()]
-    with pytest.raises(UnsupportedError, match="packed sequences are not there"), FlopCounterMode(display=False):
-        call(*leaves)
+    loss = lambda q: _call(q, k, v, TWO_OF_QUERIES, TWO.offsets).square().sum()  # noqa: E731
+    leaf = q.clone().requires_grad_()
+    torch.testing.assert_close(torch.func.grad(loss)(q), torch.autograd.grad(loss(leaf), leaf)[0])
+    batch = torch.randn(3, *q.shape)
+    torch.testing.assert_close(torch.func.vmap(loss)(batch), torch.stack([loss(one) for one in batch]))
 
 
-def test_a_recorded_backward_pass_is_refused(add_backend):
-    add_backend("fake", backward=lambda *_: None)
-    leaves = [t.requires_grad_() for t in inputs()]
-    out = flashcore.attention(*leaves, queries=ONE, keys=ONE)
-    with pytest.raises(UnsupportedError, match="packed sequences are not there"), FlopCounterMode(display=False):
-        out.sum().backward()
+def test_who_cannot_be_transformed_names_one_that_can(add_backend):
+    add_backend("fake")
+    q, k, v = inputs()
+    with pytest.raises(UnsupportedError, match='Pass backend="reference"'):
+        torch.func.grad(lambda q: _call(q, k, v, TWO_OF_QUERIES, TWO.offsets).sum())(q)
 
 
 def test_the_lse_is_differentiable():
@@ -411,10 +452,12 @@ def test_the_reference_does_not_need_exact_lengths_of_pages(monkeypatch, case):
         torch.testing.assert_close(bounded, right)
 
 
-def test_transforms_of_pages_are_refused():
+def test_recordings_and_transforms_of_pages_are_refused():
     k, v = caches()
-    with pytest.raises(UnsupportedError, match="packed sequences are not there"):
+    with pytest.raises(UnsupportedError, match="paged keys are not there"):
         torch.func.vmap(lambda q: flashcore.attention(q, k, v, queries=TWO, keys=PAGES))(Q[None])
+    with pytest.raises(UnsupportedError, match="paged keys are not there"), FlopCounterMode(display=False):
+        flashcore.attention(Q, k, v, queries=TWO, keys=PAGES)
 
 
 @pytest.mark.gpu

@@ -24,7 +24,8 @@ SAM, ...) never ask an attention function: they raise UnsupportedError when they
 A sliding window that no mask hides, masks of heads and ``output_attentions`` raise UnsupportedError.
 
 Of a model that torch.compile traces as a whole, Transformers makes a mask for every call: compile its layers instead,
-``for layer in model.model.layers: layer.compile()``.
+``for layer in model.model.layers: layer.compile()``. Packed sequences are FlashCore's in either; the mask that
+Transformers makes beside their lengths, of which no mask function is told, takes memory and time all the same.
 
 Transformers 4.57 makes more masks than 5: there a prompt on top of any cache, the prompt of a static one, and training
 with neither a cache nor an attention mask go to PyTorch too.
@@ -270,6 +271,7 @@ def _is_traced_or_captured() -> bool:
     return is_recorded() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
+@torch.compiler.assume_constant_result  # the first look imports the model's module, which cannot be traced
 def _rejects(config_type: type) -> str | None:
     """Why a model of this configuration cannot use other attention than its own; None if it can, or is unknown."""
     model = transformers.MODEL_MAPPING.get(config_type, None)

@@ -190,25 +190,42 @@ PACKED = {
 }  # fmt: skip
 
 
-@needs_v5
-@pytest.mark.parametrize("name", PACKED)
-def test_training_on_packed_sequences(name, kernel):
-    """What the collator returns, against eager attention over each sequence by itself."""
-    ours, theirs = build(PACKED[name]).train(), build(PACKED[name], "eager").train()
-    parts = [tokens(n, seed=n) for n in (5, 1, 11, 8)]
+def assert_trained_alike(run, ours, theirs, lengths):
+    """By what the collator returns, and as eager attention is over each sequence by itself."""
+    parts = [tokens(n, seed=n) for n in lengths]
     collate = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_tensors="pt")
     batch = collate([{"input_ids": part} for part in parts])
     labels = batch.pop("labels")[0, 1:]
-    assert batch["cu_seq_lens_q"].tolist() == [0, 5, 6, 17, 25]
-    mine = ours(**batch, use_cache=False).logits
+    assert batch["cu_seq_lens_q"].tolist() == [sum(lengths[:b]) for b in range(len(lengths) + 1)]
+    mine = run(**batch, use_cache=False).logits
     right = torch.cat([theirs(part[None], use_cache=False).logits for part in parts], 1)
     close(mine, right)
-    assert [(p.packed, p.batch, p.seqlen_q, p.mask.right) for p in kernel] == [(True, 4, 11, 0)] * LAYERS
-    for logits in (mine, right):
+    for model, logits in ((ours, mine), (theirs, right)):
+        model.zero_grad()
         torch.nn.functional.cross_entropy(logits[0, :-1], labels).backward()
     for (what, parameter), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         if other.grad is not None:
             torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-3, atol=1e-4, msg=what)
+
+
+@needs_v5
+@pytest.mark.parametrize("name", PACKED)
+def test_training_on_packed_sequences(name, kernel):
+    ours, theirs = build(PACKED[name]).train(), build(PACKED[name], "eager").train()
+    assert_trained_alike(ours, ours, theirs, (5, 1, 11, 8))
+    assert [(p.packed, p.batch, p.seqlen_q, p.mask.right) for p in kernel] == [(True, 4, 11, 0)] * LAYERS
+
+
+@needs_v5
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
+def test_compiled_training_on_packed_sequences(kernel):
+    """The model as one graph, with the mask that Transformers makes beside the lengths."""
+    ours, theirs = build(PACKED["window"]).train(), build(PACKED["window"], "eager").train()
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True, dynamic=True)
+    for lengths in ((5, 1, 11, 8), (3, 9, 2)):
+        assert_trained_alike(compiled, ours, theirs, lengths)
+    assert {(p.packed, p.batch, p.seqlen_q) for p in kernel} == {(True, 4, 11), (True, 3, 9)}
+    torch._dynamo.reset()
 
 
 def test_packed_sequences_by_their_lengths(kernel):
