@@ -397,6 +397,11 @@ def test_no_sequence_is_longer_than_its_row_of_the_table():
     for backend in ("auto", "reference"):
         cut, right = (flashcore.attention(*tensors, queries=TWO, keys=k, backend=backend) for k in (shown, whole))
         assert torch.equal(cut, right)
+        wider = Paged(table([4, 0, 1], [2, 3, 3]), lengths(40, 8), 500)
+        alone = Paged(wider.table, wider.lengths, 40)
+        longer, right = (flashcore.attention(*tensors, queries=TWO, keys=k, backend=backend) for k in (wider, alone))
+        assert torch.equal(longer, right)
+        assert not torch.equal(longer, cut)
 
 
 def test_without_pages_there_are_no_keys():

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from flashcore.backends import Run
 
-FEATURES = frozenset({"window", "score", "sink", "head_dim_v", "partial", "packed"})
+FEATURES = frozenset({"window", "score", "sink", "head_dim_v", "partial", "packed", "paged"})
 NATIVE_GRAD = False
 
 USER_TABLE = "triton_tiles.json"  # in the cache directory

@@ -4,7 +4,8 @@ What follows from the problem and its config is worked out once (`prepare_forwar
 nothing but the scale and the strides and addresses of its tensors. See launch.py for how a kernel is started. `extras`
 are the tensors that the problem names: those that say where packed sequences lie, those that its score looks up, sinks.
 
-Kernels see packed sequences as a batch of one: tensors get a dimension here, and results lose it.
+Kernels see packed sequences as a batch of one: tensors get a dimension here, and results lose it. Pages have as many
+dimensions as a batch.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ def backward(
 def prepare_forward(problem: AttentionProblem, config: TritonConfig) -> Forward:
     """`forward` as a callable (q, k, v, scale, *extras) -> (out, lse), for all scales of the problem's sign."""
     tile, splits = config.forward, config.splits
+    packed = 0 if not problem.packed else 1 if problem.paged else 3  # of q, k and v
     members = problem.group_size if config.pack_gqa else 1
     batch_heads = problem.batch * problem.heads_q // members
     tiles = triton.cdiv(problem.seqlen_q * members, tile.tile_m)
@@ -61,7 +63,9 @@ def prepare_forward(problem: AttentionProblem, config: TritonConfig) -> Forward:
     launch = Launch(
         attention_fwd, (tiles * batch_heads, splits, 1), (batch_heads, *scalars(problem, batch_heads)),
         constants(problem, tile)
-        | dict(PACK=config.pack_gqa, SIGN=sign, SINK=has_sink, Q_REGS=tile.q_registers),
+        | dict(
+            PACK=config.pack_gqa, SIGN=sign, SINK=has_sink, Q_REGS=tile.q_registers, PAGE=page_size(problem),
+        ),
         _options(tile), _streams(problem, 1, 2, tile.tile_n),
     )  # fmt: skip
 
@@ -85,7 +89,7 @@ def prepare_forward(problem: AttentionProblem, config: TritonConfig) -> Forward:
         return out, lse
 
     if splits == 1:
-        return _packed(unsplit, 3) if problem.packed else unsplit
+        return _packed(unsplit, packed) if packed else unsplit
 
     rows = math.prod(lse_shape)
     merge = Launch(
@@ -108,7 +112,7 @@ def prepare_forward(problem: AttentionProblem, config: TritonConfig) -> Forward:
         merge((parts, parts_lse, out, lse), ())
         return out, lse
 
-    return _packed(split, 3) if problem.packed else split
+    return _packed(split, packed) if packed else split
 
 
 @lru_cache(maxsize=1024)
@@ -223,6 +227,11 @@ def prepare_dkdv(
     return run
 
 
+def page_size(problem: AttentionProblem) -> int | None:
+    """Rows of a page, where keys are in pages."""
+    return problem.keys.page_size if problem.paged else None
+
+
 def constants(problem: AttentionProblem, tile: Tile) -> dict[str, Any]:
     """The constexprs that all kernels have, in their order."""
     visible = problem.visible
@@ -247,8 +256,9 @@ def backward_constants(problem: AttentionProblem, tile: Tile, align: int) -> dic
 
 def scalars(problem: AttentionProblem, heads: int, *rows: int) -> tuple:
     """The integers that all kernels have after the number of `heads` that programs are made for."""
+    total_k = problem.keys.pages if problem.paged else problem.k_shape[-3]
     return (
-        heads_per_section(problem, heads), problem.seqlen_q, problem.seqlen_k, problem.q_shape[-3], problem.k_shape[-3],
+        heads_per_section(problem, heads), problem.seqlen_q, problem.seqlen_k, problem.q_shape[-3], total_k,
         problem.heads_k, *rows, *diagonals(problem), tuple(shape for _, shape in problem.score.captured) or None,
     )  # fmt: skip
 
@@ -267,12 +277,13 @@ def diagonals(problem: AttentionProblem) -> tuple[int, int]:
 
 def _launch(launch: Launch, tensors: tuple, strides: tuple, scales: tuple, problem: AttentionProblem, extras: tuple):
     """Launch a kernel with `captured`: None, or the tensors that the score looks up, and behind them those that say
-    where packed sequences lie."""
+    where packed sequences lie, of which only a table has strides."""
     if extras:
         places = len(problem.queries.tensors) + len(problem.keys.tensors)
         looked_up = extras[places : places + len(problem.score.captured)]
         if captured := (*looked_up, *extras[:places]):
-            launch(tensors, (*strides, tuple(t.stride() for t in looked_up) or None), *scales, captured=captured)
+            strided = captured if problem.paged else looked_up
+            launch(tensors, (*strides, tuple(t.stride() for t in strided) or None), *scales, captured=captured)
             return
     launch(tensors, (None, *strides, None), *scales)
 

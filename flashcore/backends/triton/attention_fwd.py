@@ -5,7 +5,8 @@ Computes    out = softmax(change(scale * q k^T) + mask) v, and lse = log(sum(exp
             head; with sinks exp(sink) joins the sum. q (B, Sq, Hq, D), k (B, Sk, Hk, D), v (B, Sk, Hk, Dv), out
             (B, Sq, Hq, Dv), Hq a multiple of Hk; lse float32 (B, Hq, Sq). float16, bfloat16, and float32 without
             tensor cores; D and Dv up to 256. Masks are windows aligned to the bottom right, causal among them.
-            Sequences are of one length, or packed (see tiles.py): q (total, Hq, D), lse (Hq, total).
+            Sequences are of one length, or packed (see tiles.py): q (total, Hq, D), lse (Hq, total). Keys of packed
+            queries may be in pages: k (pages, page_size, Hk, D).
 Grid        (row tiles x heads, splits). A program owns TILE_M rows of one head and one contiguous share (split) of the
             keys that these rows see. PACK makes rows of all GROUP query heads of a key head, row = query * GROUP +
             member, so that each tile of keys is read once per group: what decoding needs. Order: `tile_and_head`;
@@ -66,12 +67,13 @@ def attention_fwd(q, k, v, sink, out, lse, captured, strides_q, strides_k, strid
                   BLOCK_DV: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, LOOKAHEAD: tl.constexpr,
                   TMA: tl.constexpr, PLACES: tl.constexpr, USED_Q: tl.constexpr,
                   USED_K: tl.constexpr, PACK: tl.constexpr, SIGN: tl.constexpr, SINK: tl.constexpr,
-                  Q_REGS: tl.constexpr):
+                  Q_REGS: tl.constexpr, PAGE: tl.constexpr):
     """`batch_heads` counts the heads that programs are made for: B * Hk with PACK, else B * Hq. `out` is
     (splits, B, Sq, Hq, Dv) with `strides_out` in that order, `lse` is contiguous (splits, B, Hq, Sq), `sink` is (Hq,)
     and not used without SINK. `captured` is None, or a tuple of the tensors that CHANGE looks up and whose shapes are
     `sizes`; `scale` is for CHANGE. Of packed sequences seqlen_q and seqlen_k are bounds, total_q and total_k the rows
-    of the tensors, left and right how far the mask reaches; of others total is seqlen, and PLACES None."""
+    of the tensors, left and right how far the mask reaches; of others total is seqlen, and PLACES None. PAGE is the
+    rows of a page where keys are in `total_k` pages, and else None."""
     members: tl.constexpr = GROUP if PACK else 1  # query heads in one tile
     sharing: tl.constexpr = 1 if PACK else GROUP  # programs' heads that read the same key head
     tile, batch_head = tile_and_head(tl.cdiv(seqlen_q * members, TILE_M), batch_heads, section)
@@ -80,11 +82,14 @@ def attention_fwd(q, k, v, sink, out, lse, captured, strides_q, strides_k, strid
     batch = batch_head // heads
     head = batch_head % heads
     head_k = head // sharing
-    slab, slabs, first_q, first_k = batch, batch_heads // heads, 0, 0  # where the sequence lies
+    slab, slabs, first_q, first_k, table = batch, batch_heads // heads, 0, 0, None  # where the sequence lies
     if PLACES is not None:
         slab, slabs = 0, 1
         first_q, seqlen_q, first_k, seqlen_k, left, right = sequence(
-            captured, batch, total_q, total_k, seqlen_q, seqlen_k, left, right, PLACES, USED_Q, USED_K)
+            captured, batch, total_q, total_k, seqlen_q, seqlen_k, left, right, PLACES, USED_Q, USED_K, PAGE)
+    if PAGE is not None:
+        TABLE: tl.constexpr = PLACES + 1 + USED_Q
+        table = captured[TABLE] + tl.cast(batch, tl.int64) * strides_captured[TABLE][0]
     rows = seqlen_q * members
     if BOUND_RIGHT:
         tile = tl.cdiv(rows, TILE_M) - 1 - tile
@@ -120,16 +125,18 @@ def attention_fwd(q, k, v, sink, out, lse, captured, strides_q, strides_k, strid
     positions = scale, batch, head_q[:, None] if PACK else head, query[:, None], seqlen_k - seqlen_q
     looked_up = captured, strides_captured, sizes
     visible = sees_from, sees_to, full_start, full_stop - TILE_N
+    in_pages = table, total_k
     EXACT: tl.constexpr = CHANGE is not None or q.dtype.element_ty == tl.float32
     acc, row_max, row_sum = attend(q_tile, k_head, v_head, batch, head_k, start, stop, limit, strides_k, strides_v,
-                                   scale_log2, visible, positions, looked_up, BOUND_LEFT, CHANGE, HEAD_DIM, HEAD_DIM_V,
-                                   TILE_M, TILE_N, BLOCK_D, BLOCK_DV, LOOKAHEAD, TMA, EXACT, None)
+                                   scale_log2, visible, positions, looked_up, in_pages, BOUND_LEFT, CHANGE, HEAD_DIM,
+                                   HEAD_DIM_V, TILE_M, TILE_N, BLOCK_D, BLOCK_DV, LOOKAHEAD, TMA, PAGE, EXACT, None)
     if not EXACT:
         huge = tl.abs(tl.where(row_max == float("-inf"), 0.0, row_max)) >= HUGE
         if tl.max(huge.to(tl.int32), 0) != 0:
             acc, row_max, row_sum = attend(q_tile, k_head, v_head, batch, head_k, start, stop, limit, strides_k,
-                                           strides_v, scale_log2, visible, positions, looked_up, BOUND_LEFT, CHANGE,
-                                           HEAD_DIM, HEAD_DIM_V, TILE_M, TILE_N, BLOCK_D, BLOCK_DV, False, TMA, True, 1)
+                                           strides_v, scale_log2, visible, positions, looked_up, in_pages, BOUND_LEFT,
+                                           CHANGE, HEAD_DIM, HEAD_DIM_V, TILE_M, TILE_N, BLOCK_D, BLOCK_DV, False, TMA,
+                                           PAGE, True, 1)
 
     if SINK:  # one split's
         of_sink = tl.where(split == 0, tl.load(sink + head_q).to(tl.float32), float("-inf"))
@@ -149,25 +156,28 @@ def attention_fwd(q, k, v, sink, out, lse, captured, strides_q, strides_k, strid
 
 @triton.jit
 def attend(q_tile, k_head, v_head, batch, head_k, start, stop, limit, strides_k, strides_v, scale_log2, visible,
-           positions, looked_up, BOUND_LEFT: tl.constexpr, CHANGE: tl.constexpr, HEAD_DIM: tl.constexpr,
+           positions, looked_up, in_pages, BOUND_LEFT: tl.constexpr, CHANGE: tl.constexpr, HEAD_DIM: tl.constexpr,
            HEAD_DIM_V: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, BLOCK_D: tl.constexpr,
-           BLOCK_DV: tl.constexpr, LOOKAHEAD: tl.constexpr, TMA: tl.constexpr, EXACT: tl.constexpr,
+           BLOCK_DV: tl.constexpr, LOOKAHEAD: tl.constexpr, TMA: tl.constexpr, PAGE: tl.constexpr, EXACT: tl.constexpr,
            STAGES: tl.constexpr):
     """(acc, row_max, row_sum) of the rows of `q_tile` and the keys start..stop; row_max in units of log2.
 
     EXACT: the maximum of a row is subtracted before anything is rounded. STAGES: of the loop; None: the kernel's.
     """
+    table, pages = in_pages
     sees_from, sees_to, full_start, last_full = visible  # the last tile that is full on the right starts at last_full
     acc = tl.zeros([TILE_M, BLOCK_DV], tl.float32)
     row_max = tl.full([TILE_M], float("-inf") if EXACT else float("inf"), tl.float32)
     row_sum = tl.zeros([TILE_M], tl.float32)
     minus_scale_log2 = -scale_log2
     if LOOKAHEAD:
-        k_tile = load_rows(k_head, batch, head_k, start, limit, strides_k, HEAD_DIM, TILE_N, BLOCK_D, TMA)
+        k_tile = load_rows(k_head, batch, head_k, start, limit, strides_k, HEAD_DIM, TILE_N, BLOCK_D, TMA, table, pages,
+                           PAGE)
         s = tl.dot(q_tile, k_tile.T, input_precision="ieee")
     for key in tl.range(start, stop, TILE_N, num_stages=STAGES):
         if not LOOKAHEAD:
-            k_tile = load_rows(k_head, batch, head_k, key, limit, strides_k, HEAD_DIM, TILE_N, BLOCK_D, TMA)
+            k_tile = load_rows(k_head, batch, head_k, key, limit, strides_k, HEAD_DIM, TILE_N, BLOCK_D, TMA, table,
+                               pages, PAGE)
             s = tl.dot(q_tile, k_tile.T, input_precision="ieee")
         if CHANGE is not None:
             scale, in_batch, head, query, offset = positions
@@ -196,13 +206,15 @@ def attend(q_tile, k_head, v_head, batch, head_k, start, stop, limit, strides_k,
         row_sum = row_sum * rescale + tl.sum(p, 1)
         row_max = new_max
         if LOOKAHEAD:  # past the last tile: not used
-            k_tile = load_rows(k_head, batch, head_k, key + TILE_N, limit, strides_k, HEAD_DIM, TILE_N, BLOCK_D, TMA)
+            k_tile = load_rows(k_head, batch, head_k, key + TILE_N, limit, strides_k, HEAD_DIM, TILE_N, BLOCK_D, TMA,
+                               table, pages, PAGE)
             s = tl.dot(q_tile, k_tile.T, input_precision="ieee")
             p = round_here(p, q_tile.dtype)  # P of the last tile is still being read until S has been waited for
         else:
             p = p.to(q_tile.dtype)
         acc = acc * rescale[:, None]
-        v_tile = load_rows(v_head, batch, head_k, key, limit, strides_v, HEAD_DIM_V, TILE_N, BLOCK_DV, TMA)
+        v_tile = load_rows(v_head, batch, head_k, key, limit, strides_v, HEAD_DIM_V, TILE_N, BLOCK_DV, TMA, table,
+                           pages, PAGE)
         acc = tl.dot(p, v_tile, acc, input_precision="ieee")
     row_max = row_max * scale_log2 if EXACT else -row_max
     return acc, row_max, row_sum

@@ -12,7 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from flashcore.backends.triton.attention import backward_constants
+from flashcore.backends.triton.attention import backward_constants, page_size
 from flashcore.backends.triton.attention_bwd import attention_bwd_dkdv, attention_bwd_dq
 from flashcore.backends.triton.attention_fwd import attention_fwd
 from flashcore.backends.triton.configs import Tile
@@ -46,7 +46,7 @@ def compile_kernel(
     element = _TYPES[problem.dtype]
     constexprs = backward_constants(problem, tile, tile.tile_m) | {
         "PACK": pack_gqa, "SIGN": 1, "SINK": problem.score.sink is not None, "Q_REGS": tile.q_registers, "DLSE": False,
-        "DK": "dk" in kernel, "DV": "dv" in kernel,
+        "DK": "dk" in kernel, "DV": "dv" in kernel, "PAGE": page_size(problem),
     }  # fmt: skip
     # What the copy engine reads with tma.
     streams, stream_rows = (
@@ -55,23 +55,27 @@ def compile_kernel(
     columns = dict(zip(streams, (constexprs["BLOCK_D"], constexprs["BLOCK_DV"]), strict=True))
     captured = problem.score.captured
     places = len(problem.queries.tensors) + len(problem.keys.tensors)
+    strided = [len(shape) for _, shape in captured]  # dimensions of the tensors whose strides are passed
+    if problem.paged:
+        strided += [2 if name.startswith("table") else 1 for name in problem.tensors[:places]]
+    nothing = {"captured": not (captured or places), "strides_captured": not strided, "sizes": not captured}
     aligned = [["tt.divisibility", 16]]
     signature, values, attributes = {}, {}, {}
     for i, name in enumerate(function.arg_names):
         if name in constexprs:
             signature[name], values[(i,)] = "constexpr", constexprs[name]
-        elif name == "captured" and (captured or places):
+        elif nothing.get(name):
+            signature[name], values[(i,)] = "constexpr", None
+        elif name == "captured":
             signature[name] = (*(f"*{_TYPES[dtype]}" for dtype, _ in captured), *("*i32",) * places)
             attributes |= {(i, j): aligned for j in range(len(captured) + places)}
-        elif name in ("captured", "strides_captured", "sizes") and not captured:
-            signature[name], values[(i,)] = "constexpr", None
         elif name == "sizes":
             signature[name] = tuple(("i32",) * len(shape) for _, shape in captured)
         elif name == "strides_captured":
-            signature[name] = tuple(("i32",) * (len(shape) - 1) + ("constexpr",) for _, shape in captured)
-            for j, (_, shape) in enumerate(captured):
-                attributes |= {(i, j, k): aligned for k in range(len(shape) - 1)}
-                values[(i, j, len(shape) - 1)] = 1
+            signature[name] = tuple(("i32",) * (dims - 1) + ("constexpr",) for dims in strided)
+            for j, dims in enumerate(strided):
+                attributes |= {(i, j, k): aligned for k in range(dims - 1)}
+                values[(i, j, dims - 1)] = 1
         elif name.startswith(
             "strides"
         ):  # the forward's out has a leading dimension for splits, and no last stride

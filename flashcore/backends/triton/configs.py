@@ -327,7 +327,7 @@ def heads_per_section(problem: AttentionProblem, heads: int) -> int:
     if problem.mask.right is None or problem.mask.left is not None:
         return 1
     head_bytes = problem.seqlen_k * (problem.head_dim + problem.head_dim_v) * _ITEM_SIZE[problem.dtype]
-    return max(1, min(heads, L2_SHARE // head_bytes))
+    return max(1, min(heads, L2_SHARE // max(1, head_bytes)))
 
 
 def _tile(

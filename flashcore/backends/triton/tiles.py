@@ -16,6 +16,10 @@ how long it is, `sequence` reads when the program runs. The host knows bounds: g
 programs past the end of theirs stop at once. Packed tensors are read through pointers, so that a tile ends where its
 sequence does: the copy engine would fill it up with the neighbour's values, and 0 times NaN is NaN.
 
+Keys in pages are (pages, page_size, heads, head_dim), PAGE rows each; a row of a tile looks its page up in its
+sequence's row of the table (`table`, also None). Only what lies before the sequence's end is looked up, and a number
+that is no page is taken for the next that is one: nobody reads outside of the cache.
+
 Masks are flashcore/mask.py's, and nobody else says what they hide. Query i sees the keys i + left to i + right, both
 included, that exist: the host adds seqlen_k - seqlen_q to the bounds of the problem's mask. Which bounds hide anything
 is known when a kernel is compiled, by the constexprs BOUND_LEFT and BOUND_RIGHT: what does not is not compared.
@@ -45,12 +49,16 @@ def tile_and_head(tiles, heads, section):
 
 @triton.jit
 def sequence(captured, batch, total_q, total_k, longest_q, longest_k, left, right, PLACES: tl.constexpr,
-             USED_Q: tl.constexpr, USED_K: tl.constexpr):
+             USED_Q: tl.constexpr, USED_K: tl.constexpr, PAGE: tl.constexpr = None):
     """(first_q, seqlen_q, first_k, seqlen_k, left, right) of a packed sequence: its first rows, its lengths, and its
-    mask's bounds, made of those of the problem's mask. The tensors that say it are in `captured` from PLACES on."""
+    mask's bounds, made of those of the problem's mask. The tensors that say it are in `captured` from PLACES on. Keys
+    in pages have no first row: it is 0."""
     KEYS: tl.constexpr = PLACES + 1 + USED_Q
     first_q, seqlen_q = rows_of(captured[PLACES], captured[PLACES + USED_Q], batch, total_q, longest_q, USED_Q)
-    first_k, seqlen_k = rows_of(captured[KEYS], captured[KEYS + USED_K], batch, total_k, longest_k, USED_K)
+    if PAGE is None:
+        first_k, seqlen_k = rows_of(captured[KEYS], captured[KEYS + USED_K], batch, total_k, longest_k, USED_K)
+    else:
+        first_k, seqlen_k = 0, tl.minimum(tl.maximum(tl.load(captured[KEYS + 1] + batch), 0), longest_k)
     return first_q, seqlen_q, first_k, seqlen_k, seqlen_k - seqlen_q - left, seqlen_k - seqlen_q + right
 
 
@@ -131,19 +139,26 @@ def head_base(source, batch, first, head, strides, TMA: tl.constexpr):
 
 @triton.jit
 def load_rows(source, batch, head, start, stop, strides, HEAD_DIM: tl.constexpr, TILE: tl.constexpr,
-              BLOCK_D: tl.constexpr, TMA: tl.constexpr):
+              BLOCK_D: tl.constexpr, TMA: tl.constexpr, table=None, pages=None, PAGE: tl.constexpr = None):
     """Rows start..start+TILE of one head, (TILE, BLOCK_D); zeros from row `stop` on and past head_dim.
 
-    With TMA zeros start at the end of the tensor instead of at `stop`; callers mask what lies between.
+    With TMA zeros start at the end of the tensor instead of at `stop`; callers mask what lies between. `table` is a
+    sequence's row of the table, and `pages` how many there are.
     """
     if TMA:
         tile = source.load([batch, head, start, 0]).reshape(TILE, BLOCK_D)
     else:
         rows = tl.arange(0, TILE)[:, None]
         cols = tl.arange(0, BLOCK_D)[None, :]
-        offsets = rows.to(tl.int64) * strides[1] + cols.to(tl.int64) * strides[3]
-        pointers = source + tl.cast(start, tl.int64) * strides[1] + offsets
+        if PAGE is None:
+            offsets = rows.to(tl.int64) * strides[1] + cols.to(tl.int64) * strides[3]
+            pointers = source + tl.cast(start, tl.int64) * strides[1] + offsets
         inside = rows < stop - start
+        if PAGE is not None:
+            page = tl.load(table + (start + rows) // PAGE, mask=inside, other=0)
+            page = tl.minimum(tl.maximum(page, 0), pages - 1).to(tl.int64)
+            row = ((start + rows) % PAGE).to(tl.int64)
+            pointers = source + (page * strides[0] + row * strides[1] + cols.to(tl.int64) * strides[3])
         if HEAD_DIM != BLOCK_D:
             inside = inside & (cols < HEAD_DIM)
         tile = tl.load(pointers, mask=inside, other=0.0)

@@ -437,7 +437,7 @@ def test_every_row_compiles(arch, rows):
 
 FEATURES = """
 import json, sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 import torch
 from flashcore.backends.triton.compile import compile_kernel, resources
 from flashcore.backends.triton.configs import SHARED_MEMORY, choose
@@ -445,7 +445,7 @@ from flashcore.backends.triton.sass import disassemble, overwritten_operands
 from flashcore.mask import CAUSAL, FULL, Mask
 from flashcore.problem import AttentionProblem
 from flashcore.score import alibi, bias, bind, softcap
-from flashcore.sequences import DENSE, PackedSpec
+from flashcore.sequences import DENSE, PackedSpec, PagedSpec
 
 arch = tuple(json.loads(sys.argv[1]))
 by_distance = lambda score, batch, head, query, key: torch.where(query - key < 100, score, score - 1.0)
@@ -463,17 +463,25 @@ for head_dim, head_dim_v, mask, score, sink, rows in (
     (128, 128, CAUSAL, None, None, PackedSpec(3000)),
     (64, 64, FULL, alibi(torch.rand(2, 4)), torch.zeros(4), PackedSpec(3000, used=True)),
     (256, 256, Mask(100, 0), None, None, PackedSpec(3000)),
+    (128, 128, CAUSAL, None, None, PagedSpec(300, 16)),
+    (128, 128, FULL, alibi(torch.rand(2, 4)), torch.zeros(4), PagedSpec(300, 64)),
+    (64, 64, Mask(100, 0), None, None, PagedSpec(300, 1)),
+    (256, 256, CAUSAL, None, None, PagedSpec(300, 256)),
 ):
     spec, _ = bind(score, sink)
+    paged = isinstance(rows, PagedSpec)
     problem = AttentionProblem(
-        "bfloat16", "cuda", arch, 132, 2, 2048, 2048, 4, 2, head_dim, head_dim_v, mask, 0.1, spec, needs_grad=True,
-        queries=rows, keys=rows,
+        "bfloat16", "cuda", arch, 132, 2, 2048, 2048, 4, 2, head_dim, head_dim_v, mask, 0.1, spec,
+        needs_grad=not paged, queries=PackedSpec(3000) if paged else rows, keys=rows,
     )
     config = choose(problem)
-    kernels = {"forward": config.forward, "dq": config.dq, "dkdv": config.dkdv}
-    if config.dv is not None:
-        kernels["dk"], kernels["dv"] = kernels.pop("dkdv"), config.dv
-    for kernel, tile in kernels.items():
+    kernels = {"forward": config.forward}
+    if problem.needs_grad:
+        kernels |= {"dq": config.dq, "dkdv": config.dkdv}
+        if config.dv is not None:
+            kernels["dk"], kernels["dv"] = kernels.pop("dkdv"), config.dv
+    decoding = [("forward", choose(replace(problem, seqlen_q=1)).forward)] if paged else []
+    for kernel, tile in (*kernels.items(), *decoding):
         compiled = compile_kernel(kernel, problem, tile, arch)
         hazards = overwritten_operands(disassemble(compiled.asm["cubin"])) if arch == (9, 0) else []
         print(json.dumps({
