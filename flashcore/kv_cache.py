@@ -13,7 +13,7 @@ import torch
 
 from flashcore import env
 from flashcore.errors import FlashCoreWarning, InvalidInputError
-from flashcore.sequences import Packed
+from flashcore.sequences import Packed, Paged
 
 
 @torch.no_grad()
@@ -103,34 +103,37 @@ def rotate(
     return torch.cat((rotated.to(x.dtype), rest), dim=-1)
 
 
-def selected(batch_index: torch.Tensor, *caches: torch.Tensor) -> list[torch.Tensor]:
-    """The caches' rows of each sequence: a copy, since packed sequences ascend in their tensor."""
-    _warn_of_a_copy("its sequences are chosen by batch_index")
-    return [cached.index_select(0, batch_index.clamp(0, len(cached) - 1)) for cached in caches]
-
-
 def as_packed(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor,
-    leftpad: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Packed]]:  # fmt: skip
+    leftpad: torch.Tensor | None = None, batch_index: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Packed | Paged]]:  # fmt: skip
     """q, k, v, and which queries and keys they are, for ``attention`` of dense queries over what a cache holds.
 
     :param lengths: int32 (batch,): how many positions are filled.
     :param leftpad: int32 (batch,): how many of them, the first, belong to nobody.
+    :param batch_index: int32 (batch,): the cache's row of each sequence.
     """
     batch, seqlen_q = q.shape[:2]
-    if k_cache.dim() != 4 or v_cache.shape[:3] != k_cache.shape[:3] or len(k_cache) != batch:
+    if (
+        k_cache.dim() != 4 or v_cache.shape[:3] != k_cache.shape[:3] or (batch_index is None and len(k_cache) != batch)
+    ):  # fmt: skip
         raise InvalidInputError(
             f"attention over a cache: k_cache and v_cache must be ({batch}, capacity, heads_k, head_dim), as q has "
             f"sequences, and alike but for head_dim (given {tuple(k_cache.shape)} and {tuple(v_cache.shape)})."
         )
     capacity = k_cache.shape[1]
+    flat, queries = q.flatten(0, 1), Packed(_offsets(batch, seqlen_q, seqlen_q, q.device), seqlen_q)
+    if batch_index is not None:
+        rows = batch_index.clamp(0, len(k_cache) - 1)
+        if leftpad is None and capacity and capacity % 16 == 0:  # a row of the cache is a page
+            return flat, k_cache, v_cache, {"queries": queries, "keys": Paged(rows[:, None], lengths, capacity)}
+        _warn_of_a_copy("batch_index needs a capacity that is a multiple of 16, and no padding on the left")
+        k_cache, v_cache = (cached.index_select(0, rows) for cached in (k_cache, v_cache))
     k, v, apart = _rows(k_cache, v_cache)
     starts = _offsets(batch, apart, capacity, q.device)
     if leftpad is not None:  # a sequence ends where the next begins, or at its length, which is before that
         starts, lengths = starts + torch.nn.functional.pad(leftpad, (0, 1)), lengths - leftpad
-    queries = Packed(_offsets(batch, seqlen_q, seqlen_q, q.device), seqlen_q)
-    return q.flatten(0, 1), k, v, {"queries": queries, "keys": Packed(starts, capacity, lengths)}
+    return flat, k, v, {"queries": queries, "keys": Packed(starts, capacity, lengths)}
 
 
 def _rows(*caches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:

@@ -312,8 +312,8 @@ def flash_attn_with_kvcache(
         else each query by row ``cache_seqlens[b]``.
     :param cache_seqlens: how many positions were filled before the call: int32 (batch,) on the device, or an int, for
         which there is a plan of its own; None: the cache is full.
-    :param cache_batch_idx: int32 (batch,): the cache's row of each sequence, no two the same if k is given. Those rows
-        are copied for the attention, which warns once.
+    :param cache_batch_idx: int32 (batch,): the cache's row of each sequence, no two the same if k is given. Where the
+        capacity is no multiple of 16, or with `cache_leftpad`, those rows are copied at each call, which warns once.
     :param cache_leftpad: int32 (batch,): the first so many positions belong to nobody. Rotary positions count them.
     :param block_table: of a cache in pages, which is not there yet. Also `page_table`.
     :param rotary_interleaved: rotate neighbours, instead of the first half with the second.
@@ -352,16 +352,12 @@ def flash_attn_with_kvcache(
                 masked = any(side is not None and side < capacity for side in (mask.left, mask.right))
                 q = kv_cache.rotate(q, rotary, before, rotary_interleaved, step=1 if masked else 0)
             filled = filled + new
-        if on_host:
-            k_cache, v_cache = k_cache[:, :filled], v_cache[:, :filled]
-        if cache_batch_idx is not None:
-            k_cache, v_cache = kv_cache.selected(cache_batch_idx, k_cache, v_cache)
-        k, v, rows_q, packed = k_cache, v_cache, q, {}
-        if not on_host or cache_leftpad is not None:
-            if on_host:
-                filled = q.new_full((batch,), filled, dtype=torch.int32)
+        if on_host and cache_batch_idx is None and cache_leftpad is None:
+            rows_q, k, v, packed = q, k_cache[:, :filled], v_cache[:, :filled], {}
+        else:
+            filled = q.new_full((batch,), filled, dtype=torch.int32) if on_host else filled
             kv_cache.check_lengths(function, filled, capacity)
-            rows_q, k, v, packed = kv_cache.as_packed(q, k_cache, v_cache, filled, cache_leftpad)
+            rows_q, k, v, packed = kv_cache.as_packed(q, k_cache, v_cache, filled, cache_leftpad, cache_batch_idx)
         returns_lse = return_softmax_lse or return_lse
         result = _attend(
             function, rows_q, k, v, packed, sink, 0.0, softmax_scale, causal, window_size, softcap, alibi_slopes, False,
@@ -370,7 +366,7 @@ def flash_attn_with_kvcache(
     if not packed:
         return result
     out, lse = result if returns_lse else (result, None)
-    out = out.view(*q.shape[:3], v.shape[2])
+    out = out.view(*q.shape[:3], v.shape[-1])
     return (out, lse.view(q.shape[2], *q.shape[:2]).transpose(0, 1).contiguous()) if returns_lse else out
 
 

@@ -1,5 +1,7 @@
 """flash_attn_with_kvcache: a loop over the sequences in float64 says what is right. What is not filled is NaN."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -24,8 +26,9 @@ class Step:
     """A call: sequences with `lengths` keys in a cache, and `new` ones for each."""
 
     def __init__(
-        self, lengths, seqlen_q=1, new=0, heads=(4, 2), dtype=torch.float32, device="cpu", rows=None, leftpad=None
-    ):
+        self, lengths, seqlen_q=1, new=0, heads=(4, 2), dtype=torch.float32, device="cpu", rows=None, leftpad=None,
+        capacity=CAPACITY,
+    ):  # fmt: skip
         self.lengths, self.new, self.rows = lengths, new, rows or list(range(len(lengths)))
         self.leftpad = leftpad or [0] * len(lengths)
         generator = torch.Generator().manual_seed(len(lengths) + seqlen_q + new)
@@ -36,8 +39,8 @@ class Step:
         batch, (heads_q, heads_k) = len(lengths), heads
         self.q = normal(batch, seqlen_q, heads_q, HEAD_DIM)
         self.k, self.v = (normal(batch, new, heads_k, HEAD_DIM) for _ in range(2))
-        self.k_cache, self.v_cache = (normal(max(self.rows) + 1, CAPACITY, heads_k, HEAD_DIM) for _ in range(2))
-        filled = torch.zeros(max(self.rows) + 1, CAPACITY, dtype=torch.bool)
+        self.k_cache, self.v_cache = (normal(max(self.rows) + 1, capacity, heads_k, HEAD_DIM) for _ in range(2))
+        filled = torch.zeros(max(self.rows) + 1, capacity, dtype=torch.bool)
         for row, length, pad in zip(self.rows, lengths, self.leftpad, strict=True):
             filled[row, pad:length] = True
         for cached in (self.k_cache, self.v_cache):
@@ -64,7 +67,7 @@ class Step:
         assert lse.is_contiguous()
         for b, (row, length, pad) in enumerate(zip(self.rows, self.lengths, self.leftpad, strict=True)):
             q, k, v = self.q[b : b + 1], *(before[row].clone() for before in self.before)
-            total = min(length + self.new, CAPACITY)
+            total = min(length + self.new, k.shape[0])
             for i in range(total - length):
                 k[length + i], v[length + i] = self.k[b, i], self.v[b, i]
             if rotary is not None:
@@ -148,14 +151,15 @@ def test_scores(seqlen_q, device):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("leftpad", [None, [0, 1, 20, 16, 5]])
 @pytest.mark.parametrize("rows", [None, [6, 0, 3, 2, 5]])
-def test_rows_of_the_cache(rows, leftpad, device):
+@pytest.mark.parametrize("capacity", [CAPACITY, 32])
+def test_rows_of_the_cache(rows, leftpad, capacity, device):
     slopes = SLOPES.to(device)
     for options, expected in (
         ({"causal": True}, {"causal": True}),
         ({"window_size": (4, 1)}, {"window": (4, 1)}),
         ({"alibi_slopes": slopes}, {"score": lambda s, b, h, i, j: s - slopes[b, h] * (i - j).abs()}),
     ):
-        step = Step(LENGTHS, 2, 2, rows=rows, leftpad=leftpad, device=device)
+        step = Step(LENGTHS, 2, 2, rows=rows, leftpad=leftpad, capacity=capacity, device=device)
         step.assert_right(*step(**options), **expected)
 
 
@@ -210,11 +214,16 @@ def test_no_gradient_comes_from_it():
     assert not step.k_cache.requires_grad
 
 
-def test_a_copy_of_the_cache_is_warned_of_once():
-    kv_cache._warn_of_a_copy.cache_clear()
-    step = Step([4, 7], rows=[2, 0])
-    with pytest.warns(FlashCoreWarning, match="each call copies it first, because its sequences are chosen"):
-        step()
+def test_rows_are_copied_where_they_are_no_pages():
+    for capacity, leftpad, copied in ((CAPACITY, None, True), (32, None, False), (32, [1, 0], True)):
+        kv_cache._warn_of_a_copy.cache_clear()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                Step([4, 7], rows=[2, 0], leftpad=leftpad, capacity=capacity)()
+        warned = [w for w in caught if w.category is FlashCoreWarning]
+        assert len(warned) == copied
+        assert all("each call copies it first, because batch_index" in str(w.message) for w in warned)
 
 
 @pytest.mark.parametrize("device", DEVICES)
