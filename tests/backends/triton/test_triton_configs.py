@@ -605,4 +605,4 @@ def test_gradients_of_rows_far_apart_have_64_bit_offsets(heads, far):
     last = max(max(tile.tile_m, tile.tile_n) for tile in tiles) - 1
     assert far or last * heads * 128 + 127 < 2**31
     for tile in tiles:
-        assert attention.backward_constants(problem, tile)["FAR"] is far
+        assert attention.backward_constants(problem, tile, tile.tile_m)["FAR"] is far
