@@ -125,7 +125,8 @@ def as_packed(
     flat, queries = q.flatten(0, 1), Packed(_offsets(batch, seqlen_q, seqlen_q, q.device), seqlen_q)
     if batch_index is not None:
         rows = batch_index.clamp(0, len(k_cache) - 1)
-        if leftpad is None and capacity and capacity % 16 == 0:  # a row of the cache is a page
+        in_graph = torch.compiler.is_compiling()  # which takes no pages
+        if leftpad is None and capacity and capacity % 16 == 0 and not in_graph:  # a row of the cache is a page
             return flat, k_cache, v_cache, {"queries": queries, "keys": Paged(rows[:, None], lengths, capacity)}
         _warn_of_a_copy("batch_index needs a capacity that is a multiple of 16, and no padding on the left")
         k_cache, v_cache = (cached.index_select(0, rows) for cached in (k_cache, v_cache))
@@ -148,22 +149,21 @@ def _rows(*caches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
             k, v = (cached.as_strided((rows, *cached.shape[2:]), cached.stride()[1:]) for cached in caches)
             return k, v, apart
     k, v = (cached.flatten(0, 1) for cached in caches)
-    if k.data_ptr() != caches[0].data_ptr() or v.data_ptr() != caches[1].data_ptr():
+    if batch > 1 < capacity and any(cached.stride(0) != capacity * cached.stride(1) for cached in caches):
         _warn_of_a_copy("keys and values lie differently, or sequences do not begin a whole number of rows apart")
     return k, v, capacity
 
 
 def _offsets(batch: int, apart: int, longest: int, device: torch.device) -> torch.Tensor:
     """Of sequences that begin every `apart` rows, the last with `longest`."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():  # filled by a replay, not now
-        return _new_offsets(batch, apart, longest, device)
+    if torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        return _new_offsets(batch, apart, longest, device)  # filled when the graph runs, not now
     return _kept_offsets(batch, apart, longest, device)
 
 
 def _new_offsets(batch: int, apart: int, longest: int, device: torch.device) -> torch.Tensor:
-    with torch.inference_mode(False):
-        offsets = torch.arange(batch + 1, dtype=torch.int32, device=device) * apart
-        offsets[-1:] -= apart - longest if batch else 0
+    offsets = torch.arange(batch + 1, dtype=torch.int32, device=device) * apart
+    offsets[-1:] -= apart - longest if batch else 0
     return offsets
 
 
@@ -172,6 +172,8 @@ _kept_offsets = cache(_new_offsets)  # for good: captured graphs read them, and 
 
 @cache
 def _warn_of_a_copy(why: str) -> None:
+    if torch.compiler.is_compiling():
+        return
     message = f"attention over a cache: each call copies it first, because {why}."
     warnings.warn(message, FlashCoreWarning, stacklevel=2)
 
@@ -211,11 +213,11 @@ def _check_new(k_cache: object, v_cache: object, k: object, v: object) -> None:
             raise InvalidInputError(
                 f"append: {name} must be a tensor (batch, positions, heads, head_dim) (given {given})."
             )
-    shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
     if not (
         k_cache.shape[:3] == v_cache.shape[:3] and k.shape[:3] == v.shape[:3]
         and k.shape[2:] == k_cache.shape[2:] and v.shape[2:] == v_cache.shape[2:]
     ):  # fmt: skip
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
         raise InvalidInputError(
             "append: the caches must be alike but for head_dim, so must k and v, and these have the caches' heads and "
             f"head_dim (given {shapes})."

@@ -245,6 +245,30 @@ def test_decoding(device):
     assert_forward(torch.cat(outs, 1), None, q, k, v, causal=True)
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo detected")
+@pytest.mark.parametrize("rows", [None, [2, 0]])
+@pytest.mark.parametrize("heads_first", [False, True])
+def test_in_one_graph_of_torch_compile(heads_first, rows):
+    torch.compiler.reset()
+    angle = torch.randn(32, 4)
+    options = {"rotary_cos": angle.cos(), "rotary_sin": angle.sin(), "causal": True, "return_softmax_lse": True}
+    compiled = torch.compile(flash_attn_with_kvcache, backend="eager", fullgraph=True)
+    if rows is not None:
+        options["cache_batch_idx"] = torch.tensor(rows, dtype=torch.int32)
+    results = []
+    for function in (flash_attn_with_kvcache, compiled):
+        step = Step([3, 31], seqlen_q=2, new=2, rows=rows, capacity=32)
+        caches = step.k_cache, step.v_cache
+        if heads_first:
+            caches = tuple(t.transpose(1, 2).contiguous().transpose(1, 2) for t in caches)
+        for lengths in ([3, 31], [0, 17]):
+            found = function(step.q, *caches, step.k, step.v, cache_seqlens=step.integers(lengths), **options)
+            results.append((*found, *(t.nan_to_num(7.0) for t in caches)))
+    for eager, graph in zip(results[:2], results[2:], strict=True):
+        for mine, theirs in zip(eager, graph, strict=True):
+            torch.testing.assert_close(mine, theirs, equal_nan=True)
+
+
 @pytest.mark.gpu
 def test_a_captured_step_replays_with_new_lengths():
     step = Step([2, 9, CAPACITY - 2], new=1, dtype=torch.bfloat16, device="cuda")
