@@ -142,9 +142,8 @@ def _rows(*caches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
     a larger cache, nor where heads come before positions in memory, as long as both caches lie alike."""
     batch, capacity = caches[0].shape[:2]
     if batch > 1 and all(cached.stride(1) for cached in caches):
-        strides = {divmod(*cached.stride()[:2]) for cached in caches}
-        apart, rest = strides.pop()
-        if not strides and rest == 0 and apart > capacity:
+        apart = caches[0].stride(0) // caches[0].stride(1)
+        if apart > capacity and all(cached.stride(0) == apart * cached.stride(1) for cached in caches):
             rows = (batch - 1) * apart + capacity
             k, v = (cached.as_strided((rows, *cached.shape[2:]), cached.stride()[1:]) for cached in caches)
             return k, v, apart

@@ -248,11 +248,12 @@ def test_decoding(device):
 @pytest.mark.filterwarnings("ignore:Dynamo detected")
 @pytest.mark.parametrize("rows", [None, [2, 0]])
 @pytest.mark.parametrize("heads_first", [False, True])
-def test_in_one_graph_of_torch_compile(heads_first, rows):
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_in_one_graph_of_torch_compile(dynamic, heads_first, rows):
     torch.compiler.reset()
     angle = torch.randn(32, 4)
     options = {"rotary_cos": angle.cos(), "rotary_sin": angle.sin(), "causal": True, "return_softmax_lse": True}
-    compiled = torch.compile(flash_attn_with_kvcache, backend="eager", fullgraph=True)
+    compiled = torch.compile(flash_attn_with_kvcache, backend="eager", fullgraph=True, dynamic=dynamic)
     if rows is not None:
         options["cache_batch_idx"] = torch.tensor(rows, dtype=torch.int32)
     results = []
