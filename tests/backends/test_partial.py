@@ -8,8 +8,6 @@ import torch
 import flashcore
 from flashcore import plan as planning
 from flashcore.backends import ATTENTION_BACKWARD, reference
-from flashcore.distributed.layout import Layout, Share, bands
-from flashcore.distributed.ring import merge
 from flashcore.problem import AttentionProblem
 
 MASKS = {"full": {}, "causal": {"causal": True}, "window": {"window": (9, 4)}}
@@ -24,6 +22,10 @@ def test_parts_are_the_whole(forward, mask, dtype):
 
 def check_parts(forward: str, backward: str, dtype: torch.dtype, options: dict, device: str = "cpu") -> None:
     """Two ranks' keys, seen by the queries of both, as a ring would compute them."""
+    # With these PyTorch imports Triton, which tests of its kernels must be the first to do.
+    from flashcore.distributed.layout import Layout, Share, bands
+    from flashcore.distributed.ring import merge
+
     torch.manual_seed(0)
     where, length = Layout("zigzag", 2), 24
     q, k, v = (torch.randn(2, 2 * length, heads, 16, dtype=dtype, device=device) for heads in (4, 2, 2))
