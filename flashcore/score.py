@@ -369,6 +369,8 @@ def lookup(tensor: torch.Tensor, *indices) -> Expression:
     """
     found = _found(indices)
     if found is None:
+        if any(isinstance(index, torch.Tensor) for index in indices):  # the function is called as PyTorch would
+            return tensor[indices]
         raise InvalidInputError("score: arguments of a score function mean nothing outside of it.")
     if not isinstance(tensor, torch.Tensor) or tensor.dtype not in LOOKUP_DTYPES:
         given = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
