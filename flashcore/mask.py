@@ -57,6 +57,16 @@ class Visible:
         right = self.mask.right
         return 0 * i + self.seqlen_k if right is None else self._key(i + self.offset + right + 1)
 
+    # And these two never fall from one key to the next.
+    def first_query(self, j: int) -> int:
+        """The first query that sees key `j`, if one sees it."""
+        return 0 if self.mask.right is None else max(0, j - self.offset - self.mask.right)
+
+    def last_query(self, j: int) -> int:
+        """The last query that sees key `j`, if one sees it; negative where none does."""
+        last = self.seqlen_q - 1
+        return last if self.mask.left is None else min(last, j - self.offset + self.mask.left)
+
     def _key(self, j):
         return min(max(j, 0), self.seqlen_k) if isinstance(j, int) else j.clip(0, self.seqlen_k)
 

@@ -254,7 +254,8 @@ def _no_operation(name: str) -> InvalidInputError:
     )
 
 
-def _wrap(x) -> Expression:
+def _wrap(x, found: list[torch.Tensor] | None = None) -> Expression:
+    """Numbers as expressions; of a trace, if it is said of which."""
     if isinstance(x, Expression):
         return x
     if isinstance(x, bool) or not isinstance(x, (int, float, torch.SymInt, torch.SymFloat)):
@@ -264,7 +265,7 @@ def _wrap(x) -> Expression:
         x = _constant_of_the_graph(x)
     if math.isnan(x):
         raise InvalidInputError("score: a score function cannot compute with NaN.")
-    return Expression("constant", (x,))
+    return Expression("constant", (x,), found)
 
 
 def _constant_of_the_graph(x):
@@ -288,7 +289,7 @@ def _join(op: str, *arguments) -> Expression:
     is_zero = [x is not None and x.op == "constant" and x.arguments[0] == 0 for x in (a, b)]
     is_one = [x is not None and x.op == "constant" and x.arguments[0] == 1 for x in (a, b)]
     if op == "*" and any(is_zero):
-        return _wrap(0)
+        return _wrap(0, _found(arguments))
     if op == "*" and any(is_one):
         return b if is_one[0] else a
     if op == "+" and any(is_zero):
@@ -296,7 +297,7 @@ def _join(op: str, *arguments) -> Expression:
     if (op == "-" and is_zero[1]) or (op == "/" and is_one[1]):
         return a
     if op in _INFIX and a.op == b.op == "constant" and not _FORMS[op].truth and not (op == "/" and is_zero[1]):
-        return _wrap(_FORMS[op].torch(a.arguments[0], b.arguments[0]))
+        return _wrap(_FORMS[op].torch(a.arguments[0], b.arguments[0]), _found(arguments))
     return Expression(op, arguments)
 
 

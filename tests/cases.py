@@ -7,10 +7,13 @@ kernel that reads a neighbour's element, a gap between rows or a row past the en
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+import pytest
 import torch
 
+from flashcore import backends
 from flashcore.problem import AttentionProblem
 from flashcore.score import bind
 
@@ -296,3 +299,14 @@ CASES: tuple[Case, ...] = (
 )  # fmt: skip
 
 BY_NAME: dict[str, Case] = {case.name: case for case in CASES}
+
+
+def accepted(cases: Iterable, device: str) -> list:
+    """The (backend, case) pairs to run on `device`; empty cases go to no backend and are run once, as "auto"."""
+    pairs = []
+    for case in cases:
+        problem = case.problem(device)
+        names = [name for name in backends.ATTENTION.providers if backends.ATTENTION.refusal(name, problem) is None]
+        names = [name for name in names if backends.ATTENTION.load(name).unavailable() is None]
+        pairs += [pytest.param(name, case, id=f"{name}-{case}") for name in (["auto"] if problem.is_empty else names)]
+    return pairs

@@ -46,6 +46,13 @@ def test_begin_and_end(mask):
 
 
 @given(masks)
+def test_queries_of_a_key(mask):
+    for j in range(mask.seqlen_k):
+        seeing = [i for i in range(mask.seqlen_q) if j in kept(mask, i)]
+        assert list(range(mask.first_query(j), mask.last_query(j) + 1)) == seeing
+
+
+@given(masks)
 def test_what_is_said_of_all_rows(mask):
     rows = [kept(mask, i) for i in range(mask.seqlen_q)]
     assert mask.empty_rows == sum(not row for row in rows)

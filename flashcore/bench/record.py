@@ -28,10 +28,13 @@ RESULTS = BENCHMARKS / "results"
 # The suites that no kernel of Triton's takes part in.
 WITHOUT_TRITON = ("gemm", "startup")
 # Whose CUDA kernels take part in a suite, where these are not those of prefill alone.
+_TRAINING = ("attention", "backward", "backward_rows", "backward_dq", "backward_wide", "backward_product")
 OPERATIONS = {
+    **dict.fromkeys(("backward", "parallel"), _TRAINING),
+    "e2e": (*_TRAINING, "decode"),
     "gemm": ("gemm",),
     "startup": ("attention", "decode", "gemm"),
-    **dict.fromkeys(("accuracy", "decode", "e2e", "matrix"), ("attention", "decode")),
+    **dict.fromkeys(("accuracy", "decode", "matrix"), ("attention", "decode")),
 }
 
 

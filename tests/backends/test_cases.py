@@ -7,25 +7,9 @@ import torch
 
 import flashcore
 from flashcore import backends
-from tests.cases import CASES, Case
+from tests.cases import CASES, Case, accepted
 from tests.poison import poisoned_outputs
 from tests.tolerance import assert_forward
-
-
-def accepted(device: str) -> list:
-    """The (backend, case) pairs to run on `device`; empty cases go to no backend and are run once, as "auto"."""
-    pairs = []
-    for name in backends.ATTENTION.providers:
-        backend = backends.ATTENTION.load(name)
-        if backend.unavailable() is None:
-            for case in CASES:
-                problem = case.problem(device)
-                if not problem.is_empty and backends.ATTENTION.refusal(name, problem) is None:
-                    pairs.append(pytest.param(name, case, id=f"{name}-{case}"))
-    for case in CASES:
-        if case.problem(device).is_empty:
-            pairs.append(pytest.param("auto", case, id=f"empty-{case}"))
-    return pairs
 
 
 def check(name: str, case: Case, device: str) -> None:
@@ -39,13 +23,13 @@ def check(name: str, case: Case, device: str) -> None:
     assert_forward(out, lse, q, k, v, **options)
 
 
-@pytest.mark.parametrize(("name", "case"), accepted("cpu"))
+@pytest.mark.parametrize(("name", "case"), accepted(CASES, "cpu"))
 def test_on_the_cpu(name, case):
     check(name, case, "cpu")
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("name", "case"), accepted("cuda") if torch.cuda.is_available() else [("any", None)])
+@pytest.mark.parametrize(("name", "case"), accepted(CASES, "cuda") if torch.cuda.is_available() else [("any", None)])
 @pytest.mark.filterwarnings("ignore::flashcore.errors.FlashCoreWarning")
 def test_on_a_gpu(name, case):
     check(name, case, "cuda")

@@ -6,20 +6,9 @@ import pytest
 import torch
 
 import flashcore
-from flashcore import backends
+from tests.cases import accepted
 from tests.packed import PACKED_CASES, PackedCase, assert_packed_forward, assert_packed_gradients
 from tests.poison import poisoned_outputs
-
-
-def accepted(device: str) -> list:
-    """The (backend, case) pairs to run on `device`; empty cases go to no backend and are run once, as "auto"."""
-    pairs = []
-    for case in PACKED_CASES:
-        problem = case.problem(device)
-        names = [name for name in backends.ATTENTION.providers if backends.ATTENTION.refusal(name, problem) is None]
-        names = [name for name in names if backends.ATTENTION.load(name).unavailable() is None]
-        pairs += [pytest.param(name, case, id=f"{name}-{case}") for name in (["auto"] if problem.is_empty else names)]
-    return pairs
 
 
 def check(name: str, case: PackedCase, device: str) -> None:
@@ -39,13 +28,15 @@ def check(name: str, case: PackedCase, device: str) -> None:
         assert_packed_gradients(case, grads, q, k, v, dout)
 
 
-@pytest.mark.parametrize(("name", "case"), accepted("cpu"))
+@pytest.mark.parametrize(("name", "case"), accepted(PACKED_CASES, "cpu"))
 def test_on_the_cpu(name, case):
     check(name, case, "cpu")
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("name", "case"), accepted("cuda") if torch.cuda.is_available() else [("any", None)])
+@pytest.mark.parametrize(
+    ("name", "case"), accepted(PACKED_CASES, "cuda") if torch.cuda.is_available() else [("any", None)]
+)
 @pytest.mark.filterwarnings("ignore::flashcore.errors.FlashCoreWarning")
 def test_on_a_gpu(name, case):
     check(name, case, "cuda")

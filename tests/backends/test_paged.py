@@ -6,21 +6,10 @@ import pytest
 import torch
 
 import flashcore
-from flashcore import backends
+from tests.cases import accepted
 from tests.packed import assert_packed_forward
 from tests.paged import PAGED_CASES, SPARE, PagedCase
 from tests.poison import poisoned_outputs
-
-
-def accepted(device: str) -> list:
-    """The (backend, case) pairs to run on `device`; empty cases go to no backend and are run once, as "auto"."""
-    pairs = []
-    for case in PAGED_CASES:
-        problem = case.problem(device)
-        names = [name for name in backends.ATTENTION.providers if backends.ATTENTION.refusal(name, problem) is None]
-        names = [name for name in names if backends.ATTENTION.load(name).unavailable() is None]
-        pairs += [pytest.param(name, case, id=f"{name}-{case}") for name in (["auto"] if problem.is_empty else names)]
-    return pairs
 
 
 def check(name: str, case: PagedCase, device: str) -> None:
@@ -31,13 +20,15 @@ def check(name: str, case: PagedCase, device: str) -> None:
     assert_packed_forward(case.packed, out, lse, q, k, v)
 
 
-@pytest.mark.parametrize(("name", "case"), accepted("cpu"))
+@pytest.mark.parametrize(("name", "case"), accepted(PAGED_CASES, "cpu"))
 def test_on_the_cpu(name, case):
     check(name, case, "cpu")
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("name", "case"), accepted("cuda") if torch.cuda.is_available() else [("any", None)])
+@pytest.mark.parametrize(
+    ("name", "case"), accepted(PAGED_CASES, "cuda") if torch.cuda.is_available() else [("any", None)]
+)
 @pytest.mark.filterwarnings("ignore::flashcore.errors.FlashCoreWarning")
 def test_on_a_gpu(name, case):
     check(name, case, "cuda")

@@ -54,7 +54,7 @@ class ForwardLauncher(Launcher):
         self._extra_arguments = extra_arguments(problem.kernel_score)
         self._map_sets: dict[tuple, tuple] = {}  # all addresses and strides -> the four tensor maps
         rows = {"q": 64, "k": config.tile_n, "v": config.tile_n, "out": 64}  # of a box
-        self._maps = [TensorMaps(partial(_map, name, n)) for name, n in rows.items()]
+        self._maps = [TensorMaps(partial(tma.map_of, name, n)) for name, n in rows.items()]
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None, *extras: torch.Tensor
@@ -84,11 +84,6 @@ class ForwardLauncher(Launcher):
         if all(a is b for a, b in zip(addressed, tensors, strict=True)):  # a copy's address means nothing next time
             keep(self._map_sets, key, maps)
         return maps, addressed
-
-
-def _map(name: str, rows: int, tensor: torch.Tensor):
-    addressed = tma.addressable(tensor, name)
-    return tma.tensor_map(addressed, rows), addressed
 
 
 def divisor(d: int) -> numpy.uint64:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy
@@ -18,13 +19,14 @@ from flashcore.backends.hopper.backward_configs import (
     WideConfig,
 )
 from flashcore.backends.hopper.jit import compile_kernel
+from flashcore.backends.hopper.kernels import kernel_of
 from flashcore.backends.hopper.launch import (
     LOG2_E,
     Launcher,
+    TensorMaps,
     current_stream,
     diagonals,
     extra_arguments,
-    keep,
     scale_log2,
 )
 from flashcore.problem import AttentionProblem
@@ -53,8 +55,7 @@ def configure(problem: AttentionProblem) -> BackwardConfig | WideConfig:
 
 def prepare(problem: AttentionProblem, config: BackwardConfig | WideConfig) -> Run:
     """A callable (q, k, v, out, lse, dout, dlse, scale, *extras) -> (dq, dk, dv), bit-identical over repeats."""
-    made = WideLauncher if isinstance(config, WideConfig) else BackwardLauncher
-    launch, default = made(problem, config), problem.head_dim**-0.5
+    launch, default = kernel_of(config).launch(problem, config), problem.head_dim**-0.5
 
     def backward(q, k, v, out, lse, dout, dlse, scale, *extras):
         q, k, v, dout = (tensor.resolve_neg() for tensor in (q, k, v, dout))
@@ -71,14 +72,16 @@ class _Launcher:
     kernels of each call initialise what has to be: streams share nothing, graphs can be replayed.
     """
 
-    def __init__(self, problem: AttentionProblem, config: BackwardConfig | WideConfig, box_dq: int):
+    def __init__(self, problem: AttentionProblem, config: BackwardConfig | WideConfig):
         self._blocks, self._keys = configs.m_blocks(config, problem), configs.n_blocks(config, problem)
         self._tiles = problem.batch * problem.heads_q * self._blocks
         self._row_bytes = self._tiles * (2 * config.tile_m + 4) * 4
         self._scale = problem.scale
-        # Of q, k, v, dout, dk, dv, dq.
-        self._box_rows = (config.tile_m, config.tile_n, config.tile_n, config.tile_m, 64, 64, box_dq)
-        self._maps: tuple[dict, ...] = tuple({} for _ in self._box_rows)  # (address, strides) -> tensor map
+        rows = {  # of a box
+            "q": config.tile_m, "k": config.tile_n, "v": config.tile_n, "dout": config.tile_m,
+            "dk": 64, "dv": 64, "dq": 64,
+        }  # fmt: skip
+        self._maps = [TensorMaps(partial(tma.map_of, name, n)) for name, n in rows.items()]
         self._rows_scalars = _i32(problem.heads_q, problem.seqlen_q, self._blocks, problem.head_dim_v)
         # Whose row a power of two threads share.
         row_head_dim = next(n for n in (64, 128, 256) if problem.head_dim_v <= n)
@@ -110,16 +113,14 @@ class _Launcher:
         :param scale: the problem's when None.
         :param extras: the tensors that the score looks up, then the sinks.
         """
+        dq, dk, dv = grads = tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
         # Copies made here live until the launches are queued; the allocator orders their reuse after them.
-        q, k, v = (tma.addressable(tensor, name) for tensor, name in ((q, "q"), (k, "k"), (v, "v")))
-        out, dout = tma.addressable(out, "out"), tma.addressable(dout, "dout")
-        lse = lse.contiguous()
+        pairs = [find(t) for find, t in zip(self._maps, (q, k, v, dout, dk, dv, dq), strict=True)]
+        maps, dout = [made for made, _ in pairs], pairs[3][1]
+        out, lse = tma.addressable(out, "out"), lse.contiguous()
         dlse = None if dlse is None else dlse.to(torch.float32).contiguous()
-        grads = tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
         workspace = torch.empty(self.workspace_bytes, dtype=torch.uint8, device=q.device)
         rows = workspace.data_ptr()
-        dq, dk, dv = grads
-        maps = [self._map(operand, tensor) for operand, tensor in enumerate((q, k, v, dout, dk, dv, dq))]
         device = q.device.index
         stream = current_stream(device)
         launch, kernel, shape = self._rows.loaded(device)
@@ -141,21 +142,12 @@ class _Launcher:
         """Launch what follows. The workspace begins with the numbers of rows."""
         raise NotImplementedError
 
-    def _map(self, operand: int, tensor: torch.Tensor):
-        maps = self._maps[operand]
-        key = (tensor.data_ptr(), tensor.stride())
-        found = maps.get(key)
-        if found is None:
-            found = tma.tensor_map(tensor, self._box_rows[operand])
-            keep(maps, key, found)
-        return found
-
 
 class BackwardLauncher(_Launcher):
     """One variant of the fused kernel. Behind the numbers of rows, the sums of dQ, then the turns."""
 
     def __init__(self, problem: AttentionProblem, config: BackwardConfig):
-        super().__init__(problem, config, 64)
+        super().__init__(problem, config)
         self._sum_bytes = self._tiles * 2 * 64 * 64 * 4
         self._scalars = _i32(
             problem.batch, problem.heads_k, problem.group_size, problem.seqlen_q, problem.seqlen_k,
@@ -192,11 +184,12 @@ class WideLauncher(_Launcher):
     dS takes. It lies behind the numbers of rows; behind it, where a head takes several rounds, the sums of dQ."""
 
     def __init__(self, problem: AttentionProblem, config: WideConfig):
-        super().__init__(problem, config, 64)
+        super().__init__(problem, config)
         rounds = configs.wide_rounds(config, problem)
-        group, heads, tiles = problem.group_size, len(rounds[0][0]), len(rounds[0][1])
-        self._ds_bytes = heads * group * self._blocks * tiles * 64 * 64 * 2
-        self._sum_bytes = heads * group * self._blocks * 64 * config.head_dim * 4 if tiles < self._keys else 0
+        group, most_heads, most_tiles = problem.group_size, *map(len, rounds[0])
+        query_tiles = most_heads * group * self._blocks
+        self._ds_bytes = query_tiles * most_tiles * 64 * 64 * 2
+        self._sum_bytes = query_tiles * 64 * config.head_dim * 4 if most_tiles < self._keys else 0
         self._factor = problem.score.factor
         self._exponent_scale = None if config.score.change is None else scale_log2(self._factor)
         self._extra_arguments = extra_arguments(config.score)

@@ -312,19 +312,13 @@ def wide_rounds(config: WideConfig, problem: AttentionProblem) -> list[tuple[ran
 
 def m_begin(config: BackwardConfig | WideConfig, problem: AttentionProblem, n: int) -> int:
     """The first query tile that sees key tile `n` (``KeyTile``)."""
-    if not config.bounded_right:
-        return 0
-    return max(0, n * config.tile_n - problem.visible.offset - problem.mask.right) // config.tile_m
+    return problem.visible.first_query(n * config.tile_n) // config.tile_m
 
 
 def m_end(config: BackwardConfig | WideConfig, problem: AttentionProblem, n: int) -> int:
     """One past the last query tile that sees key tile `n`."""
-    if not config.bounded_left:
-        return m_blocks(config, problem)
-    last = min((n + 1) * config.tile_n, problem.seqlen_k) - 1 - problem.visible.offset + problem.mask.left
-    if last < 0:
-        return m_begin(config, problem, n)
-    return min(m_blocks(config, problem), last // config.tile_m + 1)
+    last = problem.visible.last_query(min((n + 1) * config.tile_n, problem.seqlen_k) - 1)
+    return m_begin(config, problem, n) if last < 0 else last // config.tile_m + 1
 
 
 def m_blocks(config: BackwardConfig | WideConfig, problem: AttentionProblem) -> int:

@@ -107,6 +107,12 @@ def tensor_map(tensor: torch.Tensor, rows: int):
     return _encode(tensor.transpose(1, 2), (1, 1, rows, BOX_COLS))
 
 
+def map_of(name: str, rows: int, tensor: torch.Tensor):
+    """The map of a tensor as a kernel can read it, and that tensor: a copy where it must be one."""
+    addressed = addressable(tensor, name)
+    return tensor_map(addressed, rows), addressed
+
+
 def matrix_map(matrix: torch.Tensor, rows: int, columns: int = BOX_COLS):
     """The same of a (batch, rows, columns) matrix of 16 or 32 bits; a box row must have 128 bytes."""
     return _encode(matrix, (1, rows, columns))

@@ -2,8 +2,9 @@
 //
 // COMPUTES  what backward_sm90.cuh does, of head_dim up to 256, but for dQ: dS goes to memory, and
 //   backward_product_sm90.cuh multiplies it with K. A dQ tile would leave no registers for dK and dV. The head_dim of V, dO
-//   and dV may be another one. Scores may be changed (score.cuh): with P = exp(change(S) - LSE), dS = P * (dP - delta) *
-//   slope(S), but for a constant factor, which is in scale_log2 and in scale.
+//   and dV may be another one. Scores may be changed (score.cuh; Score has their derivative here, too: slope, with the
+//   arguments of apply): with P = exp(change(S) - LSE), dS = P * (dP - delta) * slope(S), but for a constant factor,
+//   which is in scale_log2 and in scale_grad.
 //
 // GRID AND ORDER  One CTA per tile of 64 keys of one key head; it walks over the tiles of 64 queries that see it, of all
 //   query heads of the group (backward_schedule.cuh), so dK and dV are complete in its registers. Nothing is added up
@@ -47,7 +48,7 @@
 //   warpgroup 2:  dP(0) | step i:  wait for P(i) | dS(i) -> smem | issue dK(i), then dP(i+1) | wait for dK(i): release
 //                 the slot | wait for dP(i+1)
 //   The products of one run while the other computes elementwise. With two slots the next S and dP come behind dV and dK:
-//   the other way round both would wait for loads (measured).
+//   the other way round both would wait for loads before they free a slot.
 //
 // NUMERICS  as backward_sm90.cuh; dQ is the sum of products of rounded dS, in fp32 in one accumulator.
 #pragma once

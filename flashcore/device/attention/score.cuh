@@ -3,7 +3,6 @@
 //   plain      scores stay as they are; their scale is part of the exponent
 //   apply(s, batch, head, query, key, query_f, key_f, offset)   the changed score, of a scaled one; positions twice, as
 //              floats for the arithmetic
-//   slope(...) its derivative by the scaled score, in the backward pass; the arguments are the same
 //   has_sink   exp(sink(head)) joins the denominator of every row
 // and SCORE_PARAMETERS, the entry's parameters for it, of which SCORE_VALUE makes one.
 #pragma once
