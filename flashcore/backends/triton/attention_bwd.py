@@ -271,18 +271,21 @@ def attention_bwd_dkdv(q, k, v, dout, stats, dk, dv, captured, strides_q, stride
     last = tl.minimum(first + TILE_N, seqlen_k) - 1
     start, stop, full_start, full_stop = queries_of(first, last, left, right, seqlen_q, BOUND_LEFT, BOUND_RIGHT)
     start = start // TILE_M * TILE_M  # as stats are in whole tiles
-    tiles = tl.maximum(tl.cdiv(stop - start, TILE_M), 0)
-    steps = tiles * GROUP
+    steps = tl.maximum(tl.cdiv(stop - start, TILE_M), 0) * GROUP
+    # Of a head. Where no query sees a key it still divides: a division by 0 would let the compiler take the loop's first
+    # loads, which are issued ahead of it, to be wanted.
+    tiles = tl.maximum(tl.cdiv(stop - start, TILE_M), 1)
     last_full = full_stop - TILE_M
 
     at, plane, rows = stats_of(batch_head * GROUP, batch, head_k * GROUP, heads_k * GROUP, batch_heads // heads_k,
                                first_q, seqlen_q, rows, stats_rows, ALIGN)
-    stats_tiles = rows // stats_tile
+    stats_tiles = tl.maximum(rows // stats_tile, 1)
     any_huge = tl.zeros([FLAGS], tl.float32)
-    for flag in tl.range(0, GROUP * stats_tiles, FLAGS):  # of all heads of the group
+    flags_end = GROUP * (rows // stats_tile)
+    for flag in tl.range(0, flags_end, FLAGS):  # of all heads of the group
         index = flag + tl.arange(0, FLAGS)
         flags = stats + 3 * plane + at + (index // stats_tiles).to(tl.int64) * stats_rows + index % stats_tiles
-        any_huge = tl.maximum(any_huge, tl.load(flags, mask=index < GROUP * stats_tiles, other=0.0))
+        any_huge = tl.maximum(any_huge, tl.load(flags, mask=index < flags_end, other=0.0))
     huge = tl.max(any_huge, 0) != 0.0
 
     if DK:

@@ -306,7 +306,7 @@ def choose_splits(tiles: int, blocks: int, sm_count: int, tile: Tile) -> int:
     worth, and have two blocks or more. Tiles of 16 rows, which do little but read keys, are split for a last wave of
     few programs too.
     """
-    if sm_count == 0 or (tiles >= FULL_GRID * sm_count and tile.tile_m > 16):
+    if sm_count == 0 or blocks == 0 or (tiles >= FULL_GRID * sm_count and tile.tile_m > 16):
         return 1
     busy = {}
     for splits in range(1, max(1, min(MAX_SPLITS, blocks // 2)) + 1):

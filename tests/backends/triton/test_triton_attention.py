@@ -163,6 +163,15 @@ def test_windows(window, seqlen_q, seqlen_k, device):
     check_backward(case, SMALL if seqlen_q % 2 else SMALL_AHEAD, device)
 
 
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize("window", [(60, 0), (3, 40)], ids=str)
+def test_keys_that_no_query_of_a_group_sees(window, head_dim, device):
+    """Nothing is on its way when their programs end: it would arrive in the shared memory of those that follow."""
+    seqlen_k = 300 if INTERPRET else 4096
+    case = Case("", 4, 128, seqlen_k, heads_q=6, heads_k=2, head_dim=head_dim, window=window)
+    check_backward(case, SMALL_AHEAD if INTERPRET else backend.configure(case.problem("cuda", needs_grad=True)), device)
+
+
 @pytest.mark.parametrize("values", ["k", "v"])
 @pytest.mark.parametrize("config", [SMALL, SMALL_AHEAD, replace(SMALL, splits=3)], ids=["plain", "ahead", "splits"])
 def test_nothing_outside_a_window_is_read(config, values, device):

@@ -96,7 +96,7 @@ def test_splits_when_the_grid_is_small():
 
 
 @pytest.mark.parametrize("tiles", [1, 7, 32, 64, 105])
-@pytest.mark.parametrize("blocks", [1, 2, 3, 8, 100, 2048])
+@pytest.mark.parametrize("blocks", [0, 1, 2, 3, 8, 100, 2048])
 def test_splits_are_worth_it(tiles, blocks):
     """Every split has two blocks or more, and splitting never makes the busiest SM do more."""
     tile = Tile(64, 64, 4, 2)

@@ -26,6 +26,7 @@ PAIRS = [
     pytest.param(case, name, id=f"{case}-{name}")
     for case, names in zip(RUNNABLE, itertools.cycle(itertools.combinations(CONFIGS, 2)), strict=False)
     for name in names
+    if (case.name, name) != ("d256", "plain")  # more shared memory than a GPU has
 ]
 
 
