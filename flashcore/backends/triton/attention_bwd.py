@@ -272,8 +272,8 @@ def attention_bwd_dkdv(q, k, v, dout, stats, dk, dv, captured, strides_q, stride
     start, stop, full_start, full_stop = queries_of(first, last, left, right, seqlen_q, BOUND_LEFT, BOUND_RIGHT)
     start = start // TILE_M * TILE_M  # as stats are in whole tiles
     steps = tl.maximum(tl.cdiv(stop - start, TILE_M), 0) * GROUP
-    # Of a head. Where no query sees a key it still divides: a division by 0 would let the compiler take the loop's first
-    # loads, which are issued ahead of it, to be wanted.
+    # Of a head. Where no query sees a key it divides, too: a division by 0 would let the compiler take the first loads,
+    # which are issued ahead of the loop, to be wanted.
     tiles = tl.maximum(tl.cdiv(stop - start, TILE_M), 1)
     last_full = full_stop - TILE_M
 
