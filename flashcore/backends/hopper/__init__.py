@@ -9,7 +9,7 @@ import functools
 import math
 from typing import TYPE_CHECKING
 
-from flashcore.backends.hopper.configs import ForwardConfig, choose_forward
+from flashcore.backends.hopper.configs import ForwardConfig, choose_forward, choose_packed
 from flashcore.backends.hopper.decode_configs import CLUSTERS, DecodeConfig, choose_decode
 from flashcore.problem import LONGEST, AttentionProblem
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from flashcore.backends import Run
 
-FEATURES = frozenset({"window", "score", "sink", "head_dim_v", "partial"})
+FEATURES = frozenset({"window", "score", "sink", "head_dim_v", "partial", "packed"})
 NATIVE_GRAD = False
 
 # Keys from which on it matters that the clusters of so few heads leave SMs idle (docs/log/0018).
@@ -90,7 +90,7 @@ def defers(problem: AttentionProblem) -> tuple[str, str] | None:
     more of one query head, and reads all keys that they see. Triton's kernels share keys out among all SMs, and have
     tiles of 16 rows, or of the rows of all query heads of a key head together.
     """
-    if choose_decode(problem) is not None:
+    if not problem.packed and choose_decode(problem) is not None:
         heads = problem.batch * problem.heads_k
         if heads * CLUSTERS[-1] < problem.sm_count and problem.seqlen_k >= _FEW_HEADS_KEYS:
             return "triton", f"splits the keys of {heads} heads among all {problem.sm_count} SMs"
@@ -112,6 +112,8 @@ def defers(problem: AttentionProblem) -> tuple[str, str] | None:
 
 def configure(problem: AttentionProblem) -> ForwardConfig | DecodeConfig:
     """The kernel variant for a problem that is not rejected; its ``why`` is the reason for it."""
+    if problem.packed:
+        return choose_packed(problem)
     return choose_decode(problem) or choose_forward(problem)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import numpy
 import torch
 
 from flashcore.backends.hopper import tma
-from flashcore.backends.hopper.configs import ForwardConfig, paired_heads, window_ramp
+from flashcore.backends.hopper.configs import ForwardConfig, packed_pairs, paired_heads, window_ramp
 from flashcore.backends.hopper.jit import compile_kernel
 from flashcore.backends.hopper.launch import (
     Launcher,
@@ -28,15 +29,17 @@ class ForwardLauncher(Launcher):
     """One forward variant for one problem. Calling it allocates the outputs and launches."""
 
     def __init__(self, problem: AttentionProblem, config: ForwardConfig):
-        self._lse_shape = (problem.batch, problem.heads_q, problem.seqlen_q) if problem.needs_lse else None
+        self._lse_shape = problem.lse_shape if problem.needs_lse else None
         m_blocks = -(-problem.seqlen_q // config.tile_m)
-        grid = min(m_blocks * problem.heads_q * problem.batch, problem.sm_count)
+        grid = min(most_tiles(problem, config.tile_m), problem.sm_count)
         if config.one_tile and m_blocks * problem.heads_q * problem.batch > grid:
             raise ValueError(f"{config}: more tiles than the {grid} CTAs of the launch")
         super().__init__(compile_kernel(config), grid)
         heads = problem.batch * problem.heads_q
         units = m_blocks  # of a head
-        if config.bounded_left:
+        if problem.packed:  # which of these there are is found out when the kernel runs
+            m_blocks, paired, paired_rounds = 0, packed_pairs(config, problem), 0
+        elif config.bounded_left:
             paired, paired_rounds = window_ramp(config, problem), 0
             units -= paired // 2
         else:
@@ -52,6 +55,8 @@ class ForwardLauncher(Launcher):
         self._default_scale, self._exponent_scale = problem.head_dim**-0.5, exponent_scale(problem)
         self._out_shape = problem.out_shape
         self._extra_arguments = extra_arguments(problem.kernel_score)
+        self._sequence_arguments = sequence_arguments(problem)
+        self._places = len(problem.queries.tensors) + len(problem.keys.tensors)
         self._map_sets: dict[tuple, tuple] = {}  # all addresses and strides -> the four tensor maps
         rows = {"q": 64, "k": config.tile_n, "v": config.tile_n, "out": 64}  # of a box
         self._maps = [TensorMaps(partial(tma.map_of, name, n)) for name, n in rows.items()]
@@ -73,7 +78,8 @@ class ForwardLauncher(Launcher):
             scale = self._default_scale
         launch(
             current_stream(device), launch_config, kernel, *maps, lse_address,
-            self._exponent_scale or scale_log2(scale), *self._scalars, *self._extra_arguments(scale, extras),
+            self._exponent_scale or scale_log2(scale), *self._scalars,
+            *self._sequence_arguments(out, extras), *self._extra_arguments(scale, extras[self._places :]),
         )  # fmt: skip
         return out, lse
 
@@ -84,6 +90,31 @@ class ForwardLauncher(Launcher):
         if all(a is b for a, b in zip(addressed, tensors, strict=True)):  # a copy's address means nothing next time
             keep(self._map_sets, key, maps)
         return maps, addressed
+
+
+def most_tiles(problem: AttentionProblem, tile_m: int) -> int:
+    """How many tiles of so many queries there are; of packed sequences at most."""
+    of_a_head = problem.batch * -(-problem.seqlen_q // tile_m)
+    if problem.packed:
+        of_a_head = min(of_a_head, problem.batch + problem.queries.total // tile_m)
+    return of_a_head * problem.heads_q
+
+
+def sequence_arguments(problem: AttentionProblem) -> Callable[[torch.Tensor, tuple[torch.Tensor, ...]], tuple]:
+    """From the output and the tensors that a call brings to the entry's SEQUENCE_PARAMETERS
+    (``jit.sequence_source``)."""
+    if not problem.packed:
+        return lambda out, extras: ()
+    out_row = numpy.int32(problem.heads_q * problem.head_dim_v * 2)
+
+    def arguments(out: torch.Tensor, extras: tuple[torch.Tensor, ...]) -> tuple:
+        found, tensors = [], iter(extras)
+        for rows in (problem.queries, problem.keys):
+            addresses = [next(tensors).data_ptr() for _ in rows.tensors]
+            found += [*addresses, *[0] * (2 - len(addresses)), numpy.int32(rows.total)]
+        return (*found, out.data_ptr(), out_row)
+
+    return arguments
 
 
 def divisor(d: int) -> numpy.uint64:

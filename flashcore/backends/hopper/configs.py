@@ -16,6 +16,7 @@ import numpy
 
 from flashcore.problem import AttentionProblem
 from flashcore.score import PLAIN, Score
+from flashcore.sequences import DENSE
 
 SMEM_LIMIT = 227 * 1024  # bytes of shared memory one CTA may have on sm_90
 REGISTER_FILE = 64 * 1024  # 32-bit registers of one SM
@@ -43,6 +44,7 @@ class ForwardConfig:
     one_tile: bool = False  # for launches with a CTA for every tile: half the code, and none of it for a second tile
     key_parts: int = 1  # 2: two warpgroups have the same 64 query rows and every other block of keys
     score: Score = PLAIN  # what becomes of scores; without shapes
+    packed: bool = False  # sequences of any lengths in one tensor, which the kernel learns when it runs
     wait_limit: int = 0  # > 0: a barrier wait traps after so many tries (development)
     why: str = field(default="", compare=False)  # the reason of the table row it came from
 
@@ -109,6 +111,8 @@ class ForwardConfig:
             return "one warpgroup cannot take turns"
         if self.key_parts > 1 and not (self.one_tile and self.key_parts == self.consumers == 2):
             return "keys are shared out between the two warpgroups of a CTA with one tile"
+        if self.packed and self.one_tile:
+            return "how many tiles packed sequences have is known only when the kernel runs"
         chunks, chunks_v = (-(-d // 64) for d in (self.head_dim, self.head_dim_v))
         if self.o_in_ring and self.tile_n * max(chunks, chunks_v) < 64 * chunks_v:
             return f"a slot of {self.tile_n} rows cannot hold a warpgroup's output"
@@ -139,6 +143,7 @@ class ForwardConfig:
             + (", turns" if self.turns else "")
             + (", one tile a CTA" if self.one_tile else "")
             + (", keys in two parts" if self.key_parts == 2 else "")
+            + (", packed" if self.packed else "")
             + (f", {self.score}" if self.score != PLAIN else "")
         )
 
@@ -159,14 +164,14 @@ class ForwardRow:
 
     def config(
         self, dtype: str, causal: bool = False, one_tile: bool = False, *, window: bool = False,
-        head_dims: tuple[int, int] | None = None, score: Score = PLAIN,
+        head_dims: tuple[int, int] | None = None, score: Score = PLAIN, packed: bool = False,
     ) -> ForwardConfig:  # fmt: skip
         """The variant with these facts. Values wider than the row's heads leave fewer buffers and stages."""
         head_dim, head_dim_v = head_dims or (self.head_dim, self.head_dim)
         one_tile = one_tile or self.key_parts > 1
         config = ForwardConfig(
             dtype, head_dim, head_dim_v, window, causal, self.tile_n, self.consumers, self.stages,
-            1 if one_tile else self.q_buffers, self.turns, one_tile, self.key_parts, score, why=self.why,
+            1 if one_tile else self.q_buffers, self.turns, one_tile, self.key_parts, score, packed, why=self.why,
         )  # fmt: skip
         while config.smem_bytes > SMEM_LIMIT and config.q_buffers > 1:
             config = replace(config, q_buffers=config.q_buffers - 1)
@@ -208,12 +213,8 @@ def tile_head_dim(head_dim: int) -> int:
 
 def choose_forward(problem: AttentionProblem) -> ForwardConfig:
     """The config for a problem that the backend accepts: that of the row with the least work for its busiest CTA."""
-    visible = problem.visible
     best, best_time = None, math.inf
-    for row, config, one_tile in _variants(
-        problem.dtype, row_head_dim(problem.head_dim, problem.head_dim_v), visible.bounded_right, visible.bounded_left,
-        (tile_head_dim(problem.head_dim), tile_head_dim(problem.head_dim_v)), problem.kernel_score,
-    ):  # fmt: skip
+    for row, config, one_tile in _variants_for(problem):
         tiles = -(-problem.seqlen_q // config.tile_m) * problem.batch * problem.heads_q
         if config.one_tile and tiles > problem.sm_count:
             continue
@@ -226,13 +227,70 @@ def choose_forward(problem: AttentionProblem) -> ForwardConfig:
     return best
 
 
+def choose_packed(problem: AttentionProblem) -> ForwardConfig:
+    """The config for packed sequences: the row with the least work for its busiest CTA, were they all of one length."""
+    alike = of_one_length(problem)
+
+    def time(variant: tuple[ForwardRow, ForwardConfig, ForwardConfig]) -> float:
+        row, config, _ = variant
+        busiest = min(packed_blocks(config, alike, paired) for paired in (False, True))
+        return busiest * config.tile_n * config.tile_m * row.weight
+
+    return min((one for one in _variants_for(problem) if not one[1].one_tile), key=time)[1]
+
+
+def packed_pairs(config: ForwardConfig, problem: AttentionProblem) -> bool:
+    """Whether the units of packed sequences under a causal mask are two tiles (``AttentionParams.paired``)."""
+    alike = of_one_length(problem)
+    return packed_blocks(config, alike, True) < packed_blocks(config, alike, False)
+
+
+def packed_blocks(config: ForwardConfig, alike: AttentionProblem, paired: bool) -> float:
+    """Key blocks of the busiest CTA, were packed sequences these dense ones (``TileScheduler<Config, true>``)."""
+    blocks, heads, ctas = _tile_blocks(config, alike), alike.heads_q, alike.sm_count
+    if config.bounded_left:
+        blocks = blocks + _EXPOSED_BLOCKS
+    if len(blocks) * heads * alike.batch > 32 * ctas:
+        return float(blocks.sum() * heads * alike.batch / ctas)
+    if not config.longest_first:
+        units = numpy.tile(blocks, heads)
+    elif paired:
+        both = blocks[::-1][numpy.arange(len(blocks)) // 2] + blocks[numpy.arange(len(blocks)) // 2]
+        units = numpy.concatenate([numpy.tile(both, heads // 2), blocks[::-1] if heads % 2 else blocks[:0]])
+    else:
+        units = numpy.repeat(blocks[::-1], heads)
+    units = numpy.tile(units, alike.batch)
+    rounds = numpy.zeros((-(-len(units) // ctas), ctas))
+    rounds.reshape(-1)[: len(units)] = units
+    if config.longest_first and not paired:
+        rounds[1::2] = rounds[1::2, ::-1].copy()
+    return float(rounds.sum(axis=0).max())
+
+
+def of_one_length(problem: AttentionProblem) -> AttentionProblem:
+    """As many dense sequences in as many rows."""
+    length_q, length_k = (
+        max(1, min(longest, -(-rows.total // problem.batch)))
+        for rows, longest in ((problem.queries, problem.seqlen_q), (problem.keys, problem.seqlen_k))
+    )
+    return replace(problem, queries=DENSE, keys=DENSE, seqlen_q=length_q, seqlen_k=length_k)
+
+
+def _variants_for(problem: AttentionProblem) -> tuple[tuple[ForwardRow, ForwardConfig, ForwardConfig], ...]:
+    """The rows that serve a problem, with their configs: for any launch, and for one with a CTA for every tile."""
+    visible = problem.visible
+    return _variants(
+        problem.dtype, row_head_dim(problem.head_dim, problem.head_dim_v), visible.bounded_right, visible.bounded_left,
+        (tile_head_dim(problem.head_dim), tile_head_dim(problem.head_dim_v)), problem.kernel_score, problem.packed,
+    )  # fmt: skip
+
+
 @functools.lru_cache(maxsize=1024)
 def _variants(
-    dtype: str, head_dim: int, causal: bool, window: bool, head_dims: tuple[int, int], score: Score
+    dtype: str, head_dim: int, causal: bool, window: bool, head_dims: tuple[int, int], score: Score, packed: bool
 ) -> tuple[tuple[ForwardRow, ForwardConfig, ForwardConfig], ...]:
-    """The rows that serve such problems, with their configs: for any launch, and for one with a CTA for every tile."""
     rows = [row for row in FORWARD_TABLE if row.head_dim == head_dim]
-    facts = dict(window=window, head_dims=head_dims, score=score)
+    facts = dict(window=window, head_dims=head_dims, score=score, packed=packed)
     found = ((row, *(row.config(dtype, causal, one_tile, **facts) for one_tile in (False, True))) for row in rows)
     return tuple(variant for variant in found if variant[1].infeasible() is None)
 

@@ -158,6 +158,17 @@ struct Score {{
 """
 
 
+def sequence_source(packed: bool) -> str:
+    """What the forward's entry needs to know of packed sequences (``Sequences`` of device/attention/schedule.cuh)."""
+    if not packed:
+        return "#define SEQUENCE_PARAMETERS\n#define SEQUENCE_VALUE {}\n"
+    return """\
+#define SEQUENCE_PARAMETERS , const int* offsets_q, const int* used_q, int total_q, const int* offsets_k, \\
+                              const int* used_k, int total_k, u8* out, int out_row
+#define SEQUENCE_VALUE {{offsets_q, used_q, total_q, seqlen_q}, {offsets_k, used_k, total_k, seqlen_k}, out, out_row}
+"""
+
+
 def _memory_type(dtype: str) -> str:
     return "float" if dtype == "float32" else "u16"
 
@@ -175,6 +186,8 @@ def kernel_source(config: KernelConfig) -> str:
     score = _flatten("ptx/math.cuh") + "\n" if config.source.startswith("attention/") else ""
     if hasattr(config, "score"):
         score += score_source(config.score, getattr(config, "differentiates", False))
+    if hasattr(config, "packed"):
+        score += sequence_source(config.packed)
     return f"""\
 {_flatten("ptx/types.cuh")}
 struct Config {{

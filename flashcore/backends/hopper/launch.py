@@ -37,8 +37,14 @@ def exponent_scale(problem: AttentionProblem) -> numpy.float32 | None:
 
 
 def diagonals(problem: AttentionProblem) -> tuple[numpy.int32, numpy.int32]:
-    """``left`` and ``right`` of device/attention/mask.cuh. Where there is no bound: beyond all keys."""
-    mask, offset = problem.mask, problem.visible.offset
+    """``left`` and ``right`` of device/attention/mask.cuh. Where there is no bound: beyond all keys. Of packed
+    sequences, whose lengths only a kernel knows, without the difference of these."""
+    mask = problem.mask
+    if problem.packed:
+        left = problem.seqlen_k if mask.left is None else min(mask.left, problem.seqlen_k)
+        right = problem.seqlen_q if mask.right is None else min(mask.right, problem.seqlen_q)
+        return numpy.int32(-left), numpy.int32(right)
+    offset = problem.visible.offset
     left = -problem.seqlen_q if mask.left is None else max(offset - mask.left, -problem.seqlen_q)
     right = offset + problem.seqlen_q if mask.right is None else min(offset + mask.right, offset + problem.seqlen_q)
     return numpy.int32(left), numpy.int32(min(right, 2**31 - 2**20))

@@ -5,12 +5,19 @@ first, whatever its strides, and a box of `rows` sequence positions by 64 elemen
 one head. Reads past the end of any dimension give zeros, writes there are dropped, so neither tails nor head_dims
 below the tile's need a copy.
 
+A tensor of packed sequences, (total, heads, head_dim), becomes one with dimensions (head_dim, PACKED_ORIGIN, heads,
+PACKED_ORIGIN + 1, total + 1). A sequence of `length` rows from `first` on has its row r at (PACKED_ORIGIN - length + r,
+PACKED_ORIGIN, first + length) of those for rows: past its end is out of bounds, so that nothing of a neighbour is read
+and nothing of it is written. That the three reach the row, (first + r) strides from the tensor's address, is arithmetic
+modulo 2^64: the second has such a stride that PACKED_ORIGIN of its and of the first's make 2^64.
+
 A (batch, rows, columns) matrix becomes a map with dimensions (columns, rows, batch) in the same way.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 import numpy
 import torch
@@ -19,11 +26,12 @@ from flashcore.errors import FlashCoreWarning
 
 ALIGNMENT = 16  # bytes: of the base address and of every stride but the innermost
 BOX_COLS = 64
+PACKED_ORIGIN = 2**30  # as in device/attention/schedule.cuh
 _UNSIGNED = {2: numpy.uint16, 4: numpy.uint32}  # data type by bytes
 
 
 def obstacle(tensor: torch.Tensor, broadcast: bool = False) -> str | None:
-    """Why TMA cannot address this (B, S, H, D) tensor where it lies; None if it can.
+    """Why TMA cannot address this (B, S, H, D) or (total, H, D) tensor where it lies; None if it can.
 
     :param broadcast: strides may be 0, as for a kernel that reads 16 bytes at a time without TMA.
     """
@@ -33,7 +41,7 @@ def obstacle(tensor: torch.Tensor, broadcast: bool = False) -> str | None:
     if inner != 1 and tensor.shape[-1] > 1:
         return f"its last dimension has stride {inner}"
     step = ALIGNMENT // tensor.element_size()
-    for name, size, stride in zip(("batch", "sequence", "head"), tensor.shape, outer, strict=False):
+    for name, size, stride in zip(("batch", "sequence", "head")[-len(outer) :], tensor.shape, outer, strict=False):
         if size > 1 and (stride % step or (stride == 0 and not broadcast)):
             return f"its {name} stride of {stride} elements is not a positive multiple of {step}"
     return None
@@ -107,10 +115,23 @@ def tensor_map(tensor: torch.Tensor, rows: int):
     return _encode(tensor.transpose(1, 2), (1, 1, rows, BOX_COLS))
 
 
+def packed_map(tensor: torch.Tensor, rows: int):
+    """The same of packed sequences."""
+    return _encode_memory(tensor, *packed_layout(tensor), (1, 1, 1, rows, BOX_COLS))
+
+
+def packed_layout(tensor: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Sizes and strides in bytes of the map of a (total, H, D) tensor, outermost first."""
+    total, heads, head_dim = tensor.shape
+    row, head, _ = (max(ALIGNMENT, stride * tensor.element_size()) for stride in tensor.stride())
+    sizes = (total + 1, PACKED_ORIGIN + 1, heads, PACKED_ORIGIN, head_dim)
+    return sizes, (row, 2**64 // PACKED_ORIGIN - row, head, row, tensor.element_size())
+
+
 def map_of(name: str, rows: int, tensor: torch.Tensor):
     """The map of a tensor as a kernel can read it, and that tensor: a copy where it must be one."""
     addressed = addressable(tensor, name)
-    return tensor_map(addressed, rows), addressed
+    return (tensor_map if tensor.dim() == 4 else packed_map)(addressed, rows), addressed
 
 
 def matrix_map(matrix: torch.Tensor, rows: int, columns: int = BOX_COLS):
@@ -119,20 +140,25 @@ def matrix_map(matrix: torch.Tensor, rows: int, columns: int = BOX_COLS):
 
 
 def _encode(tensor: torch.Tensor, box: tuple[int, ...]):
-    from cuda.core import Device, TensorMapDescriptorOptions
-    from cuda.core._tensor_map import TensorMapL2Promotion, TensorMapSwizzle
-    from cuda.core.utils import StridedMemoryView
-
-    Device(tensor.device.index).set_current()  # autograd's threads may have no CUDA context yet
     itemsize = tensor.element_size()
     # A dimension of size 1 may have any stride, but the map wants a legal one.
     sizes_and_strides = zip(tensor.shape, tensor.stride(), strict=True)
     strides = [ALIGNMENT if size == 1 else stride * itemsize for size, stride in sizes_and_strides]
     strides[-1] = itemsize
-    memory = _Memory(tensor.data_ptr(), tuple(tensor.shape), tuple(strides))
+    return _encode_memory(tensor, tuple(tensor.shape), strides, box)
+
+
+def _encode_memory(tensor: torch.Tensor, sizes: tuple[int, ...], strides: Sequence[int], box: tuple[int, ...]):
+    """The map of a tensor's memory with these sizes and strides in bytes, outermost first."""
+    from cuda.core import Device, TensorMapDescriptorOptions
+    from cuda.core._tensor_map import TensorMapL2Promotion, TensorMapSwizzle
+    from cuda.core.utils import StridedMemoryView
+
+    Device(tensor.device.index).set_current()  # autograd's threads may have no CUDA context yet
+    memory = _Memory(tensor.data_ptr(), sizes, tuple(strides))
     options = TensorMapDescriptorOptions(
         box_dim=box,
-        data_type=_UNSIGNED[itemsize],
+        data_type=_UNSIGNED[tensor.element_size()],
         swizzle=TensorMapSwizzle.SWIZZLE_128B,
         l2_promotion=TensorMapL2Promotion.L2_256B,
     )

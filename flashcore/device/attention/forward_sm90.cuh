@@ -123,6 +123,15 @@ template <class Config> struct ForwardKernel {
 
   // ---- producers: one thread for Q, one for the ring ---------------------------------------------------------------
 
+  // Rows of a sequence from `row` on, 64 columns: of a batch, or of a packed sequence (tma.py: packed_map).
+  static __forceinline__ void load_box(void* to, const TensorMap& map, u64& full, int chunk, int row, int head, int batch,
+                                       int first, int length) {
+    if constexpr (Config::packed)
+      tma_load_5d(to, map, full, chunk * 64, packed_origin - length + row, head, packed_origin, first + length);
+    else
+      tma_load_4d(to, map, full, chunk * 64, row, head, batch);
+  }
+
   void load_q(const TensorMap& map) {
     Scheduler scheduler{params};
     QCursor cursor;
@@ -133,11 +142,11 @@ template <class Config> struct ForwardKernel {
         wait(smem.q_empty[cursor.stage][wg], cursor.phase ^ 1);
         u64& full = smem.q_full[cursor.stage][wg];
         mbarrier_arrive_expect_tx(full, QTile::bytes);
-        const int row = tile.row + wg * 64;  // no box may begin before row 0; past the end it reads zeros
+        const int length = queries_of(params, tile), row = tile.row + wg * 64;
 #pragma unroll
-        for (int c = 0; c < QTile::chunks; ++c)
-          tma_load_4d(smem.q[cursor.stage][wg] + c * QTile::chunk_bytes, map, full, c * 64,
-                      row < 0 ? params.seqlen_q : row, tile.head, tile.batch);
+        for (int c = 0; c < QTile::chunks; ++c)  // no box may begin before row 0; past the end it reads zeros
+          load_box(smem.q[cursor.stage][wg] + c * QTile::chunk_bytes, map, full, c, row < 0 ? length : row, tile.head,
+                   tile.batch, tile.first_q, length);
       }
       cursor.advance();
     }
@@ -150,8 +159,8 @@ template <class Config> struct ForwardKernel {
     mbarrier_arrive_expect_tx(full, KvTile::bytes);
 #pragma unroll
     for (int c = 0; c < KvTile::chunks; ++c)
-      tma_load_4d(smem.kv[part][cursor.stage] + c * KvTile::chunk_bytes, map, full, c * 64, n_block * tile_n,
-                  tile.kv_head, tile.batch);
+      load_box(smem.kv[part][cursor.stage] + c * KvTile::chunk_bytes, map, full, c, n_block * tile_n, tile.kv_head,
+               tile.batch, tile.first_k, tile.length_k);
     cursor.advance();
   }
 
@@ -268,8 +277,8 @@ template <class Config> struct ForwardKernel {
 
     // Where the keys end that this warpgroup needs of a tile; at least 1.
     __forceinline__ int keys(const Tile& tile) const {
-      if (u32(first_row(tile)) >= u32(params.seqlen_q)) return 1;  // no row of its own
-      return max(1, params.mask.end(first_row(tile) + 63));
+      if (u32(first_row(tile)) >= u32(queries_of(params, tile))) return 1;  // no row of its own
+      return max(1, mask_of(params, tile).end(first_row(tile) + 63));
     }
 
     // Its rightmost block; those of the tile beyond it are for warpgroups further down.
@@ -278,7 +287,7 @@ template <class Config> struct ForwardKernel {
     // Its leftmost block; those of the tile beyond it are for warpgroups further up.
     __forceinline__ int last_block(const Tile& tile) const {
       if constexpr (!Config::bounded_left) return 0;
-      return min(max(tile.n_begin, params.mask.begin(first_row(tile)) / tile_n), first_block(tile));
+      return min(max(tile.n_begin, mask_of(params, tile).begin(first_row(tile)) / tile_n), first_block(tile));
     }
     __forceinline__ bool narrow(const Tile& tile) const {
       return narrow_n < tile_n && keys(tile) <= first_block(tile) * tile_n + narrow_n;
@@ -298,18 +307,17 @@ template <class Config> struct ForwardKernel {
           for (int j = 0; j < 8; ++j) {
             const int i = 8 * group + j, slot = fragment_slot(i);
             x[j] = params.score.apply(s[i], tile.batch, tile.head, row + 8 * slot, col + fragment_col(i), row_f[slot],
-                                      col_f + fragment_col(i), params.mask.seqlen_k - params.seqlen_q);
+                                      col_f + fragment_col(i), keys_of(params, tile) - queries_of(params, tile));
           }
           pin(x);  // or addresses and half-done scores of all groups are live at once
 #pragma unroll
           for (int j = 0; j < 8; ++j) s[8 * group + j] = x[j];
         }
       }
-      hide_right(s, params.mask.end(first) - n_block * tile_n, params.mask.end(row) - col,
-                 params.mask.end(row + 8) - col);
+      const auto mask = mask_of(params, tile);
+      hide_right(s, mask.end(first) - n_block * tile_n, mask.end(row) - col, mask.end(row + 8) - col);
       if constexpr (Config::bounded_left)
-        hide_left(s, params.mask.begin(first + 15) - n_block * tile_n, params.mask.begin(row) - col,
-                  params.mask.begin(row + 8) - col);
+        hide_left(s, mask.begin(first + 15) - n_block * tile_n, mask.begin(row) - col, mask.begin(row + 8) - col);
     }
 
     // From column clear on some row of the warp hides keys: 16 columns at a time.
@@ -341,6 +349,20 @@ template <class Config> struct ForwardKernel {
     template <int n> __forceinline__ void pack(const float (&s)[n]) {
 #pragma unroll
       for (int i = 0; i < tile_n / 4; ++i) p[i] = 2 * i < n ? pack2<Element>(s[2 * i % n], s[2 * i % n + 1]) : 0;
+    }
+
+    __forceinline__ int total_queries() const {
+      if constexpr (Config::packed) return params.sequences.queries.total;
+      return 0;
+    }
+
+    // As load_box(): rows past the end are not written.
+    __forceinline__ void store_box(const TensorMap& map, const u8* staged, int chunk, const Tile& tile) const {
+      if constexpr (Config::packed)
+        tma_store_5d(map, staged, chunk * 64, packed_origin - tile.length_q + first_row(tile), tile.head, packed_origin,
+                     tile.first_q + tile.length_q);
+      else
+        tma_store_4d(map, staged, chunk * 64, first_row(tile), tile.head, tile.batch);
     }
 
     // The staged O's place returns to the producer once the copy engine has read it.
@@ -390,15 +412,16 @@ template <class Config> struct ForwardKernel {
       if (thread == 0) {
 #pragma unroll
         for (int c = 0; c < OTile::chunks && first_row(tile) >= 0; ++c)
-          tma_store_4d(o_map, staged + c * OTile::chunk_bytes, c * 64, first_row(tile), tile.head, tile.batch);
+          store_box(o_map, staged + c * OTile::chunk_bytes, c, tile);
         tma_store_commit();
       }
       if (params.lse != nullptr && thread % 4 == 0) {
-        const u64 row_base = (u64(tile.batch) * params.heads_q + tile.head) * params.seqlen_q;
+        const u64 row_base = Config::packed ? u64(tile.head) * total_queries() + tile.first_q
+                                            : (u64(tile.batch) * params.heads_q + tile.head) * params.seqlen_q;
 #pragma unroll
         for (int slot = 0; slot < 2; ++slot) {
           const int row = first_row(tile) + fragment_row(thread) + 8 * slot;
-          if (u32(row) < u32(params.seqlen_q)) params.lse[row_base + row] = denominator[slot].lse;
+          if (u32(row) < u32(queries_of(params, tile))) params.lse[row_base + row] = denominator[slot].lse;
         }
       }
     }
@@ -688,15 +711,33 @@ template <class Config> struct ForwardKernel {
   }
 };
 
+// Rows of no sequence: their output is 0 and their LSE -inf. Of warp `rank` of `warps`. (They are before the first sequence,
+// behind the last, and where a sequence does not use its rows.)
+template <class Config>
+__forceinline__ void clear_gaps(const AttentionParams<Config>& params, int rank, int warps) {
+  const Rows& queries = params.sequences.queries;
+  const int lane = threadIdx.x % 32, row_bytes = params.sequences.out_row;
+  for (int b = 0; b <= params.batch; ++b) {
+    const int begin = b == 0 ? 0 : queries.begin(b - 1) + queries.length(b - 1);
+    const int end = b == params.batch ? queries.total : queries.begin(b);
+    for (int row = begin + rank; row < end; row += warps) {
+      for (int at = 16 * lane; at < row_bytes; at += 16 * 32)
+        *reinterpret_cast<uint4*>(params.sequences.out + u64(row) * row_bytes + at) = make_uint4(0, 0, 0, 0);
+      for (int head = lane; params.lse != nullptr && head < params.heads_q; head += 32)
+        params.lse[u64(head) * queries.total + row] = negative_infinity();
+    }
+  }
+}
+
 extern "C" __global__ void __launch_bounds__(Config::threads, 1)
 attention_forward_sm90(const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k,
                        const __grid_constant__ TensorMap v, const __grid_constant__ TensorMap o, float* lse,
                        float scale_log2, int batch, int heads_q, u64 by_heads_q, u64 by_group_size, int seqlen_q,
                        int seqlen_k, int mask_left, int mask_right, int m_blocks, u64 by_m_blocks, int paired, int paired_rounds,
-                       u64 by_single_heads SCORE_PARAMETERS) {
+                       u64 by_single_heads SEQUENCE_PARAMETERS SCORE_PARAMETERS) {
   const AttentionParams<Config> params{lse, scale_log2, SCORE_VALUE, batch, heads_q, {by_heads_q}, {by_group_size},
                                        seqlen_q, {seqlen_k, mask_left, mask_right}, m_blocks, {by_m_blocks},
-                                       paired, paired_rounds, {by_single_heads}};
+                                       paired, paired_rounds, {by_single_heads}, SEQUENCE_VALUE};
   extern __shared__ __align__(1024) u8 raw_smem[];
   using Kernel = ForwardKernel<Config>;
   auto& smem = *reinterpret_cast<typename Kernel::Smem*>(raw_smem);
@@ -724,6 +765,9 @@ attention_forward_sm90(const __grid_constant__ TensorMap q, const __grid_constan
     if (threadIdx.x == 0) kernel.load_kv(k, v, 0);
     if (threadIdx.x == 32) kernel.load_q(q);
     if (Config::key_parts > 1 && threadIdx.x == 64) kernel.load_kv(k, v, 1);
+    if constexpr (Config::packed) {
+      if (warp >= 2) clear_gaps(params, 2 * blockIdx.x + warp - 2, 2 * gridDim.x);
+    }
   } else {
     if constexpr (Config::consumers > 1) setmaxnreg_inc<Config::consumer_registers>();
     kernel.consume(o, warp / 4 - 1, threadIdx.x % 128, warp);

@@ -11,6 +11,31 @@ struct Divisor {
   __forceinline__ int divide(int n) const { return (__umulhi(u32(n), u32(packed)) + u32(n)) >> u32(packed >> 32); }
 };
 
+// Where packed sequences lie on one side, queries or keys: sequence b has the rows from offsets[b] on, of `total` in all,
+// as many as lie before offsets[b + 1], at most used[b] if that is there, and at most `longest`.
+struct Rows {
+  const int* offsets;
+  const int* used;  // may be null
+  int total, longest;
+
+  __forceinline__ int begin(int b) const { return min(max(offsets[b], 0), total); }
+
+  // Never beyond the tensor, whatever the offsets are.
+  __forceinline__ int length(int b) const {
+    const int there = min(offsets[b + 1], total) - begin(b);
+    return max(min(min(there, used == nullptr ? there : used[b]), longest), 0);
+  }
+};
+template <bool packed> struct Sequences {};
+template <> struct Sequences<true> {
+  Rows queries, keys;
+  u8* out;
+  int out_row;  // bytes of all heads
+};
+// Row r of a sequence of `length` rows from `first` on is at (packed_origin - length + r, packed_origin, first + length) of
+// the dimensions that a map has for rows (tma.py). Those past its end are out of bounds.
+constexpr int packed_origin = 1 << 30;
+
 template <class Config> struct AttentionParams {
   float* lse;        // (batch, heads_q, seqlen_q), natural logarithm; may be null
   float scale_log2;  // softmax scale * log2(e), > 0; of changed scores log2(e)
@@ -25,13 +50,28 @@ template <class Config> struct AttentionParams {
                       // Config::longest_first; in a window tiles of each head, from the first on
   int paired_rounds;  // rounds over the CTAs that they take, rounded up
   Divisor by_single_heads;  // the other (batch, head) pairs, if any
+  Sequences<Config::packed> sequences;  // then seqlen_q is no sequence's, and the mask's diagonals are relative to their ends
 };
 
 struct Tile {
   int row;  // its first query row; with a right bound maybe negative
   int head, kv_head, batch;
   int n_begin, n_end;  // its blocks of keys; at least one: a tile that sees no key processes one fully masked block
+  int first_q, length_q, first_k, length_k;  // of packed sequences: where its sequence begins, and how long it is
 };
+
+// How many queries and keys a tile's sequence has, and which of them see each other.
+template <class Config> __forceinline__ int queries_of(const AttentionParams<Config>& params, const Tile& tile) {
+  return Config::packed ? tile.length_q : params.seqlen_q;
+}
+template <class Config> __forceinline__ int keys_of(const AttentionParams<Config>& params, const Tile& tile) {
+  return Config::packed ? tile.length_k : params.mask.seqlen_k;
+}
+template <class Config> __forceinline__ auto mask_of(const AttentionParams<Config>& params, const Tile& tile) {
+  if constexpr (!Config::packed) return params.mask;
+  const int offset = tile.length_k - tile.length_q;
+  return decltype(params.mask){tile.length_k, offset + params.mask.left, offset + params.mask.right};
+}
 
 // The tiles of one CTA, in order. The order is arithmetic: no counter in memory, no hand-over between warps.
 //
@@ -42,7 +82,7 @@ struct Tile {
 // longest first and every second round in reverse, so that the CTAs end together. On the host: deal_tiles().
 // With a right bound the tiles end with the last query row, so that where tile_m does not divide seqlen_q it is the shortest tile
 // whose upper warpgroups have no rows, not the longest one's lower ones. Rows stay multiples of 64.
-template <class Config> struct TileScheduler {
+template <class Config, bool packed = Config::packed> struct TileScheduler {
   const AttentionParams<Config>& params;
   int round = 0;
   int short_head = -1, short_m_block = 0;  // the second tile of a unit, still to be processed
@@ -103,5 +143,68 @@ template <class Config> struct TileScheduler {
       set(tile, params.paired + j - rank * single_heads, m_blocks - 1 - rank);
       return true;
     }
+  }
+};
+
+// The same of packed sequences, one after the other: a unit is dealt out to the next CTA. How many each sequence has is
+// known when the kernel runs: every role walks along the offsets. Under a causal mask a unit is two tiles of neighbouring
+// heads as above (`paired`; a last head without a neighbour has units of one), or one, the long ones of a sequence first and
+// every second round in reverse. On the host: packed_blocks().
+template <class Config> struct TileScheduler<Config, true> {
+  const AttentionParams<Config>& params;
+  int turn = 0;  // units done, times two, and one if the next tile is the second of its unit
+  int sequence = -1, end = 0;  // where the units of that sequence end
+
+  __forceinline__ int m_blocks() const {
+    return (params.sequences.queries.length(sequence) + Config::tile_m - 1) / Config::tile_m;
+  }
+
+  __forceinline__ void set(Tile& tile, int head, int m_block, int m_blocks) const {
+    const Rows &queries = params.sequences.queries, &keys = params.sequences.keys;
+    tile.first_q = queries.begin(sequence);
+    tile.length_q = queries.length(sequence);
+    tile.first_k = keys.begin(sequence);
+    tile.length_k = keys.length(sequence);
+    tile.batch = sequence;
+    tile.head = head;
+    tile.kv_head = params.by_group_size.divide(head);
+    tile.row = m_block * Config::tile_m;
+    if constexpr (Config::bounded_right) tile.row -= m_blocks * Config::tile_m - (tile.length_q + 63) / 64 * 64;
+    const auto mask = mask_of(params, tile);
+    const int seen = mask.end(tile.row + Config::tile_m - 1);
+    tile.n_end = max(1, (seen + Config::tile_n - 1) / Config::tile_n);
+    tile.n_begin = Config::bounded_left ? min(mask.begin(tile.row) / Config::tile_n, tile.n_end - 1) : 0;
+  }
+
+  __forceinline__ bool next(Tile& tile) {
+    const int heads = params.heads_q;
+    const bool paired = Config::longest_first && params.paired;
+    const int unit_heads = paired ? (heads + 1) / 2 : heads;
+    const bool reverse = Config::longest_first && !paired && turn / 2 % 2 == 1;
+    const int unit = turn / 2 * gridDim.x + (reverse ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+    while (unit >= end) {
+      if (++sequence >= params.batch) return false;
+      end += m_blocks() * unit_heads;
+    }
+    const u32 m = m_blocks(), i = unit - (end - m * unit_heads);
+    int head, m_block;
+    bool goes_on = false;  // with the second tile of the unit
+    if (paired) {
+      const int pair = i / m, rank = i % m, second = turn % 2;
+      const bool single = 2 * pair + 1 == heads;
+      head = 2 * pair + (single ? 0 : (rank + second) % 2);
+      m_block = single ? m - 1 - rank : second ? rank / 2 : m - 1 - rank / 2;
+      goes_on = !single && !second;
+    } else if (Config::longest_first) {
+      const int rank = params.by_heads_q.divide(i);
+      head = i - rank * heads;
+      m_block = m - 1 - rank;
+    } else {
+      head = i / m;
+      m_block = Config::bounded_left ? m - 1 - i % m : i % m;
+    }
+    turn += goes_on || turn % 2 ? 1 : 2;
+    set(tile, head, m_block, m);
+    return true;
   }
 };

@@ -15,6 +15,14 @@ void tma_load_4d(void* smem, const TensorMap& map, u64& barrier, int c0, int c1,
       : "memory");
 }
 
+__forceinline__ void tma_load_5d(void* smem, const TensorMap& map, u64& barrier, int c0, int c1, int c2, int c3, int c4) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], "
+      "[%2];"
+      ::"r"(smem_address(smem)), "l"(&map), "r"(smem_address(&barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+      : "memory");
+}
+
 __forceinline__ void tma_load_3d(void* smem, const TensorMap& map, u64& barrier, int c0, int c1, int c2) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];"
@@ -42,6 +50,11 @@ __forceinline__ void tma_store_3d(const TensorMap& map, const void* smem, int c0
 void tma_store_4d(const TensorMap& map, const void* smem, int c0, int c1, int c2, int c3) {
   asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];"
                ::"l"(&map), "r"(smem_address(smem)), "r"(c0), "r"(c1), "r"(c2), "r"(c3) : "memory");
+}
+
+__forceinline__ void tma_store_5d(const TensorMap& map, const void* smem, int c0, int c1, int c2, int c3, int c4) {
+  asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];"
+               ::"l"(&map), "r"(smem_address(smem)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4) : "memory");
 }
 
 void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }

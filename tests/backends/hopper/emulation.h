@@ -37,11 +37,17 @@ struct Warp {
   u32 slots[32][6];  // what each lane shows to the others
 };
 
+struct Warpgroup {
+  std::barrier<> barrier{128};
+};
+
 struct Cta {
-  explicit Cta(int threads, int smem_bytes) : barrier(threads), warps(threads / 32), smem(smem_bytes, 0xff) {}  // NaN
+  explicit Cta(int threads, int smem_bytes)
+      : barrier(threads), warps(threads / 32), warpgroups(threads / 128), smem(smem_bytes, 0xff) {}  // NaN
   std::atomic<int> voted{0};
   std::barrier<> barrier;
   std::vector<Warp> warps;
+  std::vector<Warpgroup> warpgroups;
   std::vector<u8> smem;
 };
 

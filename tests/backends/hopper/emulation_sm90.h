@@ -25,6 +25,10 @@ inline u32 smem_address(const void* p) { return static_cast<const u8*>(p) - alig
 template <class T> T& at(u32 address) { return *reinterpret_cast<T*>(aligned_memory() + address); }
 inline u32 __float_as_uint(float x) { return bits(x); }
 inline float __uint_as_float(u32 x) { return value(x); }
+inline int __float_as_int(float x) { return bits(x); }
+inline float __int_as_float(int x) { return value(x); }
+inline bool __all_sync(u32 warp, bool x) { return !__any_sync(warp, !x); }
+inline struct { int x; } gridDim;
 inline int __shfl_sync(u32, int x, int) { return x; }
 inline u32 __umulhi(u32 a, u32 b) { return u64(a) * b >> 32; }
 [[noreturn]] inline void fail(const char* what) {
@@ -83,19 +87,21 @@ template <int> void mbarrier_wait(u64& barrier, u32 parity) {
 }
 
 struct Named { int waiting = 0; u32 phase = 0; };
-inline std::map<std::pair<const void*, int>, Named> named;
-inline void named_barrier_sync(int id, int threads) {
+inline std::map<std::pair<int, int>, Named> named;  // of a CTA and a launch
+inline void meet(int id, int threads, bool wait) {
   std::unique_lock held(lock);
-  Named& b = named[{aligned_memory(), id}];
+  Named& b = named[{blockIdx.x, id}];
   const u32 phase = b.phase;
   if (++b.waiting == threads) {
     b.waiting = 0;
     ++b.phase;
     changed.notify_all();
-  } else {
+  } else if (wait) {
     wait_until(held, "a named barrier is not complete", [&] { return b.phase != phase; });
   }
 }
+inline void named_barrier_sync(int id, int threads) { meet(id, threads, true); }
+inline void named_barrier_arrive(int id, int threads) { meet(id, threads, false); }
 
 template <int> void setmaxnreg_dec() {}
 template <int> void setmaxnreg_inc() {}
@@ -112,30 +118,40 @@ inline void load_v4_l2(const float* p, float& a, float& b, float& c, float& d) {
 
 // ---- copies --------------------------------------------------------------------------------------------------------
 
-struct TensorMap { u16* base; u64 rows; long long sizes[4], strides[4]; };  // innermost first, in elements
+struct TensorMap { u16* base; u64 rows; long long sizes[5], strides[5]; };  // innermost first, in elements
 
 inline u32 swizzled(u32 address) { return address ^ (address >> 3 & 0x70); }
 inline void prefetch_tensor_map(const TensorMap&) {}
 
 // Calls visit(element in shared memory, element in global memory or null) for every element of a box.
-template <class Visit> void visit_box(const void* smem, const TensorMap& map, const int (&c)[4], Visit visit) {
+// As on a GPU, addresses are counted modulo 2^64.
+template <class Visit> void visit_box(const void* smem, const TensorMap& map, const int (&c)[5], Visit visit) {
   const u32 start = smem_address(smem);
   if (start % 1024) fail("a box that does not begin with a swizzle atom");
   for (int row = 0; row < int(map.rows); ++row)
     for (int col = 0; col < 64; ++col) {
-      const long long at_[4] = {c[0] + col, c[1] + row, c[2], c[3]};
-      u16* element = map.base;
-      for (int i = 0; i < 4; ++i)
-        element = element && at_[i] >= 0 && at_[i] < map.sizes[i] ? element + at_[i] * map.strides[i] : nullptr;
-      visit(at<u16>(swizzled(start + row * 128 + col * 2)), element);
+      const long long at_[5] = {c[0] + col, c[1] + row, c[2], c[3], c[4]};
+      bool inside = true;
+      u64 element = u64(map.base);
+      for (int i = 0; i < 5; ++i) {
+        inside = inside && at_[i] >= 0 && at_[i] < map.sizes[i];
+        element += u64(at_[i]) * u64(map.strides[i]) * 2;
+      }
+      visit(at<u16>(swizzled(start + row * 128 + col * 2)), inside ? reinterpret_cast<u16*>(element) : nullptr);
     }
 }
-inline void tma_load_4d(void* smem, const TensorMap& map, u64& barrier, int c0, int c1, int c2, int c3) {
-  visit_box(smem, map, {c0, c1, c2, c3}, [](u16& here, u16* there) { here = there ? *there : 0; });
+inline void tma_load_5d(void* smem, const TensorMap& map, u64& barrier, int c0, int c1, int c2, int c3, int c4) {
+  visit_box(smem, map, {c0, c1, c2, c3, c4}, [](u16& here, u16* there) { here = there ? *there : 0; });
   complete(barrier, map.rows * 128);
 }
+inline void tma_store_5d(const TensorMap& map, const void* smem, int c0, int c1, int c2, int c3, int c4) {
+  visit_box(smem, map, {c0, c1, c2, c3, c4}, [](u16& here, u16* there) { if (there) *there = here; });
+}
+inline void tma_load_4d(void* smem, const TensorMap& map, u64& barrier, int c0, int c1, int c2, int c3) {
+  tma_load_5d(smem, map, barrier, c0, c1, c2, c3, 0);
+}
 inline void tma_store_4d(const TensorMap& map, const void* smem, int c0, int c1, int c2, int c3) {
-  visit_box(smem, map, {c0, c1, c2, c3}, [](u16& here, u16* there) { if (there) *there = here; });
+  tma_store_5d(map, smem, c0, c1, c2, c3, 0);
 }
 inline void bulk_load(void* smem, const void* global, u32 bytes, u64& barrier) {
   memcpy(smem, global, bytes);
@@ -161,7 +177,7 @@ inline void store_shared_v2(u32 address, float a, float b) { at<float>(address) 
 
 inline void wgmma_fence() {}
 inline void wgmma_commit() {}
-template <int> void wgmma_wait() { __syncwarp(); }  // .sync.aligned
+template <int> void wgmma_wait() { this_cta->warpgroups[threadIdx.x / 128].barrier.arrive_and_wait(); }  // all its warps'
 template <class T> void pin(T&) {}
 template <class T> void forget(T& r) { for (auto& x : r) x = NAN; }
 

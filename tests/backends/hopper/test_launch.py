@@ -71,7 +71,7 @@ TAKEN = {"int": numpy.int32, "u64": (numpy.uint64, int), "float": numpy.float32}
 def parameters(source: str, entry: str) -> list[str]:
     """Types of the entry's parameters, but for those of a printed score."""
     text = (jit.DEVICE_SOURCES / source).read_text()
-    found = re.search(rf"\n{entry}\((.*?)(?: SCORE_PARAMETERS)?\) \{{", text, re.DOTALL)[1]
+    found = re.search(rf"\n{entry}\((.*?)(?: SEQUENCE_PARAMETERS)?(?: SCORE_PARAMETERS)?\) \{{", text, re.DOTALL)[1]
     return [" ".join(parameter.split()[:-1]) for parameter in found.split(",")]
 
 
