@@ -247,7 +247,7 @@ def packed_pairs(config: ForwardConfig, problem: AttentionProblem) -> bool:
 
 def packed_blocks(config: ForwardConfig, alike: AttentionProblem, paired: bool) -> float:
     """Key blocks of the busiest CTA, were packed sequences these dense ones (``TileScheduler<Config, true>``)."""
-    blocks, heads, ctas = _tile_blocks(config, alike), alike.heads_q, alike.sm_count
+    blocks, heads, ctas = _tile_blocks(config, alike), alike.heads_q, max(1, alike.sm_count)
     if config.bounded_left:
         blocks = blocks + _EXPOSED_BLOCKS
     if len(blocks) * heads * alike.batch > 32 * ctas:

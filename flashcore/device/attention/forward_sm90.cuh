@@ -2,7 +2,8 @@
 //
 // COMPUTES  O = softmax(scale * Q K^T + mask) V and LSE = ln(sum(exp(scale * Q K^T + mask))) per row.
 //   Q, O (batch, seqlen_q, heads_q, d), K, V (batch, seqlen_k, heads_q / group_size, d), 16 bit, any strides that TMA
-//   takes (host: tma.py); LSE (batch, heads_q, seqlen_q) fp32. d <= head_dim: TMA fills the rest with zeros and drops
+//   takes (host: tma.py); LSE (batch, heads_q, seqlen_q) fp32. Or packed sequences, whose lengths only the device knows:
+//   (total, heads, d), LSE (heads_q, total). d <= head_dim: TMA fills the rest with zeros and drops
 //   it again; V and O may have another d. Mask: two diagonals (mask.cuh), either of which may be missing. Scores may be
 //   changed, and sinks join the sums (score.cuh); a scale that is not positive is such a change. Not handled: d % 8 != 0.
 //
@@ -16,7 +17,8 @@
 //
 // WARP ROLES AND REGISTERS
 //   warpgroup 0: thread 0 fills the ring with K and V, thread 32 fills the Q buffers, thread 64 a second ring if the keys
-//   are shared out; the others leave.
+//   are shared out, or walks along packed sequences and says to all which tiles there are; warp 3 clears the rows that
+//   belong to none of them; the others leave.
 //   warpgroups 1..consumers: 64 query rows each, or (key_parts 2) the same 64 rows and every other block of keys.
 //   setmaxnreg, threads x registers of a CTA:
 //     2 consumers: (40 + 2 * 232) * 128 = 64,512   3 consumers: (32 + 3 * 160) * 128 = 65,536   of 65,536
@@ -39,6 +41,8 @@
 //   q_full[b][w]      1, thread 32                64 rows     warpgroup w     its Q
 //   q_empty[b][w]     1, warpgroup w              -           thread 32       one Q buffer: last Q K^T done;
 //                                                                             several: its O read by the copy engine
+//   tiles.full[s]     1, thread 64                -           all roles       packed: a tile to come
+//   tiles.empty[s]    1 per thread that reads     -           thread 64       its slot read by all
 //   named 1..c: warpgroup w's turn to issue; c+1..2c: the warps of one warpgroup. (c = consumers)
 //
 // SCHEDULE  Consumers issue S(n) = Q K(n)^T and then O += P(n+1) V(n+1), so that the second product runs under the
@@ -86,6 +90,7 @@ template <class Config> struct ForwardSmem {
   RingBarriers<Config::stages> ring[Config::key_parts];
   u64 q_full[Config::q_buffers][Config::row_groups];
   u64 q_empty[Config::q_buffers][Config::row_groups];
+  TileQueue<Config::packed> tiles;
 };
 
 template <class Config> struct ForwardKernel {
@@ -96,7 +101,6 @@ template <class Config> struct ForwardKernel {
   using VTile = typename Smem::VTile;
   using Params = AttentionParams<Config>;
   using Element = typename Config::Element;
-  using Scheduler = TileScheduler<Config>;
   using KvCursor = RingCursor<Config::stages>;
   using QCursor = RingCursor<Config::q_buffers>;
 
@@ -119,6 +123,12 @@ template <class Config> struct ForwardKernel {
   Smem& smem;
   const Params& params;
 
+  // The tiles of this CTA, in order.
+  static __forceinline__ auto tiles(Smem& smem, const Params& params) {
+    if constexpr (Config::packed) return PackedTiles<Config>{smem.tiles, {}};
+    else return TileScheduler<Config>{params};
+  }
+
   static __forceinline__ void wait(u64& barrier, u32 parity) { mbarrier_wait<Config::wait_limit>(barrier, parity); }
 
   // ---- producers: one thread for Q, one for the ring ---------------------------------------------------------------
@@ -133,7 +143,7 @@ template <class Config> struct ForwardKernel {
   }
 
   void load_q(const TensorMap& map) {
-    Scheduler scheduler{params};
+    auto scheduler = tiles(smem, params);
     QCursor cursor;
     Tile tile;
     while (scheduler.next(tile)) {
@@ -176,7 +186,7 @@ template <class Config> struct ForwardKernel {
 
   // In the order in which the consumers need them: K of a block comes before V of the block ahead of it.
   void load_kv(const TensorMap& k, const TensorMap& v, int part) {
-    Scheduler scheduler{params};
+    auto scheduler = tiles(smem, params);
     KvCursor cursor;
     Tile tile, previous;
     bool first = true;
@@ -194,6 +204,31 @@ template <class Config> struct ForwardKernel {
       first = false;
     }
     if (seams && !first) load_last_v(v, part, cursor, previous);
+  }
+
+  // ---- packed sequences: which tiles there are, and rows of none -----------------------------------------------------
+
+  void send_tiles() {
+    if constexpr (Config::packed) tiles(smem, params).send(params);
+  }
+
+  // Their output is 0 and their LSE -inf. They are before the first sequence, behind the last, and where a sequence does not
+  // use its rows. For one warp of each CTA.
+  void clear_gaps() {
+    if constexpr (Config::packed) {
+      const Rows& queries = params.sequences.queries;
+      const int lane = threadIdx.x % 32, row_bytes = params.sequences.out_row;
+      for (int b = 0; b <= params.batch; ++b) {
+        const int begin = b == 0 ? 0 : queries.begin(b - 1) + queries.length(b - 1);
+        const int end = b == params.batch ? queries.total : queries.begin(b);
+        for (int row = begin + blockIdx.x; row < end; row += gridDim.x) {
+          for (int at = 16 * lane; at < row_bytes; at += 16 * 32)
+            *reinterpret_cast<uint4*>(params.sequences.out + u64(row) * row_bytes + at) = make_uint4(0, 0, 0, 0);
+          for (int head = lane; params.lse != nullptr && head < params.heads_q; head += 32)
+            params.lse[u64(head) * queries.total + row] = negative_infinity();
+        }
+      }
+    }
   }
 
   // ---- consumer: one warpgroup -------------------------------------------------------------------------------------
@@ -608,7 +643,7 @@ template <class Config> struct ForwardKernel {
     }
 
     __forceinline__ void run_windows() {
-      Scheduler scheduler{params};
+      auto scheduler = tiles(smem, params);
       Tile tile, next;
       bool more = scheduler.next(tile), opened = false;
       while (more) {
@@ -670,7 +705,7 @@ template <class Config> struct ForwardKernel {
         if constexpr (Config::bounded_left && key_parts == 1) {
           run_windows();
         } else {
-          Scheduler scheduler{params};
+          auto scheduler = tiles(smem, params);
           Tile tile;
           scheduler.next(tile);
           only_tile(tile);
@@ -680,7 +715,7 @@ template <class Config> struct ForwardKernel {
     }
 
     __forceinline__ void run_with_seams() {
-      Scheduler scheduler{params};
+      auto scheduler = tiles(smem, params);
       Tile tile, next;
       bool more = scheduler.next(tile), opened = false, first_of_cta = true;
       while (more) {
@@ -711,24 +746,6 @@ template <class Config> struct ForwardKernel {
   }
 };
 
-// Rows of no sequence: their output is 0 and their LSE -inf. Of warp `rank` of `warps`. (They are before the first sequence,
-// behind the last, and where a sequence does not use its rows.)
-template <class Config>
-__forceinline__ void clear_gaps(const AttentionParams<Config>& params, int rank, int warps) {
-  const Rows& queries = params.sequences.queries;
-  const int lane = threadIdx.x % 32, row_bytes = params.sequences.out_row;
-  for (int b = 0; b <= params.batch; ++b) {
-    const int begin = b == 0 ? 0 : queries.begin(b - 1) + queries.length(b - 1);
-    const int end = b == params.batch ? queries.total : queries.begin(b);
-    for (int row = begin + rank; row < end; row += warps) {
-      for (int at = 16 * lane; at < row_bytes; at += 16 * 32)
-        *reinterpret_cast<uint4*>(params.sequences.out + u64(row) * row_bytes + at) = make_uint4(0, 0, 0, 0);
-      for (int head = lane; params.lse != nullptr && head < params.heads_q; head += 32)
-        params.lse[u64(head) * queries.total + row] = negative_infinity();
-    }
-  }
-}
-
 extern "C" __global__ void __launch_bounds__(Config::threads, 1)
 attention_forward_sm90(const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k,
                        const __grid_constant__ TensorMap v, const __grid_constant__ TensorMap o, float* lse,
@@ -756,6 +773,7 @@ attention_forward_sm90(const __grid_constant__ TensorMap q, const __grid_constan
         mbarrier_init(smem.q_full[buffer][wg], 1);
         mbarrier_init(smem.q_empty[buffer][wg], 1);
       }
+    smem.tiles.init(Config::consumers * 128 + 2);
     fence_mbarrier_init();
   }
   __syncthreads();
@@ -765,9 +783,8 @@ attention_forward_sm90(const __grid_constant__ TensorMap q, const __grid_constan
     if (threadIdx.x == 0) kernel.load_kv(k, v, 0);
     if (threadIdx.x == 32) kernel.load_q(q);
     if (Config::key_parts > 1 && threadIdx.x == 64) kernel.load_kv(k, v, 1);
-    if constexpr (Config::packed) {
-      if (warp >= 2) clear_gaps(params, 2 * blockIdx.x + warp - 2, 2 * gridDim.x);
-    }
+    if (Config::packed && threadIdx.x == 64) kernel.send_tiles();
+    if (Config::packed && warp == 3) kernel.clear_gaps();
   } else {
     if constexpr (Config::consumers > 1) setmaxnreg_inc<Config::consumer_registers>();
     kernel.consume(o, warp / 4 - 1, threadIdx.x % 128, warp);

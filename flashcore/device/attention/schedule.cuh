@@ -1,6 +1,6 @@
 // Which query tiles a CTA processes, in which order, and which blocks of keys each needs.
 #pragma once
-#include "../ptx/types.cuh"
+#include "../core/ring.cuh"
 #include "mask.cuh"
 
 // Division of 0 <= n < 2^31 by a divisor fixed at launch, as a multiplication: the host packs the multiplier into
@@ -82,7 +82,7 @@ template <class Config> __forceinline__ auto mask_of(const AttentionParams<Confi
 // longest first and every second round in reverse, so that the CTAs end together. On the host: deal_tiles().
 // With a right bound the tiles end with the last query row, so that where tile_m does not divide seqlen_q it is the shortest tile
 // whose upper warpgroups have no rows, not the longest one's lower ones. Rows stay multiples of 64.
-template <class Config, bool packed = Config::packed> struct TileScheduler {
+template <class Config> struct TileScheduler {
   const AttentionParams<Config>& params;
   int round = 0;
   int short_head = -1, short_m_block = 0;  // the second tile of a unit, still to be processed
@@ -147,10 +147,10 @@ template <class Config, bool packed = Config::packed> struct TileScheduler {
 };
 
 // The same of packed sequences, one after the other: a unit is dealt out to the next CTA. How many each sequence has is
-// known when the kernel runs: every role walks along the offsets. Under a causal mask a unit is two tiles of neighbouring
-// heads as above (`paired`; a last head without a neighbour has units of one), or one, the long ones of a sequence first and
-// every second round in reverse. On the host: packed_blocks().
-template <class Config> struct TileScheduler<Config, true> {
+// known when the kernel runs, by walking along the offsets. Under a causal mask a unit is two tiles of neighbouring heads
+// as above (`paired`; a last head without a neighbour has units of one), or one, the long ones of a sequence first and every
+// second round in reverse. On the host: packed_blocks().
+template <class Config> struct PackedTileScheduler {
   const AttentionParams<Config>& params;
   int turn = 0;  // units done, times two, and one if the next tile is the second of its unit
   int sequence = -1, end = 0;  // where the units of that sequence end
@@ -206,5 +206,52 @@ template <class Config> struct TileScheduler<Config, true> {
     turn += goes_on || turn % 2 ? 1 : 2;
     set(tile, head, m_block, m);
     return true;
+  }
+};
+
+// Tiles on their way from one thread, which walks, to all others of a CTA, which need them one after the other.
+template <bool packed> struct TileQueue {
+  void init(int) {}
+};
+template <> struct TileQueue<true> {
+  static constexpr int slots = 2;
+  Tile tile[slots];
+  u64 full[slots], empty[slots];
+
+  void init(int readers) {
+    for (int slot = 0; slot < slots; ++slot) {
+      mbarrier_init(full[slot], 1);
+      mbarrier_init(empty[slot], readers);
+    }
+  }
+};
+
+template <class Config> struct PackedTiles {
+  static constexpr int no_head = -1;  // of the tile after the last
+  TileQueue<true>& queue;
+  RingCursor<TileQueue<true>::slots> cursor;
+
+  // Of the thread that walks.
+  void send(const AttentionParams<Config>& params) {
+    PackedTileScheduler<Config> scheduler{params};
+    bool more = true;
+    while (more) {
+      Tile tile;
+      more = scheduler.next(tile);
+      if (!more) tile.head = no_head;
+      mbarrier_wait<Config::wait_limit>(queue.empty[cursor.stage], cursor.phase ^ 1);
+      queue.tile[cursor.stage] = tile;
+      mbarrier_arrive(queue.full[cursor.stage]);
+      cursor.advance();
+    }
+  }
+
+  // Of every other.
+  __forceinline__ bool next(Tile& tile) {
+    mbarrier_wait<Config::wait_limit>(queue.full[cursor.stage], cursor.phase);
+    tile = queue.tile[cursor.stage];
+    mbarrier_arrive(queue.empty[cursor.stage]);
+    cursor.advance();
+    return tile.head != no_head;
   }
 };
