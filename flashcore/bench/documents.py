@@ -20,6 +20,7 @@ from flashcore.bench.tables import accuracy_table, compact_table, tables
 
 ROOT = record.PACKAGE.parent
 NOTHING = "No measurement has been recorded yet.\n"
+CARDS = tuple(roofline.HBM_BYTES)  # whose records the documents are to show, beside those of any other
 
 
 def not_recorded(recorded: Iterable[str]) -> list[str]:
@@ -28,14 +29,15 @@ def not_recorded(recorded: Iterable[str]) -> list[str]:
 
 
 def provenance(data: dict) -> str:
-    """One sentence on what was measured, where and when."""
+    """What was measured, where and when, and whether that still is what the code computes with."""
     meta = data["meta"]
     where = f"{meta['gpu']}, {meta['power_limit_w']} W cap, driver {meta['driver']}"
     software = f"torch {meta['torch']}, cuDNN {meta['cudnn']}, NVRTC {meta['nvrtc']}, cuda.core {meta['cuda_core']}"
     commit = (meta["commit"] or "unknown")[:12] + (" with local changes" if meta["dirty"] else "")
+    older = "" if record.is_current(data) else " **Of older kernels:** their sources have changed since."
     return (
         f"Measured {meta['date'][:10]} on {where}; {software}; FlashCore {meta['flashcore']}, commit {commit}, "
-        f"kernel sources {meta['kernel_digest'][:12]}."
+        f"kernel sources {meta['kernel_digest'][:12]}.{older}"
     )
 
 
@@ -54,6 +56,11 @@ class Documents:
     @property
     def results(self) -> dict[str, dict[str, dict]]:
         return record.read_all(self.root / "benchmarks" / "results")
+
+    def cards_without(self, suite: str | None = None) -> list[str]:
+        """Those of CARDS that have no record of the suite, or none at all."""
+        recorded = {gpu: suites for gpu, suites in self.results.items() if suite is None or suite in suites}
+        return [card for card in CARDS if card not in recorded]
 
     @property
     def unfinished(self) -> list[Path]:
@@ -76,6 +83,11 @@ class Documents:
             **({numerics: {"adversarial": self._adversarial_block()}} if numerics.exists() else {}),
         }
 
+    def _unrecorded(self, suite: str | None = None) -> list[str]:
+        """A paragraph on the cards that the records are without, if there are any of either."""
+        cards = self.cards_without(suite) if self.results else []
+        return [f"Not recorded on the {' and the '.join(map(str.upper, cards))} yet.\n"] if cards else []
+
     def _forward_block(self) -> str:
         parts = []
         for gpu, suites in self.results.items():
@@ -83,9 +95,10 @@ class Documents:
                 image = self.plot_path(gpu).relative_to(self.root).as_posix()
                 if drawable(data):
                     parts.append(f"![TFLOP/s over sequence length on {data['meta']['gpu']}]({image})\n")
-                parts.append(compact_table(shapes(data, self.anchors(gpu))).markdown())
+                title = f"{data['meta']['gpu']}: FlashCore forward, TFLOP/s (in parentheses: over the best peer)"
+                parts.append(compact_table(title, shapes(data, self.anchors(gpu))).markdown())
                 parts += [*incomplete(data), provenance(data) + "\n"]
-        return "\n".join(parts) or NOTHING
+        return "\n".join(parts + self._unrecorded("forward")) or NOTHING
 
     def _adversarial_block(self) -> str:
         parts = []
@@ -95,7 +108,7 @@ class Documents:
                 if found:
                     title = f"{data['meta']['gpu']}: adversarial cases"
                     parts += [accuracy_table(title, found).markdown(), provenance(data) + "\n"]
-        return "\n".join(parts) or NOTHING
+        return "\n".join(parts + self._unrecorded("accuracy")) or NOTHING
 
     def _performance_blocks(self) -> dict[str, str]:
         """The generated blocks of docs/performance.md."""
@@ -105,17 +118,22 @@ class Documents:
                 found = shapes(data, self.anchors(gpu))
                 meta = data["meta"]
                 hbm = roofline.HBM_BYTES.get(slug(meta["gpu"]))
-                parts = (roofline.block_table(found), roofline.roofline_table(found, meta["sm_count"], hbm))
+                parts = (
+                    roofline.block_table(meta["gpu"], found),
+                    roofline.roofline_table(meta["gpu"], found, meta["sm_count"], hbm),
+                )
                 rates += [part.markdown() for part in parts] + [provenance(data) + "\n"]
             if data := suites.get(profile.SUITE):
                 profiled.append(
                     profile.table(data["rows"], f"{data['meta']['gpu']}: what Nsight Compute counts").markdown()
                 )
                 profiled += [provenance(data) + "\n", f"Method: {data['meta']['method']['about']}.\n"]
+        rates += self._unrecorded("forward")
+        profiled += self._unrecorded(profile.SUITE)
         return {"roofline": "\n".join(rates) or NOTHING, "profile": "\n".join(profiled) or NOTHING}
 
     def _tables_block(self) -> str:
-        parts = []
+        parts = self._unrecorded()
         for gpu, suites in self.results.items():
             if absent := not_recorded(suites):
                 name = next(iter(suites.values()))["meta"]["gpu"]

@@ -38,8 +38,9 @@ def plot(data: dict, anchors: dict[tuple, dict], path: Path) -> None:
             if row == len(masks) - 1:
                 axes[row][column].set_xlabel("sequence length")
     handles = {label: h for ax in axes.flat for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles, loc="upper center", ncols=len(handles), frameon=False)
-    figure.tight_layout(rect=(0, 0, 1, 0.94))
+    title = data["meta"]["gpu"] or "CPU"
+    figure.legend(handles.values(), handles, loc="upper center", ncols=len(handles), frameon=False, title=title)
+    figure.tight_layout(rect=(0, 0, 1, 0.91))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, metadata={"Description": plot_key(data, anchors)})
     pyplot.close(figure)
@@ -52,8 +53,8 @@ def _plot_panel(axis, panel: list[Shape]) -> None:
         if points:
             style = {"color": "black", "linewidth": 2.2} if impl == "flashcore" else {"linewidth": 1.2}
             axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=impl, **style)
-    best = [(s.case.seqlen_q, s.case.tflops(s.best_ms)) for s in panel if s.anchor and s.best_ms]
-    if best:
+    if any(s.estimated_ms for s in panel):
+        best = [(s.case.seqlen_q, s.case.tflops(s.best_ms)) for s in panel if s.best_ms]
         axis.plot(*zip(*best, strict=True), "--", color="gray", label="best peer (estimated)")
     axis.set_xscale("log", base=2)
     axis.set_xticks([s.case.seqlen_q for s in panel], [_thousands(s.case.seqlen_q) for s in panel])
@@ -66,6 +67,6 @@ def _thousands(seqlen: int) -> str:
 
 
 def plot_key(data: dict, anchors: dict[tuple, dict]) -> str:
-    """Names what a plot shows: the rows, and the estimates that the anchors add."""
-    shown = [data["rows"], [shape.anchor for shape in shapes(data, anchors)]]
+    """Names what a plot shows: the GPU, the rows, and the estimates that the anchors add."""
+    shown = [data["meta"]["gpu"], data["rows"], [shape.anchor for shape in shapes(data, anchors)]]
     return "flashcore-data-" + hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()

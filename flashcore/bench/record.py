@@ -79,6 +79,11 @@ def meta(suite: str, method: dict, commit_id: str | None = None) -> dict:
     }
 
 
+def is_current(data: dict) -> bool:
+    """Whether a record was made with the kernels that this package would compile."""
+    return data["meta"]["kernel_digest"] == kernel_digest(data["suite"])
+
+
 def path_for(record: dict, results: Path = RESULTS) -> Path:
     return Path(results) / machine.slug(record["meta"]["gpu"]) / f"{record['suite']}.json"
 
@@ -207,11 +212,17 @@ def read(path: Path) -> dict:
 
 def read_all(results: Path = RESULTS) -> dict[str, dict[str, dict]]:
     """Every record below ``results``: ``{gpu slug: {suite: record}}``. The CPU's are no measurements and stay out; runs
-    that ended before they could replace a record, too."""
+    that ended before they could replace a record, too.
+
+    :raises ValueError: a record names another GPU than its folder, whose anchors it would be compared with.
+    """
     found: dict[str, dict[str, dict]] = {}
     for path in sorted(Path(results).glob("*/*.json")):
         if path.parent.name != "cpu" and not path.name.endswith(".partial.json"):
-            found.setdefault(path.parent.name, {})[path.stem] = read(path)
+            data = read(path)
+            if (gpu := machine.slug(data["meta"]["gpu"])) != path.parent.name:
+                raise ValueError(f"{path} is a record of {data['meta']['gpu']}: it belongs into {gpu}")
+            found.setdefault(path.parent.name, {})[path.stem] = data
     return found
 
 

@@ -90,18 +90,18 @@ def _measured(found: Sequence[Shape]) -> list[Shape]:
     return [s for s in found if s.ours and s.ours.get("backend") == "hopper" and "sm_mhz" in s.ours]
 
 
-def block_table(found: Sequence[Shape]) -> Table:
+def block_table(gpu: str, found: Sequence[Shape]) -> Table:
     """Cycles per block of the tiles that a record's kernels have."""
     tiles = sorted({(shape.case.head_dim, *_tile(shape.ours)) for shape in _measured(found)})
     rows = []
     for head_dim, tile_m, tile_n in tiles:
         cycles = block_cycles(tile_m, tile_n, head_dim)
         rows.append((str(head_dim), f"{tile_m} x {tile_n}", *(f"{cycles[unit]:.0f}" for unit in UNITS)))
-    title = "Cycles that each unit of an SM needs for one block of keys"
+    title = f"{gpu}: cycles that each unit of an SM needs for one block of keys"
     return Table(title, ("head_dim", "tile", *UNITS), tuple(rows))
 
 
-def roofline_table(found: Sequence[Shape], sm_count: int, hbm: float | None) -> Table:
+def roofline_table(gpu: str, found: Sequence[Shape], sm_count: int, hbm: float | None) -> Table:
     """Per recorded shape: the SM clock at which a unit with nothing else to wait for would take the measured time.
 
     The unit with the highest such clock is the bound; how far it lies below the clock that the SMs had is what is lost.
@@ -125,4 +125,5 @@ def roofline_table(found: Sequence[Shape], sm_count: int, hbm: float | None) -> 
         rows.append(tuple(cells))
     headers = ("head_dim, mask, S", "tile", "us", *(f"{unit}, MHz" for unit in UNITS))
     headers += ("clock read, MHz", "useful products, %", "HBM, %", "L2 to SMs, TB/s")
-    return Table("The clock at which each unit alone would take the measured time", headers, tuple(rows))
+    title = f"{gpu}: the clock at which each unit alone would take the measured time"
+    return Table(title, headers, tuple(rows))

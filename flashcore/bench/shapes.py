@@ -51,19 +51,24 @@ class Shape:
 
     @property
     def best_ms(self) -> float | None:
-        """The best peer's time: measured in this run, or this run's cuDNN scaled to the best peer of the anchors.
-
-        Where cuDNN took a time of another order in the anchors' run, that measured something else (the host, at short
-        calls) and is left out.
-        """
+        """The best peer's time: measured in this run, or estimated, whichever is less."""
         times = [row["ms_p50"] for impl, row in self.rows.items() if impl not in OURS and "ms_p50" in row]
-        if self.anchored:
-            times.append(self.rows["cudnn"]["ms_p50"] / self.anchor["cudnn_over_best"])
-        return min(times, default=None)
+        return min([*times, *filter(None, [self.estimated_ms])], default=None)
+
+    @property
+    def estimated_ms(self) -> float | None:
+        """This run's cuDNN scaled to the best peer of the anchors, where this run has no time of that peer."""
+        if not self.anchored or "ms_p50" in self.rows.get(self.anchor["best"], {}):
+            return None
+        return self.rows["cudnn"]["ms_p50"] / self.anchor["cudnn_over_best"]
 
     @property
     def anchored(self) -> bool:
-        """Whether the anchors speak for peers that this run may be without."""
+        """Whether the anchors speak for peers that this run may be without.
+
+        Where cuDNN took a time of another order in the anchors' run, that measured something else: the host, at short
+        calls.
+        """
         cudnn = self.rows.get("cudnn", {}).get("ms_p50")
         if not cudnn or not self.anchor:
             return False

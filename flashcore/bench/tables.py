@@ -118,7 +118,7 @@ def _picked(found: list[Shape], field: str) -> list[str]:
     return [f"The {what} that FlashCore's plan picked: {', '.join(counts)}."] if picked else []
 
 
-def compact_table(found: list[Shape]) -> Table:
+def compact_table(title: str, found: list[Shape]) -> Table:
     """TFLOP/s and, in parentheses, the ratio to the best peer: a row per head_dim and mask, a column per length."""
     lengths = sorted({shape.case.seqlen_q for shape in found})
     cells: dict[tuple, dict[int, str]] = {}
@@ -132,9 +132,7 @@ def compact_table(found: list[Shape]) -> Table:
         for (head_dim, mask), by_length in cells.items()
     ]
     headers = ("head_dim, mask", *(f"S = {length}" for length in lengths))
-    return Table(
-        "FlashCore forward, TFLOP/s (in parentheses: over the best peer)", headers, tuple(rows), tuple(summary(found))
-    )
+    return Table(title, headers, tuple(rows), tuple(summary(found)))
 
 
 def accuracy_table(title: str, found: list[Shape]) -> Table:

@@ -26,8 +26,7 @@ def report(
     for gpu, suites in documents.results.items():
         for name, data in suites.items():
             meta = data["meta"]
-            current = meta["kernel_digest"] == record.kernel_digest(name)
-            state = "current" if current else "the kernel sources have changed since"
+            state = "current" if record.is_current(data) else "the kernel sources have changed since"
             failed = sum("failed" in row for row in data["rows"])
             out.print(
                 f"{gpu}/{name}: {meta['date']}, commit {(meta['commit'] or 'unknown')[:12]}, {len(data['rows'])} rows"
@@ -38,6 +37,8 @@ def report(
                 out.print(f"{gpu}/{name}: without {len(absent)} of its cases: {', '.join(absent)}", markup=False)
         for name in not_recorded(suites):
             out.print(f"{gpu}/{name}: not recorded", markup=False)
+    for gpu in documents.cards_without():
+        out.print(f"{gpu}: no records", markup=False)
     for path in documents.unfinished:
         out.print(f"{path.relative_to(documents.root)}: a run that ended early; it replaced nothing", markup=False)
     if not documents.results:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -50,7 +52,24 @@ def test_our_own_other_backends_are_no_peers(forward_record):
 
 
 def test_anchors_of_another_gpu_are_not_used():
-    assert load_anchors("h100") == {}
+    assert load_anchors("h100-pcie") == {}
+    assert load_anchors("h100") != load_anchors("h200")
+
+
+def test_an_anchor_of_a_peer_that_was_measured_does_not_count(forward_record, anchors):
+    """A peer's own time is better than an estimate of it."""
+    measured = [{**row, "impl": "fa3"} for row in forward_record["rows"] if row["impl"] == "fa2"]
+    forward_record["rows"] += measured
+    found = shapes(forward_record, anchors)
+    for shape in found:
+        expected = 500 * (shape.anchor["cudnn_over_best"] if shape.anchor["best"] == "fa4" else 1)
+        assert shape.case.tflops(shape.best_ms) == pytest.approx(expected)
+    assert {shape.anchor["best"] for shape in found} == {"cudnn", "fa3", "fa4"}
+    for row in measured:
+        row |= {"failed": "for a test"}
+        del row["ms_p50"]
+    for shape in shapes(forward_record, anchors):
+        assert shape.case.tflops(shape.best_ms) == pytest.approx(500 * shape.anchor["cudnn_over_best"])
 
 
 def test_the_summary_is_geometric_means_and_the_minimum(forward_record):
@@ -73,7 +92,7 @@ def test_a_failure_has_no_number_and_is_shouted(forward_record, anchors):
     assert table.rows[0][5] == "failed"
     assert table.rows[0][8] == ""  # no ratio
     assert table.notes[-1] == "FAILED: flashcore on d64-s512-b32-h32-full-bf16: 12 elements are NaN or Inf"
-    assert tables.compact_table(shapes(forward_record, anchors)).rows[0][1] == "failed"
+    assert tables.compact_table("", shapes(forward_record, anchors)).rows[0][1] == "failed"
 
 
 def test_tables_hold_every_implementation(forward_record, anchors):
@@ -82,7 +101,7 @@ def test_tables_hold_every_implementation(forward_record, anchors):
     assert len(table.rows) == 36
     assert table.rows[0][:8] == ("64", "full", "512", "32", "32", "600", "500", "400")
     assert table.markdown().count("\n| 128 | ") == 12
-    compact = tables.compact_table(shapes(forward_record, anchors))
+    compact = tables.compact_table("", shapes(forward_record, anchors))
     assert compact.headers == ("head_dim, mask", *(f"S = {512 * 2**i}" for i in range(6)))
     assert [row[0] for row in compact.rows] == [f"{d} {m}" for d in (64, 128, 256) for m in ("full", "causal")]
     assert compact.rows[0][1] == "600 (1.20)"
@@ -111,17 +130,33 @@ def test_startup_says_what_comes_on_top_of_torch():
 
 
 @pytest.fixture
-def clone(tmp_path, anchors):
+def clone(tmp_path):
     """A clone with empty blocks and no records."""
     (tmp_path / "docs").mkdir()
     for name, block in (("README.md", "forward"), ("docs/benchmarks.md", "tables")):
         (tmp_path / name).write_text(
             f"before\n<!-- flashcore report: {block} -->\n<!-- flashcore report end -->\nafter\n"
         )
-    (tmp_path / "benchmarks" / "anchors").mkdir(parents=True)
-    source = record.BENCHMARKS / "anchors" / "h200.json"
-    (tmp_path / "benchmarks" / "anchors" / "h200.json").write_text(source.read_text())
+    shutil.copytree(record.BENCHMARKS / "anchors", tmp_path / "benchmarks" / "anchors")
     return Documents(tmp_path)
+
+
+@pytest.fixture
+def whole_clone(clone):
+    """One with every document that has blocks."""
+    for name, blocks in (("performance", ("roofline", "profile")), ("numerics", ("adversarial",))):
+        text = "".join(f"<!-- flashcore report: {block} -->\n<!-- flashcore report end -->\n" for block in blocks)
+        (clone.root / "docs" / f"{name}.md").write_text(text)
+    return clone
+
+
+def on_h100(data: dict) -> dict:
+    """The same record as another card would make it: a tenth slower."""
+    data = copy.deepcopy(data)
+    data["meta"]["gpu"] = "NVIDIA H100 80GB HBM3"
+    for row in data["rows"]:
+        row |= {"tflops": row["tflops"] / 1.1, **{f"ms_{p}": row[f"ms_{p}"] * 1.1 for p in ("p50", "p10", "p90")}}
+    return data
 
 
 def test_without_records_the_documents_say_so(clone):
@@ -153,6 +188,71 @@ def test_documents_follow_the_records(clone, forward_record):
     forward_record["rows"][0]["tflops"] = 612.0
     record.write(forward_record, path)
     assert clone.stale() == [clone.root / "README.md", clone.root / "docs" / "benchmarks.md", plot]
+
+
+def test_the_documents_show_both_cards(whole_clone, forward_record):
+    """Each with its own numbers, plot and anchors, and by name; a card without records is named, too."""
+    pytest.importorskip("matplotlib")
+    clone, results = whole_clone, whole_clone.root / "benchmarks" / "results"
+    for row in forward_record["rows"]:
+        row |= {"backend": "hopper", "sm_mhz": 1500, "config": "bfloat16 head_dim x: tile 128 x 128, 2 consumers"}
+    forward_record["meta"]["sm_count"] = 132
+    names = {"h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200"}
+    pages = [clone.root / name for name in ("README.md", "docs/benchmarks.md", "docs/performance.md")]
+
+    record.write(forward_record, record.path_for(forward_record, results))
+    clone.update()
+    for page in pages:
+        assert "Not recorded on the H100 yet." in page.read_text()
+        assert names["h100"] not in page.read_text()
+    numerics = (clone.root / "docs" / "numerics.md").read_text()
+    assert "Not recorded on the H100 and the H200 yet." in numerics
+
+    record.write(on_h100(forward_record), record.path_for(on_h100(forward_record), results))
+    assert clone.plot_path("h100") in clone.stale()
+    clone.update()
+    assert clone.stale() == []
+    readme, benchmarks, performance = (page.read_text() for page in pages)
+    for gpu, name in names.items():
+        assert clone.plot_path(gpu).exists()
+        assert f"![TFLOP/s over sequence length on {name}](docs/img/forward-{gpu}.png)" in readme
+        assert f"**{name}: FlashCore forward, TFLOP/s" in readme
+        assert f"### {name}: forward" in benchmarks
+        assert f"Not recorded on {name}: backward, small, " in benchmarks
+        assert f"**{name}: cycles that each unit" in performance
+        assert f"**{name}: the clock at which each unit" in performance
+    assert clone.plot_path("h100").read_bytes() != clone.plot_path("h200").read_bytes()
+    for text in (readme, benchmarks):
+        assert "Not recorded on the" not in text
+
+    def rows(gpu):
+        """Of a card's table in the README: after its title, until the next."""
+        text = readme.partition(f"**{names[gpu]}: FlashCore")[2].partition("Measured")[0]
+        return [line for line in text.splitlines() if line.startswith("| 64 full")]
+
+    for gpu, tflops in (("h200", 600), ("h100", 600 / 1.1)):
+        known = load_anchors(gpu)
+        over = {s.case.seqlen_q: s.anchor["cudnn_over_best"] for s in shapes(forward_record, known)[:6]}
+        cells = (f"{tflops:.0f} ({1.2 / ratio:.2f})" for ratio in over.values())
+        assert rows(gpu) == [f"| 64 full | {' | '.join(cells)} |"]
+    assert rows("h100") != rows("h200")
+
+
+def test_a_table_of_older_kernels_says_so(clone, forward_record):
+    pytest.importorskip("matplotlib")
+    path = record.path_for(forward_record, clone.root / "benchmarks" / "results")
+    small = {**forward_record, "suite": "small", "rows": []}
+    for digests in (("f" * 64, record.kernel_digest("small")), (record.kernel_digest("forward"), "f" * 64)):
+        for data, digest in zip((forward_record, small), digests, strict=True):
+            data["meta"] = {**data["meta"], "kernel_digest": digest}
+            record.write(data, path.with_stem(data["suite"]))
+        clone.update()
+        readme, benchmarks = ((clone.root / name).read_text() for name in ("README.md", "docs/benchmarks.md"))
+        older = {
+            part.split("\n")[0] for part in benchmarks.split("### NVIDIA H200: ")[1:] if "**Of older kernels:**" in part
+        }
+        assert older == ({"forward"} if digests[0] == "f" * 64 else {"small"})
+        assert ("**Of older kernels:**" in readme) == ("forward" in older)
 
 
 def test_an_edited_number_is_out_of_date(clone, forward_record):

@@ -305,7 +305,7 @@ def test_the_roofline_of_a_record(forward_record):
     for row in forward_record["rows"]:
         row |= {"backend": "hopper", "sm_mhz": 1500, "config": "bfloat16 head_dim x: tile 128 x 128, 2 consumers"}
     found = shapes(forward_record, {})
-    table = roofline.roofline_table(found, 132, 4.8e12)
+    table = roofline.roofline_table("NVIDIA H200", found, 132, 4.8e12)
     rows = {row[0]: dict(zip(table.headers, row, strict=True)) for row in table.rows}
     row = rows["128 full 4096"]
     assert row["tensor pipe, MHz"] == f"{600e12 / 132 / 4096 / 1e6:.0f}"
@@ -314,10 +314,10 @@ def test_the_roofline_of_a_record(forward_record):
     assert 50 < float(rows["128 causal 512"]["useful products, %"]) < 100
     seconds = 4 * 4 * 16 * 4096**2 * 128 / 600e12
     assert row["HBM, %"] == f"{100 * 4 * 4 * 4096 * 2048 * 2 / 4.8e12 / seconds:.0f}"
-    assert [row[:2] for row in roofline.block_table(found).rows][1] == ("128", "128 x 128")
+    assert [row[:2] for row in roofline.block_table("NVIDIA H200", found).rows][1] == ("128", "128 x 128")
 
 
 def test_only_what_the_kernel_computed_has_a_roofline(forward_record):
     for row in forward_record["rows"]:
         row |= {"backend": "sdpa", "sm_mhz": 1500}
-    assert roofline.roofline_table(shapes(forward_record, {}), 132, None).rows == ()
+    assert roofline.roofline_table("NVIDIA H200", shapes(forward_record, {}), 132, None).rows == ()

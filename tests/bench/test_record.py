@@ -46,6 +46,21 @@ def test_records_of_a_cpu_are_not_published(forward_record, tmp_path):
     assert list(record.read_all(tmp_path)) == ["h200"]
 
 
+def test_a_record_in_the_folder_of_another_gpu_is_refused(forward_record, tmp_path):
+    """It would be compared with that one's anchors."""
+    forward_record["meta"]["gpu"] = "NVIDIA H100 80GB HBM3"
+    record.write(forward_record, tmp_path / "h200" / "forward.json")
+    with pytest.raises(ValueError, match=r"forward\.json is a record of NVIDIA H100 80GB HBM3: it belongs into h100"):
+        record.read_all(tmp_path)
+
+
+def test_a_record_is_current_as_long_as_its_kernels_are(forward_record):
+    assert not record.is_current(forward_record)
+    forward_record["meta"]["kernel_digest"] = record.kernel_digest("forward")
+    assert record.is_current(forward_record)
+    assert not record.is_current({**forward_record, "suite": "gemm"})
+
+
 def test_the_header_has_what_every_published_number_needs():
     meta = record.meta("forward", {"mode": "wall"})
     needed = {"gpu", "power_limit_w", "driver", "cuda", "torch", "flashcore", "commit", "kernel_digest", "date"}
@@ -146,7 +161,9 @@ def test_a_run_of_some_cases_joins_the_others(forward_record):
     ]
 
 
-@pytest.mark.parametrize(("key", "value"), [("commit", "fedc"), ("kernel_digest", "0" * 64), ("driver", "570.0")])
+@pytest.mark.parametrize(
+    ("key", "value"), [("commit", "fedc"), ("kernel_digest", "0" * 64), ("driver", "570.0"), ("gpu", "NVIDIA H100")]
+)
 def test_runs_of_different_states_are_not_one_record(forward_record, key, value):
     new = copy.deepcopy(forward_record)
     new["meta"][key] = value
@@ -245,7 +262,7 @@ def test_a_write_that_fails_leaves_the_old_record(forward_record, tmp_path):
 def test_records_of_today_hold_every_case():
     """Of suites that have not grown since."""
     for suites in record.read_all().values():
-        for name in ("forward", "small", "decode", "e2e", "gemm", "startup", "matrix"):
+        for name in {"forward", "small", "decode", "e2e", "gemm", "startup", "matrix"} & suites.keys():
             assert record.missing(suites[name]) == [], name
 
 
