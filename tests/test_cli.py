@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -144,6 +146,42 @@ def test_a_run_that_is_stopped_keeps_what_it_has(tmp_path, no_kernels, monkeypat
     (path,) = tmp_path.rglob("*.json")
     assert record.read(path)["missing"] == [SUITES["quick"].cases[-1].name]
     assert len(record.read(path)["rows"]) == 6
+
+
+KILLED = """
+import sys, time
+from flashcore import cli
+from flashcore.bench.peers import PEERS, Peer
+
+def hang(case, q, k, v):
+    if case.causal:
+        time.sleep(600)
+    return PEERS["sdpa"].prepare(case, q, k, v)
+
+PEERS["flashcore"] = Peer("flashcore", "hangs", hang, transposed=True)
+cli.app(sys.argv[1:])
+"""
+
+
+def test_a_run_that_is_killed_leaves_a_record_that_a_later_one_goes_on_with(tmp_path, no_kernels):
+    """Nobody can catch SIGKILL, so what was measured must be on disk by then, and whole."""
+    arguments = [*BENCH, "--out", str(tmp_path), "--commit", "abc"]
+    with subprocess.Popen([sys.executable, "-c", KILLED, *arguments], stderr=subprocess.DEVNULL) as run:
+        try:
+            while not (found := list(tmp_path.rglob("*.json"))) or len(record.read(found[0])["rows"]) < 2:
+                assert run.poll() is None
+                time.sleep(0.05)
+        finally:
+            run.kill()
+    assert run.returncode == -signal.SIGKILL
+    *_, last = names = [case.name for case in SUITES["quick"].cases]
+    (path,) = tmp_path.rglob("*.json")
+    data = record.read(path)
+    assert (data["suite"], data["missing"], len(data["rows"])) == ("quick", names[1:], 2)
+    assert data["meta"]["commit"] == "abc"
+    flashcore(*arguments, "--merge", "--case", last)
+    assert record.read(path)["missing"] == names[1:-1]
+    assert len(record.read(path)["rows"]) == 4
 
 
 def test_bench_fails_when_flashcore_is_wrong(tmp_path, monkeypatch, no_kernels):

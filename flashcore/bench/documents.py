@@ -33,6 +33,7 @@ def provenance(data: dict) -> str:
     meta = data["meta"]
     where = f"{meta['gpu']}, {meta['power_limit_w']} W cap, driver {meta['driver']}"
     software = f"torch {meta['torch']}, cuDNN {meta['cudnn']}, NVRTC {meta['nvrtc']}, cuda.core {meta['cuda_core']}"
+    software += "".join(f", {peer} {version}" for peer, version in meta.get("peers", {}).items())
     commit = (meta["commit"] or "unknown")[:12] + (" with local changes" if meta["dirty"] else "")
     older = "" if record.is_current(data) else " **Of older kernels:** their sources have changed since."
     return (

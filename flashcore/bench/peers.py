@@ -6,6 +6,7 @@ callable without arguments; inputs are contiguous (batch, seqlen, heads, head_di
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 
 from flashcore.bench import check, gemm
 from flashcore.bench.cases import Case, GemmCase
+from flashcore.bench.machine import version_of
 
 LIBRARIES: dict[str, str] = {}  # shared objects to load by peer name: {"fa3-varlen": "/path/to/fa3.so"}
 
@@ -33,6 +35,7 @@ class Peer:
     transposed: bool = False  # it returns (batch, heads, seqlen, head_dim)
     operation: str = "attention"  # what it computes; "gemm": it gets (case, a, b); "parallel": parallel.py calls it
     features: frozenset[str] = frozenset()  # of a case's: those that it has
+    distribution: str | None = None  # what pip calls it, where its version is not PyTorch's or FlashCore's
 
     def lacks(self, case: Case | GemmCase) -> str | None:
         """The features of a case that it has not."""
@@ -180,10 +183,15 @@ def _flex(case: Case, q, k, v):
 # --- other libraries, when they are installed
 
 
-def _fa3(case: Case, q, k, v):
-    from flash_attn_interface import flash_attn_func
+# Where builds and wheels of FlashAttention-3 put its interface.
+_FA3_MODULES = ("flash_attn_interface", "flash_attn_3.flash_attn_interface")
 
+
+def _fa3(case: Case, q, k, v):
+    flash_attn_func = importlib.import_module(next(filter(_is_there, _FA3_MODULES))).flash_attn_func
     more = {"window_size": _bounds(case, -1)} if case.window else {}
+    if case.seqlen_q < case.seqlen_k:  # keys split as it sees fit, which its own function for caches does by default
+        more |= {"num_splits": 0}
     return partial(flash_attn_func, q, k, v, causal=case.causal, softcap=case.softcap or 0.0, **more)
 
 
@@ -283,15 +291,35 @@ def _no_cuda() -> str | None:
     return None if torch.cuda.is_available() else "needs a CUDA GPU"
 
 
-def _importable(module: str) -> Callable[[], str | None]:
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:  # a parent package is missing
+        return False
+
+
+def _importable(*modules: str) -> Callable[[], str | None]:
+    """For a peer in the first of these modules that is there: whether it is made for this machine's torch, too."""
+
     def unavailable() -> str | None:
+        found = next(filter(_is_there, modules), None)
+        if found is None:
+            return f"{' or '.join(modules)} is not installed"
+        if reason := _no_cuda():
+            return reason
         try:
-            found = importlib.util.find_spec(module) is not None
-        except ImportError:  # a parent package is missing
-            found = False
-        return _no_cuda() if found else f"{module} is not installed"
+            importlib.import_module(found)
+        except Exception as error:  # whatever a library raises whose binaries do not fit
+            return f"{found} is installed, but its import fails: {type(error).__name__}: {' '.join(str(error).split())}"
+        return None
 
     return unavailable
+
+
+def versions() -> dict[str, str]:
+    """Of the peers that are distributions of their own and installed."""
+    found = {peer.name: peer.distribution and version_of(peer.distribution) for peer in PEERS.values()}
+    return {name: version for name, version in found.items() if version}
 
 
 _ALL = frozenset({"window", "softcap", "alibi", "sink"})
@@ -358,8 +386,9 @@ PEERS = {
             "fa3",
             "FlashAttention-3",
             _fa3,
-            _importable("flash_attn_interface"),
+            _importable(*_FA3_MODULES),
             features=frozenset({"window", "softcap"}),
+            distribution="flash_attn_3",
         ),
         Peer(
             "fa3-varlen",
@@ -368,10 +397,27 @@ PEERS = {
             _fa3_varlen_unavailable,
             features=_ALL - {"alibi"},
         ),
-        Peer("fa4", "FlashAttention-4", _fa4, _importable("flash_attn.cute"), features=_ALL - {"alibi"}),
-        Peer("xformers", "xFormers", _xformers, _importable("xformers"), _xformers_rejects),
-        Peer("flashinfer", "FlashInfer, ragged prefill", _flashinfer, _importable("flashinfer")),
-        Peer("te", "Transformer Engine", _te, _importable("transformer_engine")),
+        Peer(
+            "fa4",
+            "FlashAttention-4",
+            _fa4,
+            _importable("flash_attn.cute"),
+            features=_ALL - {"alibi"},
+            distribution="flash-attn-4",
+        ),
+        Peer(
+            "xformers", "xFormers", _xformers, _importable("xformers"), _xformers_rejects, distribution="xformers"
+        ),
+        Peer(
+            "flashinfer",
+            "FlashInfer, ragged prefill",
+            _flashinfer,
+            _importable("flashinfer"),
+            distribution="flashinfer-python",
+        ),
+        Peer(
+            "te", "Transformer Engine", _te, _importable("transformer_engine"), distribution="transformer_engine"
+        ),
         Peer("flashcore-matmul", "flashcore.matmul", gemm.flashcore, operation="gemm"),
         Peer("cublas", "torch.mm, and elementwise operations after it", gemm.cublas, operation="gemm"),
         Peer("ring", "FlashCore's ring over two GPUs", _by_ranks, operation="parallel"),

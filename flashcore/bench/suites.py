@@ -15,7 +15,7 @@ from flashcore.bench import record, startup, timing
 from flashcore.bench.cases import Case, GemmCase, Suite
 from flashcore.bench.machine import Sensors
 from flashcore.bench.operations import OPERATIONS, Operation
-from flashcore.bench.peers import PEERS, Peer
+from flashcore.bench.peers import PEERS, Peer, versions
 from flashcore.bench.startup import Measured, OnCase
 from flashcore.bench.timing import Effort
 
@@ -37,6 +37,7 @@ METHODS = {
     "(seed {seed})",
 }
 NO_KERNEL = ("No available kernel", "No viable backend")  # how PyTorch's errors begin when a forced backend declines
+NOT_BUILT = "This flash attention build does not support"  # and flash-attn's, where its build was made without
 DEFAULT_EFFORT = Effort()
 
 
@@ -57,6 +58,8 @@ def run(
     chosen = suite.cases if cases is None else cases
     method, skipped, measured = _start(suite, chosen, peers or suite.peers, effort, on_case)
     meta = record.meta(suite.name, method, commit)
+    if found := versions():  # of all that are installed: runs of some peers are to merge
+        meta["peers"] = found
     data = record.with_missing({"suite": suite.name, "meta": meta, "rows": [], "skipped": skipped})
     done: list[str] = []
     on_record(data, done)
@@ -178,9 +181,9 @@ def run_case(
             elif mode != "accuracy":
                 bursts[peer.name] = _burst(mode, call, peer, partial(sensors.watch, readings[peer.name]))
         except Exception as error:  # a peer that breaks must not end the run of the others
-            if str(error).startswith(NO_KERNEL):
+            if reason := _declined(error):
                 del rows[peer.name]
-                skipped.append({"impl": peer.name, "case": case.name, "reason": "PyTorch has no such kernel for it"})
+                skipped.append({"impl": peer.name, "case": case.name, "reason": reason})
             else:
                 row |= {"failed": _one_line(error)}
     del pytorch, truth
@@ -200,6 +203,14 @@ def run_case(
         if readings[name]:
             rows[name]["sm_mhz"] = statistics.median(reading.sm_mhz for reading in readings[name])
     return list(rows.values()), skipped
+
+
+def _declined(error: Exception) -> str | None:
+    """Why a peer does not compute a case, if the error says no more than that."""
+    text = str(error)
+    if text.startswith(NO_KERNEL):
+        return "PyTorch has no such kernel for it"
+    return text.splitlines()[0].rstrip(".") if text.startswith(NOT_BUILT) else None
 
 
 def _burst(mode: str, call: Callable[[], object], peer: Peer, watch: Callable[[], None]) -> timing.Burst:

@@ -255,6 +255,12 @@ def test_a_table_of_older_kernels_says_so(clone, forward_record):
         assert ("**Of older kernels:**" in readme) == ("forward" in older)
 
 
+def test_the_documents_name_the_versions_of_peers(forward_record):
+    assert "cuda.core 1.2.0; FlashCore" in documents.provenance(forward_record)
+    forward_record["meta"]["peers"] = {"fa3": "3.0.0", "te": "2.1"}
+    assert "cuda.core 1.2.0, fa3 3.0.0, te 2.1; FlashCore" in documents.provenance(forward_record)
+
+
 def test_an_edited_number_is_out_of_date(clone, forward_record):
     pytest.importorskip("matplotlib")
     record.write(forward_record, record.path_for(forward_record, clone.root / "benchmarks" / "results"))

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
 import flashcore
-from flashcore.bench import check, peers, startup, suites
+from flashcore.bench import check, peers, startup, suites, tables
 from flashcore.bench.cases import ADVERSARIAL, SUITES, Case
 from flashcore.bench.peers import PEERS, Peer
+from flashcore.bench.shapes import shapes
 from flashcore.bench.timing import Effort
 
 FAST = Effort(rounds=2, round_ms=1, warmup_ms=0, lead_in_ms=0)
@@ -268,6 +270,88 @@ def test_features_on_a_gpu(impl, feature):
     else:
         (row,) = data["rows"]
         assert "failed" not in row, row["failed"]
+
+
+FA3 = """
+import flashcore
+
+def flash_attn_func(q, k, v, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, num_splits=1):
+    asked.append(num_splits)
+    if q.shape[-1] == 64:
+        raise RuntimeError("This flash attention build does not support headdim 64.\\nException raised from there")
+    return flashcore.attention(q, k, v, causal=causal, backend="reference"), None
+
+asked = []
+"""
+
+
+@pytest.fixture
+def install_fa3(tmp_path, monkeypatch):
+    """FlashAttention-3 as pip leaves it, in a folder of its own; its module's name comes back."""
+
+    def install(module: str, text: str = FA3) -> str:
+        path = tmp_path / f"{module.replace('.', '/')}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        (tmp_path / "flash_attn_3-3.0.0.dist-info").mkdir()
+        (tmp_path / "flash_attn_3-3.0.0.dist-info" / "METADATA").write_text("Name: flash_attn_3\nVersion: 3.0.0\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        for name in ("flash_attn_interface", "flash_attn_3", "flash_attn_3.flash_attn_interface"):
+            monkeypatch.setitem(sys.modules, name, None)  # so that it is forgotten afterwards
+            del sys.modules[name]
+        monkeypatch.setattr(peers, "_no_cuda", lambda: None)
+        return module
+
+    return install
+
+
+BFLOAT16 = Case(1, 64, 64, 2, 2, 32, True, "bfloat16")
+
+
+@pytest.mark.parametrize("module", ["flash_attn_interface", "flash_attn_3.flash_attn_interface"])
+def test_fa3_is_found_where_it_is_installed(module, install_fa3):
+    """With its version in the record; who has measured it needs no anchors."""
+    install_fa3(module)
+    data = suites.run(SUITES["forward"], [BFLOAT16], ("flashcore", "fa3"), FAST)
+    assert data["meta"]["peers"]["fa3"] == "3.0.0"
+    assert [row["impl"] for row in data["rows"] if "failed" not in row] == ["flashcore", "fa3"]
+    assert sys.modules[module].asked
+    (shape,) = shapes(data, {})
+    assert shape.ratio == shape.rows["fa3"]["ms_p50"] / shape.rows["flashcore"]["ms_p50"]
+    (table,) = tables.tables(data, {})
+    assert not any("FlashAttention-3" in note for note in table.notes)
+
+
+def test_fa3_splits_the_keys_of_a_cache_as_it_sees_fit(install_fa3):
+    module = install_fa3("flash_attn_interface")
+    cases = [BFLOAT16, replace(BFLOAT16, seqlen_q=16), replace(BFLOAT16, seqlen_k=32)]
+    suites.run(SUITES["forward"], cases, ("fa3",), FAST)
+    assert list(dict.fromkeys(sys.modules[module].asked)) == [1, 0]
+    assert sys.modules[module].asked[-1] == 1
+
+
+def test_a_build_of_fa3_without_a_head_dim_did_not_fail(install_fa3):
+    install_fa3("flash_attn_interface")
+    data = suites.run(SUITES["forward"], [replace(BFLOAT16, head_dim=64)], ("fa3",), FAST)
+    assert data["rows"] == []
+    (skipped,) = data["skipped"]
+    assert skipped["reason"] == "This flash attention build does not support headdim 64"
+
+
+def test_a_library_that_does_not_fit_is_told_once(install_fa3):
+    install_fa3("flash_attn_interface", "raise ImportError('undefined symbol:\\n_ZN3c104')")
+    data = suites.run(SUITES["forward"], [BFLOAT16], ("fa3",), FAST)
+    assert data["rows"] == []
+    (skipped,) = data["skipped"]
+    assert skipped["reason"] == (
+        "flash_attn_interface is installed, but its import fails: ImportError: undefined symbol: _ZN3c104"
+    )
+
+
+def test_what_is_not_installed_has_no_version():
+    reason = PEERS["te"].unavailable()
+    assert reason == "transformer_engine is not installed"
+    assert "te" not in peers.versions()
 
 
 def test_the_op_of_vllm_gets_windows_softcap_and_sinks(monkeypatch):
