@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 import flashcore
 from flashcore import cli
-from flashcore.bench import documents, profile, record, suites
+from flashcore.bench import cases, documents, profile, record, suites
 from tests.cases import BY_NAME
 
 ROOT = Path(flashcore.__file__).parents[1]
@@ -183,6 +183,11 @@ def test_cases_exist():
     ]
     assert len(patterns) > 5
     assert [pattern for pattern in patterns if not fnmatch.filter(BY_NAME, pattern)] == []
+
+
+def test_every_suite_is_described():
+    table = (ROOT / "docs/benchmarks.md").read_text().partition("| suite | what it measures |")[2].partition("\n\n")[0]
+    assert sorted(re.findall(r"^\| `(\w+)` \|", table, re.M)) == sorted(cases.SUITES)
 
 
 def test_files_exist():

@@ -44,7 +44,7 @@ def prepare(peer: Peer, case: Case, q, k, v, dout) -> Callable[[], Gradients]:
 
 def pytorch_answer(case: Case, device: str, *tensors: torch.Tensor) -> Gradients:
     """PyTorch's gradients in the same dtype: FlashAttention-2's where it runs, else of what SDPA dispatches to."""
-    if case.features:
+    if case.features or PEERS["sdpa"].rejects(case):
         return written_out(case, *tensors)
     if device == "cuda" and PEERS["fa2"].rejects(case) is None:
         with contextlib.suppress(RuntimeError):  # no such kernel for this case, or none on this GPU

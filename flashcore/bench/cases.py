@@ -297,6 +297,22 @@ GQA = tuple(
     )
     for causal in masks
 )
+# What models and caches have beside powers of 2: grids that fill the SMs unevenly, groups of 5 and 7, lengths that no
+# tile divides, rows that see nothing, few queries on many keys.
+ODD = (
+    square(1, 8, 4096, 248, True, "bfloat16"),
+    square(1, 16, 4096, 128, True, "float16"),
+    Case(2, 4000, 500, 16, 16, 64, True),
+    Case(8, 16, 4096, 32, 8, 128, True),
+    square(4, 32, 512, 128, True, "float16"),
+    square(3, 10, 1000, 128, False, "bfloat16", kv_heads=2),
+    square(3, 5, 3000, 96, False, "bfloat16", kv_heads=1),
+    square(2, 14, 5120, 80, False, "bfloat16", kv_heads=2),
+    square(16, 12, 197, 64, False, "bfloat16"),
+    square(1, 20, 1500, 64, False, "bfloat16"),
+    square(2, 24, 4429, 128, False, "bfloat16"),
+    Case(2, 128, 16384, 32, 8, 128, False),
+)
 _CAUSAL = square(2, 16, 8192, 128, True, "bfloat16")
 WINDOW = (
     *(
@@ -427,6 +443,10 @@ SUITES = {
             tuple(case for case in FORWARD if case.seqlen_q == 8192), FAST_PEERS, sustained=True,
         ),
         Suite("gqa", "bf16, grouped query heads", "attention_fwd", "events", GQA, FAST_PEERS),
+        Suite(
+            "odd", "shapes that fit no tile or grid, CUDA-graph replay, L2 as it is", "attention_fwd", "graph", ODD,
+            FAST_PEERS,
+        ),
         Suite(
             "window",
             "bf16, 16,384 tokens: causal windows, softcap, ALiBi, sinks",

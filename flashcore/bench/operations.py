@@ -37,6 +37,8 @@ def _pytorch_answer(case: Case, device: str, q, k, v) -> torch.Tensor:
         # PyTorch aligns such a mask elsewhere. Rows without a key are 0, and behind them the mask is a square one.
         seen = _pytorch_answer(replace(case, seqlen_q=case.seqlen_k), device, q[:, keyless:], k, v)
         return torch.cat((seen.new_zeros(case.batch, keyless, *seen.shape[2:]), seen), dim=1)
+    if PEERS["sdpa"].rejects(case):  # such a mask, too, with fewer queries than keys
+        return check.in_blocks(case, q, k, v)
     candidates = (PEERS["fa2"], PEERS["sdpa"]) if device == "cuda" else (PEERS["sdpa"],)
     for peer in candidates[:-1]:
         if peer.rejects(case) is None:

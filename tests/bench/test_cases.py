@@ -101,6 +101,26 @@ def test_a_window_needs_what_it_sees(causal, window):
     assert replace(case, backward=True).flops * 2 == case.flops * 5
 
 
+def test_the_odd_shapes():
+    """By name; where nothing is said bf16 without a mask."""
+    assert {case.name for case in SUITES["odd"].cases} == {
+        "d248-s4096-b1-h8-causal-bf16",
+        "d128-s4096-b1-h16-causal-fp16",
+        "d64-s4000x500-b2-h16-causal-bf16",
+        "d128-s16x4096-b8-h32:8-causal-bf16",
+        "d128-s512-b4-h32-causal-fp16",
+        "d128-s1000-b3-h10:2-full-bf16",
+        "d96-s3000-b3-h5:1-full-bf16",
+        "d80-s5120-b2-h14:2-full-bf16",
+        "d64-s197-b16-h12-full-bf16",
+        "d64-s1500-b1-h20-full-bf16",
+        "d128-s4429-b2-h24-full-bf16",
+        "d128-s128x16384-b2-h32:8-full-bf16",
+    }
+    assert SUITES["odd"].peers == SUITES["forward"].peers
+    assert {case.dtype for case in set(SUITES["odd"].cases) & set(SUITES["small"].cases)} == {"float16"}
+
+
 def test_the_windows_that_are_measured():
     cases = SUITES["window"].cases
     windows = {(c.head_dim, c.seqlen_q, c.window[0] + 1) for c in cases if c.features == {"window"}}
@@ -121,7 +141,7 @@ def test_the_backward_pass_of_grouped_heads_and_windows():
     assert {(c.heads, c.kv_heads, c.head_dim, c.causal, c.backward) for c in cases} == {(32, 8, 128, True, True)}
 
 
-@pytest.mark.parametrize("suite", ["forward", "backward", "window", "matrix", "accuracy"])
+@pytest.mark.parametrize("suite", ["forward", "backward", "odd", "window", "matrix", "accuracy"])
 def test_a_case_comes_back_from_its_row(suite):
     op = SUITES[suite].op
     for case in SUITES[suite].cases:

@@ -214,6 +214,19 @@ def test_an_answer_without_the_feature_is_wrong(add_peer):
         assert "against float64" in row["failed"]
 
 
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(16, 96), (96, 16)])
+def test_a_mask_is_aligned_to_the_bottom_right(seqlen_q, seqlen_k, backward, add_peer):
+    """Also where PyTorch aligns it to the top left, and cannot be what answers are compared with."""
+    case = Case(2, seqlen_q, seqlen_k, 4, 4, 32, True, "bfloat16", backward=backward)
+    add_peer("top left", peers._sdpa, transposed=True)
+    suite = SUITES["backward" if backward else "odd"]
+    data = suites.run(replace(suite, mode="events"), [case], ("flashcore", "reference", "top left"), FAST)
+    assert {row["impl"]: "failed" in row for row in data["rows"]} == {
+        "flashcore": False, "reference": False, "top left": True
+    }  # fmt: skip
+
+
 def test_a_backend_without_a_feature_is_not_asked(monkeypatch):
     from flashcore.backends import triton
 
