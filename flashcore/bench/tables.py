@@ -75,11 +75,14 @@ def timing_table(title: str, found: list[Shape], mode: str) -> Table:
         unit, show = "TB/s", lambda row: f"{row['tbps']:.2f}"
     impls = impls_of(found)
     timed = mode != "host"
-    headers = ["head_dim", "mask", "S", "batch", "heads", *(f"{impl}, {unit}" for impl in impls)]
+    mixed = len({shape.case.dtype for shape in found}) > 1
+    headers = ["head_dim", "mask", "S", "batch", "heads", *(["dtype"] if mixed else [])]
+    headers += [f"{impl}, {unit}" for impl in impls]
     rows = []
     for shape in found:
         case = shape.case
         cells = [str(case.head_dim), case.mask, _length(case), str(case.batch), _heads(case)]
+        cells += [SHORT[case.dtype]] if mixed else []
         for impl in impls:
             row = shape.rows.get(impl)
             cells.append("" if row is None else show(row) if "ms_p50" in row else "failed")

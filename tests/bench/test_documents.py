@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from flashcore.bench import documents, record, tables
-from flashcore.bench.cases import Case
+from flashcore.bench.cases import SUITES, Case
 from flashcore.bench.documents import Documents, replace_block
 from flashcore.bench.shapes import load_anchors, shapes, summary
 
@@ -322,6 +322,22 @@ def test_a_table_names_the_shapes_that_fa3_has_no_time_for(forward_record, ancho
     forward_record["rows"] += [{**row, "impl": "fa3"} for row in forward_record["rows"] if row["impl"] == "fa2"]
     (table,) = tables.tables(forward_record, {})
     assert not any("FlashAttention-3" in note for note in table.notes)
+
+
+def test_a_table_of_several_dtypes_names_them():
+    cases = SUITES["odd"].cases
+    rows = [
+        {"op": "attention_fwd", "impl": "flashcore", **case.fields(), "rel_err": 2e-3, "std_pct": 1.0, "ms_p50": 0.25}
+        for case in cases
+    ]
+    data = {"suite": "odd", "rows": rows, "skipped": [], "meta": {"method": {"mode": "graph"}}}
+    (table,) = tables.tables(data, {})
+    assert table.headers[:7] == ("head_dim", "mask", "S", "batch", "heads", "dtype", "flashcore, us")
+    assert table.rows[0][:7] == ("248", "causal", "4096", "1", "8", "bf16", "250.0")
+    assert table.rows[1][:7] == ("128", "causal", "4096", "1", "16", "fp16", "250.0")
+    assert {len(row) for row in table.rows} == {len(table.headers)}
+    (table,) = tables.tables({**data, "rows": [row for row in rows if row["dtype"] == "bfloat16"]}, {})
+    assert "dtype" not in table.headers
 
 
 def test_features_are_shown_with_what_they_cost():
