@@ -44,8 +44,9 @@ def _no_memory_between_tests():
 def forget_plans() -> None:
     flashcore.plan._plan.cache_clear()
     flashcore.api.runs.clear()
-    if ops := sys.modules.get("flashcore.ops"):
-        ops._runs.clear()
+    for name in ("flashcore.ops", "flashcore.integrations.torch_registry"):
+        if module := sys.modules.get(name):
+            module._runs.clear()
 
 
 @pytest.fixture

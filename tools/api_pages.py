@@ -18,6 +18,7 @@ MODULES = (
     "flashcore.plan",
     "flashcore.distributed",
     "flashcore.integrations.sdpa",
+    "flashcore.integrations.torch_registry",
     "flashcore.integrations.transformers",
     "flashcore.compat.flash_attn",
     "flashcore.env",

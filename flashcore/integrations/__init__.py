@@ -1,12 +1,15 @@
-"""FlashCore behind other names: PyTorch's SDPA, Hugging Face Transformers. Each is imported when it is asked for."""
+"""FlashCore behind other names: PyTorch's SDPA and its registry, Hugging Face Transformers.
+
+Each is imported when it is asked for.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-__all__ = ["sdpa", "transformers"]
+__all__ = ["sdpa", "torch_registry", "transformers"]
 
 if TYPE_CHECKING:
-    from flashcore.integrations import sdpa, transformers
+    from flashcore.integrations import sdpa, torch_registry, transformers
 
 
 def __getattr__(name: str):
