@@ -58,8 +58,9 @@ def written(text: str) -> set[str]:
 def test_what_documents_name_is_there_after_import_flashcore():
     names = set().union(*(written(path.read_text()) for path in DOCUMENTS))
     assert {"attention", "integrations.sdpa.replace_torch", "compat.flash_attn", "plan.override"} <= names
-    if importlib.util.find_spec("transformers") is None:
-        names.discard("integrations.transformers")
+    for name in ("transformers", "vllm"):
+        if importlib.util.find_spec(name) is None:
+            names.discard(f"integrations.{name}")
     names |= {"errors.UnsupportedError", "env.cache_dir"}
     deepest_first = sorted(names, key=lambda name: -name.count("."))  # before anything else imports their modules
     run_python("\n".join(["import flashcore", *(f"flashcore.{name}" for name in deepest_first)]))

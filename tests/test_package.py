@@ -1,6 +1,7 @@
 """What is published: the wheel and the sdist, what they need, and the command where its libraries are missing."""
 
 import ast
+import configparser
 import email
 import re
 import subprocess
@@ -99,7 +100,7 @@ def test_constraints_are_within_what_is_declared(metadata):
 def test_core_imports_nothing_but_what_it_needs():
     """Everywhere, at the top of a module or in a function; Triton comes with torch, or its backend is not there."""
     allowed = {*sys.stdlib_module_names, "flashcore", "torch", "cuda", "numpy", "filelock", "triton"}
-    extras = ("cli", "__main__.py", "bench", "integrations/transformers.py")
+    extras = ("cli", "__main__.py", "bench", "integrations/transformers.py", "integrations/vllm.py")
     for path in (ROOT / "flashcore").rglob("*.py"):
         name = str(path.relative_to(ROOT / "flashcore"))
         if any(name == extra or name.startswith(f"{extra}/") for extra in extras):
@@ -173,14 +174,20 @@ def command(*arguments: str, hidden: tuple[str, ...] = ()) -> subprocess.Complet
     return subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
 
 
-def test_command_is_the_one_that_is_installed(wheel):
+def test_entry_points_are_there(wheel):
+    """The command and the plug-in: what they name is defined in the module that they name."""
     (name,) = (name for name in wheel.namelist() if name.endswith("/entry_points.txt"))
-    assert wheel.read(name).decode().split() == [
-        "[console_scripts]",
-        "flashcore",
-        "=",
-        "flashcore.__main__:main",
-    ]
+    parser = configparser.ConfigParser()
+    parser.read_string(wheel.read(name).decode())
+    points = {group: dict(parser[group]) for group in parser.sections()}
+    assert points == {
+        "console_scripts": {"flashcore": "flashcore.__main__:main"},
+        "vllm.general_plugins": {"flashcore": "flashcore.integrations.vllm:register"},
+    }
+    for value in (value for group in points.values() for value in group.values()):
+        module, _, function = value.partition(":")
+        tree = ast.parse(wheel.read(f"{module.replace('.', '/')}.py"))
+        assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
 @pytest.mark.parametrize("library", ["typer", "rich"])

@@ -20,6 +20,7 @@ MODULES = (
     "flashcore.integrations.sdpa",
     "flashcore.integrations.torch_registry",
     "flashcore.integrations.transformers",
+    "flashcore.integrations.vllm",
     "flashcore.compat.flash_attn",
     "flashcore.env",
 )

@@ -1,4 +1,4 @@
-"""FlashCore behind other names: PyTorch's SDPA and its registry, Hugging Face Transformers.
+"""FlashCore behind other names: PyTorch's SDPA and its registry, Hugging Face Transformers, vLLM.
 
 Each is imported when it is asked for.
 """
@@ -6,10 +6,10 @@ Each is imported when it is asked for.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-__all__ = ["sdpa", "torch_registry", "transformers"]
+__all__ = ["sdpa", "torch_registry", "transformers", "vllm"]
 
 if TYPE_CHECKING:
-    from flashcore.integrations import sdpa, torch_registry, transformers
+    from flashcore.integrations import sdpa, torch_registry, transformers, vllm
 
 
 def __getattr__(name: str):
