@@ -13,9 +13,10 @@ import pytest
 import torch
 import torch.nn.attention
 import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
+import flashcore
 from flashcore import plan as planning
 from flashcore.backends import reference, reference_backward
 from flashcore.backends.recompute import reference as recomputed
@@ -26,10 +27,18 @@ from tests.paged import BY_NAME as PAGED_BY_NAME
 from tests.paged import PagedCase
 from tests.tolerance import assert_forward, assert_gradients
 
+varlen = pytest.importorskip("torch.nn.attention.varlen", reason="this torch has no registry")
+AuxRequest, varlen_attn = varlen.AuxRequest, varlen.varlen_attn
+
 VARLEN = inspect.signature(varlen_attn).parameters
 CAUSAL = {"window_size": (-1, 0)} if "window_size" in VARLEN else {"is_causal": True}
 GROUPED = {"enable_gqa": True} if "enable_gqa" in VARLEN else {}
 aten = torch.ops.aten
+KNOWN = {argument.name for argument in aten._flash_attention_forward.default._schema.arguments}
+has_windows = pytest.mark.skipif("window_size" not in VARLEN, reason="this torch has no windows of packed sequences")
+has_used = pytest.mark.skipif("seqused_k" not in VARLEN, reason="this torch has no lengths beside offsets")
+has_pages = pytest.mark.skipif("block_table" not in VARLEN, reason="this torch has no pages")
+has_out = pytest.mark.skipif(not hasattr(varlen, "varlen_attn_out"), reason="this torch has no outputs to write to")
 activate = partial(torch.nn.attention.activate_flash_attention_impl, "flashcore")
 
 
@@ -125,6 +134,11 @@ def window_of(case: PackedCase) -> dict:
     return {"window_size": (left, 0 if case.causal else right)}
 
 
+def with_its_heads(case: PackedCase) -> PackedCase:
+    """With as many key heads as query heads, where this torch has no other packed sequences."""
+    return case if GROUPED else replace(case, heads_k=case.heads_q)
+
+
 def assert_their_lse(case: PackedCase, out, lse, q, k, v) -> None:
     """What is right of FlashCore, but that a query without a key has an LSE of +inf."""
     assert not lse.isneginf().any()
@@ -190,8 +204,6 @@ def test_causal_is_aligned_to_the_bottom_right(theirs, ours):
 @pytest.mark.parametrize("layout", ["bshd", "bhsd"])
 def test_results_are_what_pytorch_promises(theirs, ours, layout):
     """Shapes, dtypes and strides are those by which programs are compiled."""
-    from torch._subclasses import FakeTensorMode
-
     activate()
     tensors = [t.detach() for t in dense(layout)]
     rows = [t.transpose(1, 2) for t in tensors]
@@ -222,15 +234,15 @@ def check_like_fakes(operator, arguments, results, mode) -> None:
 
 
 VARLEN_CASES = [
-    "edges", "edges_other_keys_causal", "one_query_each", "window", "window_both", "float16", "layout_packed",
-    "rows_around",
+    "edges", "edges_other_keys_causal", "one_query_each", "float16", "layout_packed", "rows_around",
+    *(pytest.param(name, marks=has_windows) for name in ("window", "window_both")),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", VARLEN_CASES)
 def test_varlen(theirs, ours, name):
     activate()
-    case = BY_NAME[name]
+    case = with_its_heads(BY_NAME[name])
     q, k, v = (t.detach().requires_grad_() for t in case.inputs())
     options = {**window_of(case), **GROUPED}
     out, lse = varlen_attn(q, k, v, *packed_arguments(case), **options, return_aux=AuxRequest(lse=True))
@@ -242,6 +254,7 @@ def test_varlen(theirs, ours, name):
     assert theirs == []
 
 
+@has_windows
 @pytest.mark.parametrize(
     ("window", "mask"),
     [
@@ -265,6 +278,7 @@ def test_windows(theirs, ours, window, mask):
     assert (problem.mask.left, problem.mask.right) == mask
 
 
+@has_used
 def test_used_keys(theirs, ours):
     activate()
     case = PackedCase("used", (9, 4), (30, 20), causal=True)
@@ -277,6 +291,7 @@ def test_used_keys(theirs, ours):
     assert theirs == []
 
 
+@has_pages
 @pytest.mark.parametrize("name", ["mixed_pages_of_16", "mixed_pages_of_64"])
 def test_pages(theirs, ours, name):
     activate()
@@ -297,15 +312,14 @@ def call_with_pages(case: PagedCase, device: str):
     )  # fmt: skip
 
 
+@has_out
 def test_into_an_output(theirs, ours):
-    from torch.nn.attention.varlen import varlen_attn_out
-
     activate()
     case = BY_NAME["edges_other_keys_causal"]
     q, k, v = case.inputs()
     out = torch.full((*q.shape[:2], 2 * q.shape[2]), torch.nan, dtype=q.dtype)[..., ::2]
     arguments = (q, k, v, *packed_arguments(case))
-    same, lse = varlen_attn_out(out, *arguments, **CAUSAL, **GROUPED, return_aux=AuxRequest(lse=True))
+    same, lse = varlen.varlen_attn_out(out, *arguments, **CAUSAL, **GROUPED, return_aux=AuxRequest(lse=True))
     assert same is out
     assert_their_lse(case, out.contiguous(), lse, q, k, v)
     assert theirs == []
@@ -326,7 +340,7 @@ def test_dense_rows(theirs, ours):
 
 def test_a_graph(theirs, ours):
     activate()
-    case = BY_NAME["edges"]
+    case = with_its_heads(BY_NAME["edges"])
     q, k, v = (t.detach().requires_grad_() for t in case.inputs())
     compiled = torch.compile(varlen_attn, fullgraph=True, backend="aot_eager")
     out = compiled(q, k, v, *packed_arguments(case), **GROUPED)
@@ -370,6 +384,8 @@ def test_what_is_pytorchs(theirs, ours, changed):
     """It gets the call as it came."""
     activate()
     arguments, keywords = packed_call(**changed)
+    if not keywords.keys() <= KNOWN:
+        pytest.skip("this torch has no such argument")
     out, *_ = aten._flash_attention_forward(*arguments, **keywords)
     assert (out == 7.0).all()
     assert ours == []
@@ -408,7 +424,7 @@ def test_what_flashcore_gives_pytorch_is_pytorchs_at_once(theirs):
     query, key, value = dense()
     out, *_ = aten._scaled_dot_product_flash_attention(query, key, value)
     torch.autograd.grad(out.sum(), (query, key, value))
-    case = BY_NAME["edges"]
+    case = with_its_heads(BY_NAME["edges"])
     q, k, v = (t.detach().requires_grad_() for t in case.inputs())
     varlen_attn(q, k, v, *packed_arguments(case), **GROUPED).sum().backward()
     assert [name for name, *_ in theirs] == [
@@ -478,9 +494,6 @@ def test_a_kind_of_call_is_planned_once(theirs, ours, monkeypatch):
 
 # ---- on a GPU -------------------------------------------------------------------------------------------------------
 
-on_a_gpu = pytest.mark.gpu
-
-
 @pytest.fixture
 def taken(monkeypatch):
     """Active; whether FlashCore takes the calls that come, one after the other: (is a backward pass, is taken)."""
@@ -498,7 +511,7 @@ def taken(monkeypatch):
     return seen
 
 
-@on_a_gpu
+@pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore::flashcore.errors.FlashCoreWarning")
 class TestOnAGpu:
     """On a Hopper GPU, where FlashCore has kernels of its own for all of these."""
@@ -568,13 +581,15 @@ class TestOnAGpu:
         assert taken == [(False, True)]
         assert_forward(*swapped(out), None, *swapped(query, key, value))
 
-    @pytest.mark.parametrize("name", ["edges", "edges_other_keys_causal", "window", "d128", "d256", "layout_packed"])
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "edges", "edges_other_keys_causal", "d128", "d256", "layout_packed",
+            pytest.param("window", marks=has_windows),
+        ],
+    )  # fmt: skip
     def test_varlen(self, taken, name):
-        case = BY_NAME[name]
-        heads = {} if GROUPED else {"heads_k": case.heads_q}
-        case = replace(case, **heads)
-        if case.window is not None and "window_size" not in VARLEN:
-            pytest.skip("this torch has no windows of packed sequences")
+        case = with_its_heads(BY_NAME[name])
         q, k, v = (t.detach().requires_grad_() for t in case.inputs("cuda"))
         options = {**window_of(case), **GROUPED}
         out, lse = varlen_attn(q, k, v, *packed_arguments(case, "cuda"), **options, return_aux=AuxRequest(lse=True))
@@ -584,7 +599,7 @@ class TestOnAGpu:
         assert_their_lse(case, out.detach(), lse, q.detach(), k.detach(), v.detach())
         assert_packed_gradients(case, grads, q.detach(), k.detach(), v.detach(), dout)
 
-    @pytest.mark.skipif("block_table" not in VARLEN, reason="this torch has no pages")
+    @has_pages
     @pytest.mark.parametrize("name", ["mixed_pages_of_1", "mixed_pages_of_16", "mixed_pages_of_256"])
     def test_pages(self, taken, name):
         case = PAGED_BY_NAME[name]
@@ -620,8 +635,6 @@ class TestOnAGpu:
 
     def test_flashcores_own_use_of_pytorch_ends(self, taken):
         """Its backend "sdpa" calls the operators that are replaced."""
-        import flashcore
-
         query, key, value = self.inputs("bshd", 256, 256)
         q, k, v = (t.detach().transpose(1, 2).requires_grad_() for t in (query, key, value))
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):

@@ -7,12 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
 from flashcore.integrations import torch_registry
 from flashcore.plan import override
 from tests.backends.triton.conftest import INTERPRET
 from tests.packed import BY_NAME, assert_packed_forward, assert_packed_gradients
+
+varlen = pytest.importorskip("torch.nn.attention.varlen", reason="this torch has no registry")
+AuxRequest, varlen_attn = varlen.AuxRequest, varlen.varlen_attn
 
 CAUSAL = {"window_size": (-1, 0)} if "window_size" in inspect.signature(varlen_attn).parameters else {"is_causal": True}
 
