@@ -34,7 +34,7 @@ from flashcore.integrations import vllm as plugin
 
 PAGE, PAGES = 32, 24
 # Single tokens, a prompt, chunks of prompts, a request that fills a graph up, and 3 rows of no request.
-BATCH = PackedCase("batch", (1, 70, 33, 5, 0, 1), (130, 70, 90, 5, 0, 1), causal=True, after=3)
+BATCH = PackedCase("batch", (1, 70, 33, 5, 0, 1), (130, 70, 90, 5, 0, 1), causal=True, after=3, scale=0.2)
 LAYOUTS = {
     "HND": lambda heads, width: torch.full((PAGES, heads, PAGE, width), torch.nan),
     "NHD": lambda heads, width: torch.full((PAGES, PAGE, heads, width), torch.nan).transpose(1, 2),
@@ -94,7 +94,7 @@ def build(case: PackedCase, device: str) -> plugin.FlashCoreMetadata:
 
 
 def layer_of(case: PackedCase, **options) -> plugin.FlashCoreImpl:
-    return plugin.FlashCoreImpl(case.heads_q, case.head_dim, case.head_dim**-0.5, case.heads_k, **options)
+    return plugin.FlashCoreImpl(case.heads_q, case.head_dim, case.scale, case.heads_k, **options)
 
 
 def filled(impl, case: PackedCase, k, v, layout: str) -> torch.Tensor:
@@ -229,6 +229,19 @@ def test_no_graphs_without_a_gpu():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_where_keys_and_values_are_written(layout, device):
+    """A row of a head has its key, and then its value; nothing else is touched."""
+    impl, (_, k, v) = layer_of(BATCH), BATCH.inputs(device)
+    k[-BATCH.after :], v[-BATCH.after :] = 1.0, 2.0
+    kv_cache = filled(impl, BATCH, k, v, layout)
+    expected = LAYOUTS["HND"](BATCH.heads_k, 2 * BATCH.head_dim).to(k)
+    for row, slot in enumerate(slots(BATCH)):
+        if slot >= 0:
+            expected[slot // PAGE, :, slot % PAGE] = torch.cat([k[row], v[row]], dim=-1)
+    assert torch.equal(kv_cache.nan_to_num(nan=7.0), expected.nan_to_num(nan=7.0))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_mixed_batch(layout, device):
     out, q, k, v = attend(layer_of(BATCH), BATCH, device, layout)
     assert_packed_forward(BATCH, out, None, q, k, v)
@@ -267,7 +280,7 @@ def test_alibi_behind_a_softcap(cap, device):
     for rows, rows_k in zip(BATCH.places(BATCH.lengths_q), BATCH.places(BATCH.keys), strict=True):
         one, keys, values = (t[r].double().transpose(0, 1) for t, r in ((q, rows), (k, rows_k), (v, rows_k)))
         keys, values = (t.repeat_interleave(2, dim=0) for t in (keys, values))
-        scores = one @ keys.mT * BATCH.head_dim**-0.5
+        scores = one @ keys.mT * BATCH.scale
         scores = scores if cap is None else cap * (scores / cap).tanh()
         distance = torch.arange(one.shape[1])[:, None] + keys.shape[1] - one.shape[1] - torch.arange(keys.shape[1])
         distance = distance.to(device)
@@ -395,27 +408,32 @@ def test_the_engine_on_a_cpu():
     assert (torch.tensor(broken["logprobs"]) - there).abs().max() > 1e-3  # it would be seen
 
 
-@pytest.mark.gpu
-def test_a_captured_graph_serves_another_batch():
-    """Whose lengths and pages are within the bounds of its capture: single tokens, chunks and a prompt."""
-    impl, batch = layer_of(BATCH), batch_of(BATCH, "cuda")
-    q, k, v = BATCH.inputs("cuda")
+@pytest.mark.parametrize("captured", [False, pytest.param(True, marks=pytest.mark.gpu)])
+def test_bounds_of_a_capture_serve_another_batch(captured, device):
+    """Whose tokens, lengths and pages come in the same tensors: single tokens, chunks and a prompt."""
+    impl, batch = layer_of(BATCH), batch_of(BATCH, device)
+    q, k, v = BATCH.inputs(device)
     kv_cache = filled(impl, BATCH, k, v, "HND")
     output, held = torch.full_like(q, torch.nan), torch.zeros_like(q)
     wide = batch.replace(
         query_start_loc=torch.zeros_like(batch.query_start_loc), seq_lens=torch.zeros_like(batch.seq_lens),
         block_table_tensor=torch.zeros_like(batch.block_table_tensor), max_query_len=len(q), max_seq_len=6 * PAGE,
     )  # fmt: skip
-    metadata = plugin.FlashCoreBuilder(None, [], None, torch.device("cuda")).build(0, wide)
-    impl.forward(Layer("cuda"), held, None, None, kv_cache, metadata, output)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        impl.forward(Layer("cuda"), held, None, None, kv_cache, metadata, output)
+    metadata = plugin.FlashCoreBuilder(None, [], None, torch.device(device)).build(0, wide)
+
+    def replay():
+        impl.forward(Layer(device), held, None, None, kv_cache, metadata, output)
+
+    replay()
+    assert (output == 0).all()
+    if captured:
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            replay()
+        replay = graph.replay
     held.copy_(q)
     for name in ("query_start_loc", "seq_lens", "block_table_tensor"):
         getattr(wide, name).copy_(getattr(batch, name))
-    graph.replay()
+    replay()
     assert_packed_forward(BATCH, output, None, q, k, v)
-
-
