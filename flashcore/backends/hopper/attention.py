@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import numpy
@@ -21,6 +20,7 @@ from flashcore.backends.hopper.launch import (
     extra_arguments,
     keep,
     scale_log2,
+    sequence_arguments,
 )
 from flashcore.problem import AttentionProblem
 
@@ -55,7 +55,7 @@ class ForwardLauncher(Launcher):
         self._default_scale, self._exponent_scale = problem.head_dim**-0.5, exponent_scale(problem)
         self._out_shape = problem.out_shape
         self._extra_arguments = extra_arguments(problem.kernel_score)
-        self._sequence_arguments = sequence_arguments(problem)
+        self._sequence_arguments = sequence_arguments(problem, problem.head_dim_v)
         self._places = len(problem.queries.tensors) + len(problem.keys.tensors)
         self._map_sets: dict[tuple, tuple] = {}  # all addresses and strides -> the four tensor maps
         rows = {"q": 64, "k": config.tile_n, "v": config.tile_n, "out": 64}  # of a box
@@ -79,7 +79,7 @@ class ForwardLauncher(Launcher):
         launch(
             current_stream(device), launch_config, kernel, *maps, lse_address,
             self._exponent_scale or scale_log2(scale), *self._scalars,
-            *self._sequence_arguments(out, extras), *self._extra_arguments(scale, extras[self._places :]),
+            *self._sequence_arguments(extras, out), *self._extra_arguments(scale, extras[self._places :]),
         )  # fmt: skip
         return out, lse
 
@@ -98,23 +98,6 @@ def most_tiles(problem: AttentionProblem, tile_m: int) -> int:
     if problem.packed:
         of_a_head = min(of_a_head, problem.batch + problem.queries.total // tile_m)
     return of_a_head * problem.heads_q
-
-
-def sequence_arguments(problem: AttentionProblem) -> Callable[[torch.Tensor, tuple[torch.Tensor, ...]], tuple]:
-    """From the output and the tensors that a call brings to the entry's SEQUENCE_PARAMETERS
-    (``jit.sequence_source``)."""
-    if not problem.packed:
-        return lambda out, extras: ()
-    out_row = numpy.int32(problem.heads_q * problem.head_dim_v * 2)
-
-    def arguments(out: torch.Tensor, extras: tuple[torch.Tensor, ...]) -> tuple:
-        found, tensors = [], iter(extras)
-        for rows in (problem.queries, problem.keys):
-            addresses = [next(tensors).data_ptr() for _ in rows.tensors]
-            found += [*addresses, *[0] * (2 - len(addresses)), numpy.int32(rows.total)]
-        return (*found, out.data_ptr(), out_row)
-
-    return arguments
 
 
 def divisor(d: int) -> numpy.uint64:

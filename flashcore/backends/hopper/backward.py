@@ -28,10 +28,11 @@ from flashcore.backends.hopper.launch import (
     diagonals,
     extra_arguments,
     scale_log2,
+    sequence_arguments,
 )
 from flashcore.problem import AttentionProblem
 
-FEATURES = frozenset({"window", "score", "sink", "head_dim_v", "dlse", "partial"})
+FEATURES = frozenset({"window", "score", "sink", "head_dim_v", "dlse", "partial", "packed"})
 
 
 def unavailable() -> str | None:
@@ -74,7 +75,10 @@ class _Launcher:
 
     def __init__(self, problem: AttentionProblem, config: BackwardConfig | WideConfig):
         self._blocks, self._keys = configs.m_blocks(config, problem), configs.n_blocks(config, problem)
-        self._tiles = problem.batch * problem.heads_q * self._blocks
+        batches = 1 if problem.packed else problem.batch
+        self._tiles, self._ctas = (
+            batches * heads * n for heads, n in ((problem.heads_q, self._blocks), (problem.heads_k, self._keys))
+        )
         self._row_bytes = self._tiles * (2 * config.tile_m + 4) * 4
         self._scale = problem.scale
         rows = {  # of a box
@@ -85,7 +89,9 @@ class _Launcher:
         self._rows_scalars = _i32(problem.heads_q, problem.seqlen_q, self._blocks, problem.head_dim_v)
         # Whose row a power of two threads share.
         row_head_dim = next(n for n in (64, 128, 256) if problem.head_dim_v <= n)
-        self._rows = Launcher(compile_kernel(RowsConfig(config.dtype, row_head_dim, config.tile_m)), self._tiles)
+        rows_config = RowsConfig(config.dtype, row_head_dim, config.tile_m, config.packed)
+        self._rows = Launcher(compile_kernel(rows_config), self._tiles)
+        self._sequence_arguments = sequence_arguments(problem, problem.head_dim)
 
     @property
     def workspace_bytes(self) -> int:
@@ -106,8 +112,8 @@ class _Launcher:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """dq, dk and dv, contiguous.
 
-        :param out: as the forward returned it, (B, Sq, Hq, D).
-        :param lse: float32 (B, Hq, Sq).
+        :param out: as the forward returned it, (B, Sq, Hq, D), or (total, Hq, D).
+        :param lse: float32 (B, Hq, Sq), or (Hq, total).
         :param dout: the gradient of `out`, any strides.
         :param dlse: the gradient of `lse`, if it has one.
         :param scale: the problem's when None.
@@ -127,7 +133,7 @@ class _Launcher:
         launch(
             stream, shape, kernel, out.data_ptr(), dout.data_ptr(), lse.data_ptr(),
             0 if dlse is None else dlse.data_ptr(), rows, self._turns(rows), *_outer_strides(out),
-            *_outer_strides(dout), *self._rows_scalars,
+            *_outer_strides(dout), *self._rows_scalars, *self._sequence_arguments(extras, dq, dk, dv),
         )  # fmt: skip
         self._multiply(device, stream, maps, rows, self._scale if scale is None else scale, extras)
         return grads
@@ -153,10 +159,11 @@ class BackwardLauncher(_Launcher):
             problem.batch, problem.heads_k, problem.group_size, problem.seqlen_q, problem.seqlen_k,
             *diagonals(problem), self._blocks, self._keys, configs.section(config, problem),
         )  # fmt: skip
-        self._dq_scalars = _i32(problem.heads_q, self._blocks, configs.m_begin(config, problem, 0))
-        ctas = self._keys * problem.heads_k * problem.batch
-        self._main = Launcher(compile_kernel(config), ctas, **_AFTER_ANOTHER)
-        self._dq = Launcher(compile_kernel(DqConfig(config.dtype, config.tile_m)), self._tiles, **_AFTER_ANOTHER)
+        m_begin = diagonals(problem)[1] if problem.packed else configs.m_begin(config, problem, 0)
+        self._dq_scalars = _i32(problem.heads_q, self._blocks, m_begin)
+        self._main = Launcher(compile_kernel(config), self._ctas, **_AFTER_ANOTHER)
+        dq_config = DqConfig(config.dtype, config.tile_m, config.packed)
+        self._dq = Launcher(compile_kernel(dq_config), self._tiles, **_AFTER_ANOTHER)
 
     @property
     def workspace_bytes(self) -> int:
@@ -173,10 +180,13 @@ class BackwardLauncher(_Launcher):
         launch, kernel, shape = self._main.loaded(device)
         launch(
             stream, shape, kernel, *inputs, workspace, sums, self._turns(workspace), numpy.float32(scale),
-            numpy.float32(scale * LOG2_E), *self._scalars,
+            numpy.float32(scale * LOG2_E), *self._scalars, *self._sequence_arguments(extras),
         )  # fmt: skip
         launch, kernel, shape = self._dq.loaded(device)
-        launch(stream, shape, kernel, map_dq, sums, numpy.float32(scale), *self._dq_scalars)
+        launch(
+            stream, shape, kernel, map_dq, sums, numpy.float32(scale), *self._dq_scalars,
+            *self._sequence_arguments(extras),
+        )  # fmt: skip
 
 
 class WideLauncher(_Launcher):
@@ -245,5 +255,6 @@ def _i32(*values: int) -> tuple[numpy.int32, ...]:
 
 
 def _outer_strides(tensor: torch.Tensor) -> tuple[numpy.uint64, ...]:
-    """In elements; those of dimensions with one entry do not matter."""
-    return tuple(numpy.uint64(stride) for stride in tensor.stride()[:3])
+    """Of batch, row and head, in elements; those of dimensions with one entry do not matter."""
+    outer = tensor.stride()[:-1]
+    return tuple(numpy.uint64(stride) for stride in (*[0] * (3 - len(outer)), *outer))

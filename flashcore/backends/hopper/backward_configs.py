@@ -53,6 +53,7 @@ class BackwardConfig:
     tile_m: int  # queries per step
     stages: int  # ring slots, each one tile of Q and of dO
     dq_buffers: int  # dQ tiles on their way to global memory
+    packed: bool = False  # sequences of any lengths in one tensor, which the kernel learns when it runs
     wait_limit: int = 0  # > 0: a wait traps after so many tries (development)
     why: str = field(default="", compare=False)  # the reason of the table row it came from
 
@@ -107,6 +108,7 @@ class BackwardConfig:
         return (
             f"{self.dtype} head_dim {self.head_dim} {_mask_name(self)}: tile {self.tile_m} x "
             f"{self.tile_n}, {self.stages} stages, {self.dq_buffers} dQ buffers, ordered sums"
+            + (", packed" if self.packed else "")
         )
 
 
@@ -124,6 +126,7 @@ class WideConfig:
     why: str = field(default="", compare=False)
 
     differentiates: ClassVar[bool] = True  # the score
+    packed: ClassVar[bool] = False
     source: ClassVar[str] = "attention/backward_wide_sm90.cuh"
     entry: ClassVar[str] = "attention_backward_wide_sm90"
     tile_m: ClassVar[int] = 64
@@ -141,7 +144,9 @@ class WideConfig:
         return -(-(2 * max(q, v) + self.stages * (q + v) + ds + p + rows + barriers) // 1024) * 1024
 
     def constants(self) -> dict[str, int | bool]:
-        more = ("tile_m", "tile_n", "stages", "threads", "producer_registers", "consumer_registers", "smem_bytes")
+        more = (
+            "packed", "tile_m", "tile_n", "stages", "threads", "producer_registers", "consumer_registers", "smem_bytes",
+        )  # fmt: skip
         return _constants(self, more)
 
     @property
@@ -200,6 +205,7 @@ class RowsConfig:
     dtype: str
     head_dim: int  # of the tile
     tile_m: int
+    packed: bool = False
 
     source: ClassVar[str] = "attention/backward_rows_sm90.cuh"
     entry: ClassVar[str] = "attention_backward_rows_sm90"
@@ -207,7 +213,7 @@ class RowsConfig:
     smem_bytes: ClassVar[int] = 0
 
     def constants(self) -> dict[str, int | bool]:
-        return {"head_dim": self.head_dim, "tile_m": self.tile_m, "threads": self.threads}
+        return _constants(self, ("threads",))
 
     @property
     def element(self) -> str:
@@ -220,6 +226,7 @@ class DqConfig:
 
     dtype: str
     tile_m: int
+    packed: bool = False
 
     source: ClassVar[str] = "attention/backward_dq_sm90.cuh"
     entry: ClassVar[str] = "attention_backward_dq_sm90"
@@ -227,7 +234,7 @@ class DqConfig:
     smem_bytes: ClassVar[int] = 2 * 64 * 64 * 2
 
     def constants(self) -> dict[str, int | bool]:
-        return {"tile_m": self.tile_m, "threads": self.threads}
+        return _constants(self, ("threads",))
 
     @property
     def element(self) -> str:
@@ -244,9 +251,9 @@ class BackwardRow:
     dq_buffers: int
     why: str
 
-    def config(self, dtype: str, left: bool, right: bool) -> BackwardConfig:
+    def config(self, dtype: str, left: bool, right: bool, packed: bool = False) -> BackwardConfig:
         return BackwardConfig(
-            dtype, self.head_dim, left, right, self.tile_m, self.stages, self.dq_buffers, why=self.why
+            dtype, self.head_dim, left, right, self.tile_m, self.stages, self.dq_buffers, packed, why=self.why
         )
 
 
@@ -274,6 +281,8 @@ def rejects(problem: AttentionProblem) -> str | None:
             return f"{name} {head_dim} > {max(WIDE_TABLE)}"
         if head_dim % 8:
             return f"{name} {head_dim} is not a multiple of 8"
+    if problem.packed and not is_fused(problem):
+        return "packed sequences, and a changed score, a head_dim of V of its own, or one beyond 128"
     return None
 
 
@@ -289,7 +298,8 @@ def choose_backward(problem: AttentionProblem) -> BackwardConfig | WideConfig:
         raise LookupError(f"the backward kernels do not take this problem: {reason}")
     mask = problem.visible.bounded_left, problem.visible.bounded_right
     if is_fused(problem):
-        return next(row for row in BACKWARD_TABLE if problem.head_dim <= row.head_dim).config(problem.dtype, *mask)
+        row = next(row for row in BACKWARD_TABLE if problem.head_dim <= row.head_dim)
+        return row.config(problem.dtype, *mask, problem.packed)
     head_dim, head_dim_v = (
         next(row for row in WIDE_TABLE if n <= row) for n in (problem.head_dim, problem.head_dim_v)
     )
@@ -322,10 +332,16 @@ def m_end(config: BackwardConfig | WideConfig, problem: AttentionProblem, n: int
 
 
 def m_blocks(config: BackwardConfig | WideConfig, problem: AttentionProblem) -> int:
+    """Tiles of queries; of packed sequences places for them (``Rows::first_tile``)."""
+    if problem.packed:
+        return problem.queries.total // config.tile_m + problem.batch
     return -(-problem.seqlen_q // config.tile_m)
 
 
 def n_blocks(config: BackwardConfig | WideConfig, problem: AttentionProblem) -> int:
+    """The same of keys."""
+    if problem.packed:
+        return problem.keys.total // config.tile_n + problem.batch
     return -(-problem.seqlen_k // config.tile_n)
 
 
@@ -333,6 +349,9 @@ def section(config: BackwardConfig | WideConfig, problem: AttentionProblem) -> i
     """Key heads whose tiles are dealt out together: as many as the L2 cache holds Q, dO and the sums of dQ of, of one
     query head each: those of a group are walked side by side, so that less of each is needed at a time."""
     row = config.head_dim * (2 + 2 + 4)
+    if problem.packed:  # one sequence after the other
+        rows = min(problem.seqlen_q, -(-problem.queries.total // problem.batch))
+        return min(max(1, _L2_BYTES // (row * rows)), problem.heads_k)
     heads = _L2_BYTES // (row * m_blocks(config, problem) * config.tile_m)
     return min(max(1, heads), problem.batch * problem.heads_k)
 

@@ -159,14 +159,15 @@ struct Score {{
 
 
 def sequence_source(packed: bool) -> str:
-    """What the forward's entry needs to know of packed sequences (``Sequences`` of device/attention/schedule.cuh)."""
+    """What a kernel's entry needs to know of packed sequences (``Sequences`` of device/attention/sequences.cuh)."""
     if not packed:
         return "#define SEQUENCE_PARAMETERS\n#define SEQUENCE_VALUE {}\n"
-    return """\
-#define SEQUENCE_PARAMETERS , const int* offsets_q, const int* used_q, int total_q, const int* offsets_k, \\
-                              const int* used_k, int total_k, u8* out, int out_row
-#define SEQUENCE_VALUE {{offsets_q, used_q, total_q, seqlen_q}, {offsets_k, used_k, total_k, seqlen_k}, out, out_row}
-"""
+    sides = [(f"offsets_{side}", f"used_{side}", f"total_{side}", f"longest_{side}") for side in "qk"]
+    cleared, sizes = ("of_queries", "of_keys", "of_values"), ("of_heads_q", "of_heads_k", "head_bytes")
+    parameters = [f"const int* {a}, const int* {b}, int {c}, int {d}" for a, b, c, d in sides]
+    parameters += [f"u8* {name}" for name in cleared] + [f"int {name}" for name in sizes]
+    value = ", ".join([*("{" + ", ".join(side) + "}" for side in sides), *cleared, *sizes])
+    return f"#define SEQUENCE_PARAMETERS , {', '.join(parameters)}\n#define SEQUENCE_VALUE {{{value}}}\n"
 
 
 def _memory_type(dtype: str) -> str:

@@ -68,6 +68,28 @@ def extra_arguments(score: Score) -> Callable[[float, tuple[torch.Tensor, ...]],
     return arguments
 
 
+def sequence_arguments(problem: AttentionProblem, head_dim: int) -> Callable[..., tuple]:
+    """From the tensors that a call brings, and those that a kernel clears where there is no sequence (of queries, keys
+    and values), to the entry's SEQUENCE_PARAMETERS (``jit.sequence_source``).
+
+    :param head_dim: of what it clears.
+    """
+    if not problem.packed:
+        return lambda extras, *cleared: ()
+    sizes = tuple(numpy.int32(n) for n in (problem.heads_q, problem.heads_k, head_dim * 2))
+    sides = (problem.queries, problem.seqlen_q), (problem.keys, problem.seqlen_k)
+
+    def arguments(extras: tuple[torch.Tensor, ...], *cleared: torch.Tensor) -> tuple:
+        found, tensors = [], iter(extras)
+        for rows, longest in sides:
+            addresses = [next(tensors).data_ptr() for _ in rows.tensors]
+            found += [*addresses, *[0] * (2 - len(addresses)), numpy.int32(rows.total), numpy.int32(longest)]
+        addresses = [tensor.data_ptr() for tensor in cleared]
+        return (*found, *addresses, *[0] * (3 - len(addresses)), *sizes)
+
+    return arguments
+
+
 def allocate(
     q: torch.Tensor, out_shape: tuple[int, ...], lse_shape: tuple[int, ...] | None
 ) -> tuple[torch.Tensor, torch.Tensor | None, int]:

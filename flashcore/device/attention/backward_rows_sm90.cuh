@@ -9,6 +9,7 @@
 #pragma once
 #include "../ptx/bulk.cuh"
 #include "../ptx/math.cuh"
+#include "sequences.cuh"
 
 struct RowStrides { u64 batch, row, head; };
 
@@ -33,17 +34,46 @@ template <class Config> struct RowsKernel {
   }
 };
 
+// Of packed sequences, from a place for tiles of a head to the tile of its sequence; false: there is none. The first tile of
+// a sequence also clears the gradients of the rows between it and the next one, of its head.
+template <class Config>
+__forceinline__ bool enter_row_tile(const Sequences<Config::packed>& sequences, int places, int head, int& m, u64& first,
+                                    u64& lse_head, int& seqlen_q) {
+  if constexpr (Config::packed) {
+    const Rows &queries = sequences.queries, &keys = sequences.keys;
+    const int batch = places - queries.total / Config::tile_m, place = m;
+    const int b = queries.sequence_of(place, Config::tile_m, batch);
+    m = place - queries.first_tile(b, Config::tile_m);
+    first = queries.begin(b);
+    seqlen_q = queries.length(b);
+    lse_head = u64(head) * queries.total + first;
+    if (m == 0) {
+      clear_gap(sequences.of_queries, queries, b, batch, head, sequences.heads_q, sequences.head_bytes);
+      if (head < sequences.heads_k) {
+        clear_gap(sequences.of_keys, keys, b, batch, head, sequences.heads_k, sequences.head_bytes);
+        clear_gap(sequences.of_values, keys, b, batch, head, sequences.heads_k, sequences.head_bytes);
+      }
+    }
+    return m * Config::tile_m < seqlen_q;
+  }
+  return true;
+}
+
 extern "C" __global__ void __launch_bounds__(Config::threads)
 attention_backward_rows_sm90(const u16* out, const u16* dout, const float* lse, const float* dlse, float* rows,
                              u32* turns, u64 out_batch, u64 out_row, u64 out_head, u64 dout_batch, u64 dout_row,
-                             u64 dout_head, int heads_q, int seqlen_q, int m_blocks, int head_dim) {
+                             u64 dout_head, int heads_q, int seqlen_q, int m_blocks, int head_dim
+                             SEQUENCE_PARAMETERS) {
   using Kernel = RowsKernel<Config>;
   launch_dependents();
-  const int batch_head = blockIdx.x / m_blocks, m = blockIdx.x % m_blocks;
-  const u64 batch = batch_head / heads_q, head = batch_head % heads_q;
+  const int batch_head = blockIdx.x / m_blocks;
+  int m = blockIdx.x % m_blocks;
+  u64 batch = batch_head / heads_q, first = 0, lse_head = u64(batch_head) * seqlen_q;
+  const u64 head = batch_head % heads_q;
+  if (!enter_row_tile<Config>(SEQUENCE_VALUE, m_blocks, head, m, first, lse_head, seqlen_q)) return;
   const int col = threadIdx.x % Kernel::row_threads * 8;
-  const u16* out_head_start = out + batch * out_batch + head * out_head + col;
-  const u16* dout_head_start = dout + batch * dout_batch + head * dout_head + col;
+  const u16* out_head_start = out + batch * out_batch + first * out_row + head * out_head + col;
+  const u16* dout_head_start = dout + batch * dout_batch + first * dout_row + head * dout_head + col;
 
   uint4 a[Kernel::passes], b[Kernel::passes];
 #pragma unroll
@@ -66,7 +96,7 @@ attention_backward_rows_sm90(const u16* out, const u16* dout, const float* lse, 
     if (threadIdx.x % Kernel::row_threads == 0) {
       float minus_lse = negative_infinity(), minus_delta = 0;
       if (row < seqlen_q) {
-        const u64 at = u64(batch_head) * seqlen_q + row;
+        const u64 at = lse_head + row;
         const float x = lse[at];
         if (x != negative_infinity()) {
           minus_lse = x * -1.4426950408889634f;

@@ -2,6 +2,7 @@
 #pragma once
 #include "../ptx/types.cuh"
 #include "mask.cuh"
+#include "sequences.cuh"
 
 template <class Config> struct BackwardParams {
   const float* rows;  // (batch, heads_q, m_blocks, 2 tile_m + 4): -lse * log2(e), then -(delta - dlse), of every query;
@@ -13,7 +14,45 @@ template <class Config> struct BackwardParams {
   int m_blocks;           // tiles of queries
   int first_n, n_blocks;  // tiles of keys of this launch
   int section;             // key heads whose tiles are dealt out together
+
+  // Of packed sequences all this is of a CTA's own sequence, but for n_blocks: the places for key tiles of a head.
+  int first_q, first_k;              // where it begins
+  int first_place_q, first_place_k;  // where its tiles of queries and keys do
+  int places_q;                      // for tiles of queries, of a head
 };
+
+// The head of this CTA's section, and the place of its key tile among those of a head.
+template <class Config> __forceinline__ int2 place_of_cta(const BackwardParams<Config>& params) {
+  const int tiles = params.section * params.n_blocks;  // of a section
+  const int first_head = int(blockIdx.x) / tiles * params.section;
+  const int here = min(params.section, params.heads - first_head);
+  const int rank = int(blockIdx.x) % tiles;
+  return make_int2(first_head + rank % here, rank / here);
+}
+
+// Makes `params` those of a CTA's sequence; false: it has none.
+template <class Config>
+__forceinline__ bool enter_sequence(BackwardParams<Config>& params, const Sequences<Config::packed>& sequences,
+                                    int batch) {
+  if constexpr (Config::packed) {
+    const Rows &queries = sequences.queries, &keys = sequences.keys;
+    params.heads = params.heads_k;
+    const int place = place_of_cta(params).y, b = keys.sequence_of(place, Config::tile_n, batch);
+    const int length_q = queries.length(b), length_k = keys.length(b);
+    params.first_q = queries.begin(b);
+    params.first_k = keys.begin(b);
+    params.first_place_q = queries.first_tile(b, Config::tile_m);
+    params.first_place_k = keys.first_tile(b, Config::tile_n);
+    params.places_q = queries.total / Config::tile_m + batch;
+    params.seqlen_q = length_q;
+    params.m_blocks = (length_q + Config::tile_m - 1) / Config::tile_m;
+    params.mask.seqlen_k = length_k;
+    params.mask.left += length_k - length_q;
+    params.mask.right += length_k - length_q;
+    return (place - params.first_place_k) * Config::tile_n < length_k;
+  }
+  return true;
+}
 
 // Queries that see a key: from this one on. For keys past the end: none.
 template <class Config> int first_query(const BackwardParams<Config>& params, int key) {
@@ -39,12 +78,9 @@ template <class Config> struct KeyTile {
   int steps;  // over all heads of the group; 0 for keys that a window hides from all queries
 
   explicit __forceinline__ KeyTile(const BackwardParams<Config>& params) {
-    const int tiles = params.section * params.n_blocks;  // of a section
-    const int first_head = int(blockIdx.x) / tiles * params.section;
-    const int here = min(params.section, params.heads - first_head);
-    const int rank = int(blockIdx.x) % tiles;
-    n = params.first_n + rank / here;
-    const int batch_head = params.first_head + first_head + rank % here;
+    const int2 place = place_of_cta(params);
+    n = params.first_n + place.y - (Config::packed ? params.first_place_k : 0);
+    const int batch_head = params.first_head + place.x;
     batch = batch_head / params.heads_k;
     head = batch_head % params.heads_k;
     m_begin = max(0, first_query(params, n * Config::tile_n)) / Config::tile_m;
@@ -76,7 +112,9 @@ template <class Config> struct QueryWalk {
 
   // Which dQ tile this is.
   __forceinline__ int index() const {
-    return ((tile.batch * params.heads_k + tile.head) * params.group_size + head) * params.m_blocks + m;
+    const int batch_head = (tile.batch * params.heads_k + tile.head) * params.group_size + head;
+    if constexpr (Config::packed) return batch_head * params.places_q + params.first_place_q + m;
+    return batch_head * params.m_blocks + m;
   }
 
   // How many key tiles are added to it before this one.

@@ -287,14 +287,15 @@ template <class Config> struct BackwardKernel {
     }
 
     __forceinline__ void store(const float (&gradient)[head_dim / 2], u8* place, const TensorMap& map) {
-      store_gradient<Element, KTile>(gradient, place + wg * 64 * 128, map, 2 + wg, thread, tile.n * tile_n + wg * 64,
-                                     tile.head, tile.batch);
+      store_gradient<Element, KTile, Config::packed>(gradient, place + wg * 64 * 128, map, 2 + wg, thread,
+                                                     tile.n * tile_n + wg * 64, tile.head, tile.batch, params.first_k,
+                                                     params.mask.seqlen_k);
     }
 
     void run(const TensorMap& dk_map, const TensorMap& dv_map) {
 #pragma unroll
       for (int i = 0; i < head_dim / 2; ++i) dk[i] = dv[i] = 0;
-      if (!Config::bounded_left || tile.steps > 0) walk_over_queries();
+      if (!(Config::bounded_left || Config::packed) || tile.steps > 0) walk_over_queries();
       store(dv, smem.v, dv_map);
 #pragma unroll
       for (int i = 0; i < head_dim / 2; ++i) dk[i] *= params.scale;
@@ -352,9 +353,10 @@ attention_backward_sm90(const __grid_constant__ TensorMap q, const __grid_consta
                         const __grid_constant__ TensorMap dk, const __grid_constant__ TensorMap dv, const float* rows,
                         float* dq, u32* turns, float scale, float scale_log2, int batch, int heads_k, int group_size,
                         int seqlen_q, int seqlen_k, int mask_left, int mask_right, int m_blocks, int n_blocks,
-                        int section) {
-  const BackwardParams<Config> params{rows, scale, scale_log2, 0, batch * heads_k, heads_k, group_size, seqlen_q,
-                                      {seqlen_k, mask_left, mask_right}, m_blocks, 0, n_blocks, section};
+                        int section SEQUENCE_PARAMETERS) {
+  BackwardParams<Config> params{rows, scale, scale_log2, 0, batch * heads_k, heads_k, group_size, seqlen_q,
+                                {seqlen_k, mask_left, mask_right}, m_blocks, 0, n_blocks, section};
+  if (!enter_sequence(params, SEQUENCE_VALUE, batch)) return;
   extern __shared__ __align__(1024) u8 raw_smem[];
   using Kernel = BackwardKernel<Config>;
   auto& smem = *reinterpret_cast<typename Kernel::Smem*>(raw_smem);

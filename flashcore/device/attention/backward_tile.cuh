@@ -6,11 +6,12 @@
 #include "../ptx/bulk.cuh"
 #include "backward_schedule.cuh"
 
-template <class Tile>
-__forceinline__ void load_tile(u8* to, const TensorMap& map, u64& full, int row, int head, int batch) {
+template <class Tile, bool packed>
+__forceinline__ void load_tile(u8* to, const TensorMap& map, u64& full, int row, int head, int batch, int first,
+                               int length) {
 #pragma unroll
   for (int c = 0; c < Tile::chunks; ++c)
-    tma_load_4d(to + c * Tile::chunk_bytes, map, full, c * 64, row, head, batch);
+    load_box<packed>(to + c * Tile::chunk_bytes, map, full, c, row, head, batch, first, length);
 }
 
 // Loads K and V of a key tile, and Q, dO and the rows' numbers of the query tiles that see it into the ring.
@@ -18,8 +19,15 @@ template <class QTile, class DoutTile, class KTile, class VTile, class Config, c
 void produce(Smem& smem, const BackwardParams<Config>& params, const KeyTile<Config>& tile, const TensorMap& q,
              const TensorMap& k, const TensorMap& v, const TensorMap& dout) {
   if (tile.steps == 0) return;
+  const auto load_keys = [&](auto shape, u8* to, const TensorMap& map, u64& full) {
+    load_tile<decltype(shape), Config::packed>(to, map, full, tile.n * Config::tile_n, tile.head, tile.batch,
+                                               params.first_k, params.mask.seqlen_k);
+  };
+  const auto load_queries = [&](auto shape, u8* to, const TensorMap& map, u64& full, int row, int head) {
+    load_tile<decltype(shape), Config::packed>(to, map, full, row, head, tile.batch, params.first_q, params.seqlen_q);
+  };
   mbarrier_arrive_expect_tx(smem.k_full, KTile::bytes);
-  load_tile<KTile>(smem.k, k, smem.k_full, tile.n * Config::tile_n, tile.head, tile.batch);
+  load_keys(KTile{}, smem.k, k, smem.k_full);
   wait_for_previous_kernel();
   RingCursor<Config::stages> cursor;
   QueryWalk<Config> walk(params, tile);
@@ -28,13 +36,13 @@ void produce(Smem& smem, const BackwardParams<Config>& params, const KeyTile<Con
     u64& full = smem.ring.full[cursor.stage];
     mbarrier_arrive_expect_tx(full, QTile::bytes + DoutTile::bytes + sizeof(smem.rows[0]));
     const int row = walk.m * Config::tile_m, head = tile.head * params.group_size + walk.head;
-    load_tile<QTile>(smem.q[cursor.stage], q, full, row, head, tile.batch);
+    load_queries(QTile{}, smem.q[cursor.stage], q, full, row, head);
     bulk_load(smem.rows[cursor.stage], params.rows + u64(walk.index()) * (2 * Config::tile_m + 4),
               sizeof(smem.rows[0]), full);
-    load_tile<DoutTile>(smem.dout[cursor.stage], dout, full, row, head, tile.batch);
+    load_queries(DoutTile{}, smem.dout[cursor.stage], dout, full, row, head);
     if (i == 0) {
       mbarrier_arrive_expect_tx(smem.v_full, VTile::bytes);
-      load_tile<VTile>(smem.v, v, smem.v_full, tile.n * Config::tile_n, tile.head, tile.batch);
+      load_keys(VTile{}, smem.v, v, smem.v_full);
     }
     walk.advance();
     cursor.advance();
@@ -82,9 +90,9 @@ template <class Config, int n> __forceinline__ void start_dp(float (&dp)[n], con
 }
 
 // A gradient of 64 keys, rounded, takes the place of their rows of Tile, and leaves. barrier: of this warpgroup.
-template <class Element, class Tile, int n>
+template <class Element, class Tile, bool packed = false, int n>
 __forceinline__ void store_gradient(const float (&gradient)[n], u8* place, const TensorMap& map, int barrier, int thread,
-                                    int row, int head, int batch) {
+                                    int row, int head, int batch, int first = 0, int length = 0) {
 #pragma unroll
   for (int c = 0; c < Tile::chunks; ++c)
     store_pairs(smem_address(place) + c * Tile::chunk_bytes, thread, [&](int i) {
@@ -95,7 +103,7 @@ __forceinline__ void store_gradient(const float (&gradient)[n], u8* place, const
   if (thread == 0) {
 #pragma unroll
     for (int c = 0; c < Tile::chunks; ++c)
-      tma_store_4d(map, place + c * Tile::chunk_bytes, c * 64, row, head, batch);
+      store_box<packed>(map, place + c * Tile::chunk_bytes, c, row, head, batch, first, length);
     tma_store_commit();
   }
 }

@@ -133,15 +133,6 @@ template <class Config> struct ForwardKernel {
 
   // ---- producers: one thread for Q, one for the ring ---------------------------------------------------------------
 
-  // Rows of a sequence from `row` on, 64 columns: of a batch, or of a packed sequence (tma.py: packed_map).
-  static __forceinline__ void load_box(void* to, const TensorMap& map, u64& full, int chunk, int row, int head, int batch,
-                                       int first, int length) {
-    if constexpr (Config::packed)
-      tma_load_5d(to, map, full, chunk * 64, packed_origin - length + row, head, packed_origin, first + length);
-    else
-      tma_load_4d(to, map, full, chunk * 64, row, head, batch);
-  }
-
   void load_q(const TensorMap& map) {
     auto scheduler = tiles(smem, params);
     QCursor cursor;
@@ -155,7 +146,7 @@ template <class Config> struct ForwardKernel {
         const int length = queries_of(params, tile), row = tile.row + wg * 64;
 #pragma unroll
         for (int c = 0; c < QTile::chunks; ++c)  // no box may begin before row 0; past the end it reads zeros
-          load_box(smem.q[cursor.stage][wg] + c * QTile::chunk_bytes, map, full, c, row < 0 ? length : row, tile.head,
+          load_box<Config::packed>(smem.q[cursor.stage][wg] + c * QTile::chunk_bytes, map, full, c, row < 0 ? length : row, tile.head,
                    tile.batch, tile.first_q, length);
       }
       cursor.advance();
@@ -169,7 +160,7 @@ template <class Config> struct ForwardKernel {
     mbarrier_arrive_expect_tx(full, KvTile::bytes);
 #pragma unroll
     for (int c = 0; c < KvTile::chunks; ++c)
-      load_box(smem.kv[part][cursor.stage] + c * KvTile::chunk_bytes, map, full, c, n_block * tile_n, tile.kv_head,
+      load_box<Config::packed>(smem.kv[part][cursor.stage] + c * KvTile::chunk_bytes, map, full, c, n_block * tile_n, tile.kv_head,
                tile.batch, tile.first_k, tile.length_k);
     cursor.advance();
   }
@@ -217,13 +208,12 @@ template <class Config> struct ForwardKernel {
   void clear_gaps() {
     if constexpr (Config::packed) {
       const Rows& queries = params.sequences.queries;
-      const int lane = threadIdx.x % 32, row_bytes = params.sequences.out_row;
+      const int lane = threadIdx.x % 32, row_bytes = params.heads_q * params.sequences.head_bytes;
       for (int b = 0; b <= params.batch; ++b) {
         const int begin = b == 0 ? 0 : queries.begin(b - 1) + queries.length(b - 1);
         const int end = b == params.batch ? queries.total : queries.begin(b);
         for (int row = begin + blockIdx.x; row < end; row += gridDim.x) {
-          for (int at = 16 * lane; at < row_bytes; at += 16 * 32)
-            *reinterpret_cast<uint4*>(params.sequences.out + u64(row) * row_bytes + at) = make_uint4(0, 0, 0, 0);
+          clear_rows(params.sequences.of_queries, row_bytes, row, row + 1, row_bytes, lane, 32);
           for (int head = lane; params.lse != nullptr && head < params.heads_q; head += 32)
             params.lse[u64(head) * queries.total + row] = negative_infinity();
         }
@@ -391,15 +381,6 @@ template <class Config> struct ForwardKernel {
       return 0;
     }
 
-    // As load_box(): rows past the end are not written.
-    __forceinline__ void store_box(const TensorMap& map, const u8* staged, int chunk, const Tile& tile) const {
-      if constexpr (Config::packed)
-        tma_store_5d(map, staged, chunk * 64, packed_origin - tile.length_q + first_row(tile), tile.head, packed_origin,
-                     tile.first_q + tile.length_q);
-      else
-        tma_store_4d(map, staged, chunk * 64, first_row(tile), tile.head, tile.batch);
-    }
-
     // The staged O's place returns to the producer once the copy engine has read it.
     __forceinline__ void finish_store() {
       if (stored == nullptr) return;
@@ -447,7 +428,8 @@ template <class Config> struct ForwardKernel {
       if (thread == 0) {
 #pragma unroll
         for (int c = 0; c < OTile::chunks && first_row(tile) >= 0; ++c)
-          store_box(o_map, staged + c * OTile::chunk_bytes, c, tile);
+          store_box<Config::packed>(o_map, staged + c * OTile::chunk_bytes, c, first_row(tile), tile.head, tile.batch,
+                                    tile.first_q, tile.length_q);
         tma_store_commit();
       }
       if (params.lse != nullptr && thread % 4 == 0) {

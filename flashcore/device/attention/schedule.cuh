@@ -2,6 +2,7 @@
 #pragma once
 #include "../core/ring.cuh"
 #include "mask.cuh"
+#include "sequences.cuh"
 
 // Division of 0 <= n < 2^31 by a divisor fixed at launch, as a multiplication: the host packs the multiplier into
 // bits 0-31 and the shift into bits 32-63 (Granlund and Montgomery, "Division by Invariant Integers", 1994).
@@ -10,31 +11,6 @@ struct Divisor {
 
   __forceinline__ int divide(int n) const { return (__umulhi(u32(n), u32(packed)) + u32(n)) >> u32(packed >> 32); }
 };
-
-// Where packed sequences lie on one side, queries or keys: sequence b has the rows from offsets[b] on, of `total` in all,
-// as many as lie before offsets[b + 1], at most used[b] if that is there, and at most `longest`.
-struct Rows {
-  const int* offsets;
-  const int* used;  // may be null
-  int total, longest;
-
-  __forceinline__ int begin(int b) const { return min(max(offsets[b], 0), total); }
-
-  // Never beyond the tensor, whatever the offsets are.
-  __forceinline__ int length(int b) const {
-    const int there = min(offsets[b + 1], total) - begin(b);
-    return max(min(min(there, used == nullptr ? there : used[b]), longest), 0);
-  }
-};
-template <bool packed> struct Sequences {};
-template <> struct Sequences<true> {
-  Rows queries, keys;
-  u8* out;
-  int out_row;  // bytes of all heads
-};
-// Row r of a sequence of `length` rows from `first` on is at (packed_origin - length + r, packed_origin, first + length) of
-// the dimensions that a map has for rows (tma.py). Those past its end are out of bounds.
-constexpr int packed_origin = 1 << 30;
 
 template <class Config> struct AttentionParams {
   float* lse;        // (batch, heads_q, seqlen_q), natural logarithm; may be null

@@ -103,7 +103,7 @@ def built(config) -> ctypes.CDLL:
         members = "".join(f"static constexpr int {name} = {int(value)};" for name, value in constants)
         members += f"static constexpr int smem_bytes = {config.smem_bytes};" if "smem_bytes" not in members else ""
         parameters, call = ENTRIES[type(config)]
-        defined = sequence_source(config.packed) if isinstance(config, ForwardConfig) else ""
+        defined = sequence_source(getattr(config, "packed", False))
         if isinstance(config, (ForwardConfig, WideConfig)):
             defined += score_source(config.score, differentiate=isinstance(config, WideConfig))
         for added in re.findall(r"#define \w+_PARAMETERS((?:.*\\\n)*.*)", defined):
@@ -145,3 +145,17 @@ def maps(*pairs):
 
 def address(tensor):
     return ctypes.c_void_p(0 if tensor is None else tensor.data_ptr())
+
+
+def sequence_arguments(places, problem, head_dim, *cleared):
+    """What packed sequences add to a kernel's arguments; nothing without."""
+    if not places:
+        return ()
+    found = []
+    for rows, spec, longest in (
+        (places["queries"], problem.queries, problem.seqlen_q),
+        (places["keys"], problem.keys, problem.seqlen_k),
+    ):
+        found += [address(rows.offsets), address(rows.used), spec.total, longest]
+    addresses = [address(tensor) for tensor in (*cleared, None, None, None)[:3]]
+    return (*found, *addresses, problem.heads_q, problem.heads_k, head_dim * 2)

@@ -16,6 +16,8 @@
 #define __forceinline__ inline
 
 struct float2 { float x, y; };
+struct int2 { int x, y; };
+inline int2 make_int2(int x, int y) { return {x, y}; }
 
 inline u8* aligned_memory() {
   u8* p = shared_memory();

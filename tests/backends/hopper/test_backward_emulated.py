@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from flashcore.backends.hopper import backward_configs
+from flashcore.backends.hopper.backward import _outer_strides
 from flashcore.backends.hopper.backward_configs import (
     BACKWARD_TABLE,
     DqConfig,
@@ -24,46 +25,51 @@ from flashcore.backends.hopper.backward_configs import (
 from flashcore.backends.hopper.launch import diagonals
 from flashcore.problem import AttentionProblem
 from flashcore.score import bind
-from tests.backends.hopper.emulated import address, built, maps
+from tests.backends.hopper.emulated import address, built, maps, sequence_arguments
 from tests.backends.hopper.test_decode_emulated import compiler
+from tests.packed import PackedCase, assert_packed_gradients
 from tests.tolerance import assert_gradients, attention_math
 
 LN2 = math.log(2)
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="needs g++ with C++20's <barrier>")
 
-def backward(q, k, v, out, lse, dout, dlse=None, causal=False, scale=None, window=None, score=None):
+def backward(q, k, v, out, lse, dout, dlse=None, causal=False, scale=None, window=None, score=None, places=None):
     """(dq, dk, dv) of the emulated kernels. Everything that they write is NaN before."""
     spec, captured = bind(score, None)
-    problem = AttentionProblem.from_tensors(q, k, v, causal=causal, scale=scale, window=window)
+    problem = AttentionProblem.from_tensors(q, k, v, causal=causal, scale=scale, window=window, **places or {})
     problem = replace(problem, score=spec)
     config = choose_backward(problem)
     if isinstance(config, WideConfig):
         return wide_backward(problem, config, q, k, v, out, lse, dout, dlse, captured)
-    blocks, tile_m = m_blocks(config, problem), config.tile_m
-    tiles = problem.batch * problem.heads_q * blocks
+    blocks, tile_m, packed = m_blocks(config, problem), config.tile_m, problem.packed
+    batches = 1 if packed else problem.batch
+    tiles = batches * problem.heads_q * blocks
     rows = torch.full((tiles, 2 * tile_m + 4), torch.nan)
     sums = torch.full((tiles, 2, 4096), torch.nan)
     turns = torch.full((tiles, 2), -1, dtype=torch.int32)
     dq, dk, dv = (torch.full(t.shape, torch.nan, dtype=t.dtype) for t in (q, k, v))
-    strides = (ctypes.c_uint64 * 6)(*out.stride()[:3], *dout.stride()[:3])
+    strides = (ctypes.c_uint64 * 6)(*(int(n) for tensor in (out, dout) for n in _outer_strides(tensor)))
 
-    built(RowsConfig("bfloat16", config.head_dim, tile_m)).run(
+    built(RowsConfig("bfloat16", config.head_dim, tile_m, packed)).run(
         tiles, None, address(out), address(dout), address(lse), address(dlse), address(rows), address(turns), strides,
         problem.heads_q, problem.seqlen_q, blocks, problem.head_dim,
+        *sequence_arguments(places, problem, problem.head_dim, dq, dk, dv),
     )  # fmt: skip
     keys = n_blocks(config, problem)
     built(config).run(
-        keys * problem.heads_k * problem.batch,
+        keys * problem.heads_k * batches,
         maps((q, tile_m), (k, 128), (v, 128), (dout, tile_m), (dk, 64), (dv, 64)),
         address(rows), address(sums), address(turns), ctypes.c_float(problem.scale),
         ctypes.c_float(problem.scale / LN2), problem.batch, problem.heads_k, problem.group_size, problem.seqlen_q,
         problem.seqlen_k, *map(int, diagonals(problem)), blocks, keys, section(config, problem),
+        *sequence_arguments(places, problem, 0),
     )  # fmt: skip
-    assert (turns >= 0).all()
-    built(DqConfig("bfloat16", tile_m)).run(
+    assert packed or (turns >= 0).all()
+    built(DqConfig("bfloat16", tile_m, packed)).run(
         tiles, maps((dq, 64)), address(sums), ctypes.c_float(problem.scale), problem.heads_q, blocks,
-        m_begin(config, problem, 0),
+        int(diagonals(problem)[1]) if packed else m_begin(config, problem, 0),
+        *sequence_arguments(places, problem, 0),
     )  # fmt: skip
     return dq, dk, dv
 
@@ -251,6 +257,36 @@ def test_keys_past_the_end_do_not_overflow():
     out, lse = forward(q, k, v, False)
     assert lse.max() < -100  # exp2(100 * log2(e)) is infinite in fp32
     assert_gradients(backward(q, k, v, out, lse, dout), q, k, v, dout)
+
+
+LENGTHS = {
+    "several": ((70, 1, 0, 130, 64), (90, 33, 40, 200, 64)),
+    "more_queries": ((150, 300), (20, 129)),
+    "empty_keys": ((20, 0, 70), (0, 0, 100)),
+    "one": ((257,), (257,)),
+}
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("name", LENGTHS)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_packed(head_dim, name, causal):
+    check_packed(PackedCase("", *LENGTHS[name], head_dim=head_dim, causal=causal, before=2, after=3))
+
+
+@pytest.mark.parametrize("head_dim", [40, 128])
+@pytest.mark.parametrize("window", [(40, 0), (1, 0), (100, 30)], ids=str)
+def test_packed_windows(window, head_dim):
+    check_packed(PackedCase("", (300, 1, 33), (300, 200, 70), window=window, head_dim=head_dim, unused=(3, 0, 130)))
+
+
+def check_packed(case: PackedCase) -> None:
+    q, k, v = case.inputs()
+    out, lse = case.math(q, k, v, dtype=torch.float32)
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    options = {"causal": case.causal, "scale": case.scale, "window": case.window}
+    grads = backward(q, k, v, out.bfloat16(), lse, dout, **options, places=case.packed())
+    assert_packed_gradients(case, grads, q, k, v, dout)
 
 
 def test_the_table_covers_both_tiles():

@@ -10,7 +10,7 @@ from flashcore.backends.hopper.attention import divisor
 from flashcore.backends.hopper.configs import FORWARD_TABLE, choose_packed, tile_head_dim
 from flashcore.backends.hopper.launch import diagonals
 from flashcore.sequences import Packed
-from tests.backends.hopper.emulated import address, built, maps
+from tests.backends.hopper.emulated import address, built, maps, sequence_arguments
 from tests.backends.hopper.test_decode_emulated import compiler
 from tests.packed import PackedCase, assert_packed_forward
 
@@ -26,9 +26,7 @@ def packed_forward(case: PackedCase, config=None, paired=False, grid=3, places=N
     config = config or choose_packed(problem)
     out = torch.full(problem.out_shape, torch.nan, dtype=q.dtype)
     lse = torch.full(problem.lse_shape, torch.nan)
-    places, sequences = places or case.packed(), []
-    for rows, total in zip(places.values(), (len(q), len(k)), strict=True):
-        sequences += [address(rows.offsets), address(rows.used), total]
+    places = places or case.packed()
     divisors = [ctypes.c_uint64(int(divisor(n))) for n in (problem.heads_q, problem.group_size, 1, 1)]
     extra = [] if problem.kernel_score.change is None else [ctypes.c_float(problem.scale)]
     options = case.options()
@@ -38,8 +36,8 @@ def packed_forward(case: PackedCase, config=None, paired=False, grid=3, places=N
     built(config).run(
         grid, maps((q, 64), (k, config.tile_n), (v, config.tile_n), (out, 64)), address(lse),
         ctypes.c_float(exponent / LN2), problem.batch, problem.heads_q, *divisors[:2], problem.seqlen_q,
-        problem.seqlen_k, *map(int, diagonals(problem)), 0, divisors[2], int(paired), 0, divisors[3], *sequences,
-        address(out), problem.heads_q * problem.head_dim_v * 2, *extra,
+        problem.seqlen_k, *map(int, diagonals(problem)), 0, divisors[2], int(paired), 0, divisors[3],
+        *sequence_arguments(places, problem, problem.head_dim_v, out), *extra,
     )  # fmt: skip
     return out, lse, q, k, v
 

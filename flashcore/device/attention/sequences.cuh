@@ -1,0 +1,78 @@
+// Packed sequences, whose lengths only the device knows: where they lie, and how TMA reads and writes one of them.
+#pragma once
+#include "../ptx/tma.cuh"
+
+// On one side, queries or keys: sequence b has the rows from offsets[b] on, of `total` in all, as many as lie before
+// offsets[b + 1], at most used[b] if that is there, and at most `longest`.
+struct Rows {
+  const int* offsets;
+  const int* used;  // may be null
+  int total, longest;
+
+  __forceinline__ int begin(int b) const { return min(max(offsets[b], 0), total); }
+
+  // Never beyond the tensor, whatever the offsets are.
+  __forceinline__ int length(int b) const {
+    const int there = min(offsets[b + 1], total) - begin(b);
+    return max(min(min(there, used == nullptr ? there : used[b]), longest), 0);
+  }
+
+  // Where what has a place for each tile of `rows` rows has those of a sequence: total / rows + batch places are enough.
+  __forceinline__ int first_tile(int b, int rows) const { return begin(b) / rows + b; }
+
+  // The sequence that place is for, or one too few: the last whose tiles begin there or before.
+  __forceinline__ int sequence_of(int place, int rows, int batch) const {
+    int low = 0, high = batch - 1;
+    while (low < high) {
+      const int middle = (low + high + 1) / 2;
+      if (first_tile(middle, rows) <= place) low = middle;
+      else high = middle - 1;
+    }
+    return low;
+  }
+};
+
+template <bool packed> struct Sequences {};
+template <> struct Sequences<true> {
+  Rows queries, keys;
+  u8 *of_queries, *of_keys, *of_values;  // what a kernel clears where there is no sequence: contiguous tensors
+  int heads_q, heads_k, head_bytes;      // theirs
+};
+
+// Row r of a sequence of `length` rows from `first` on is at (packed_origin - length + r, packed_origin, first + length) of
+// the dimensions that a map has for rows (tma.py). Those past its end are out of bounds.
+constexpr int packed_origin = 1 << 30;
+
+// Rows of a sequence from `row` on, 64 columns: of sequence `batch` of a batch, or of a packed one.
+template <bool packed>
+__forceinline__ void load_box(void* to, const TensorMap& map, u64& full, int chunk, int row, int head, int batch,
+                              int first, int length) {
+  if constexpr (packed)
+    tma_load_5d(to, map, full, chunk * 64, packed_origin - length + row, head, packed_origin, first + length);
+  else
+    tma_load_4d(to, map, full, chunk * 64, row, head, batch);
+}
+template <bool packed>
+__forceinline__ void store_box(const TensorMap& map, const void* from, int chunk, int row, int head, int batch, int first,
+                               int length) {
+  if constexpr (packed)
+    tma_store_5d(map, from, chunk * 64, packed_origin - length + row, head, packed_origin, first + length);
+  else
+    tma_store_4d(map, from, chunk * 64, row, head, batch);
+}
+
+// `bytes` of each row from begin to end - 1 become 0. By thread `thread` of `threads`.
+__forceinline__ void clear_rows(u8* tensor, u64 row_bytes, int begin, int end, int bytes, int thread, int threads) {
+  const int pieces = bytes / 16;  // of a row
+  for (int i = thread; i < (end - begin) * pieces; i += threads)
+    *reinterpret_cast<uint4*>(tensor + (begin + i / pieces) * row_bytes + i % pieces * 16) = make_uint4(0, 0, 0, 0);
+}
+
+// One head of the rows of no sequence behind sequence b, and of those before the first one.
+__forceinline__ void clear_gap(u8* tensor, const Rows& rows, int b, int batch, int head, int heads, int head_bytes) {
+  const u64 row_bytes = u64(heads) * head_bytes;
+  u8* const of_head = tensor + u64(head) * head_bytes;
+  if (b == 0) clear_rows(of_head, row_bytes, 0, rows.begin(0), head_bytes, threadIdx.x, Config::threads);
+  clear_rows(of_head, row_bytes, rows.begin(b) + rows.length(b), b + 1 < batch ? rows.begin(b + 1) : rows.total,
+             head_bytes, threadIdx.x, Config::threads);
+}
