@@ -7,7 +7,7 @@ runs it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -44,6 +44,11 @@ def prepare(peer: Peer, case: Case, q, k, v, dout) -> Callable[[], Gradients]:
 
 def pytorch_answer(case: Case, device: str, *tensors: torch.Tensor) -> Gradients:
     """PyTorch's gradients in the same dtype: FlashAttention-2's where it runs, else of what SDPA dispatches to."""
+    found = [_of_part(one, device, *own) for one, own in check.parts(case, *tensors)]
+    return tuple(check.joined(case, own) for own in zip(*found, strict=True))
+
+
+def _of_part(case: Case, device: str, *tensors: torch.Tensor) -> Gradients:
     if case.features or PEERS["sdpa"].rejects(case):
         return written_out(case, *tensors)
     if device == "cuda" and PEERS["fa2"].rejects(case) is None:
@@ -77,22 +82,16 @@ class GradientErrors:
 
 
 class Truth:
-    """The float64 gradients of a few heads: of evenly spread pairs of a batch entry and a key head."""
+    """The float64 gradients of a few heads: of evenly spread pairs of a batch entry and a key head.
+
+    Of packed sequences, the same of each.
+    """
 
     def __init__(self, case: Case, q, k, v, dout, flops: float = check.FLOPS) -> None:
-        group = case.heads // case.kv_heads
-        pairs = case.batch * case.kv_heads
-        seen = case.visible.pairs() if case.window else case.seqlen_q * case.seqlen_k
-        cost = 14 * group * seen * case.head_dim  # seven products
-        count = min(pairs, max(2, min(SLICES, int(flops / cost))))
-        self.slices = []  # (batch entry, query heads, key head, (dq, dk, dv))
-        for i in range(count):
-            batch, head = divmod(i * (pairs - 1) // max(1, count - 1), case.kv_heads)
-            heads = slice(head * group, (head + 1) * group)
-            answer = gradients(
-                case, q[batch, :, heads], k[batch, :, head], v[batch, :, head], dout[batch, :, heads]
-            )
-            self.slices.append((batch, heads, head, answer))
+        self.case = case
+        self.slices = [
+            list(_slices(one, *own, flops * one.flops / case.flops)) for one, own in check.parts(case, q, k, v, dout)
+        ]
 
     def errors(self, grads: Gradients) -> GradientErrors:
         return GradientErrors(*(self.error(index, grad) for index, grad in enumerate(grads)))
@@ -100,9 +99,24 @@ class Truth:
     def error(self, index: int, grad: torch.Tensor) -> Errors:
         """Of the gradient called ``NAMES[index]``."""
         return check.distance(
-            (grad[batch, :, head if index else heads], answer[index])
-            for batch, heads, head, answer in self.slices
+            (own[batch, :, head if index else heads], answer[index])
+            for own, slices in zip(self.case.split(grad, index > 0), self.slices, strict=True)
+            for batch, heads, head, answer in slices
         )
+
+
+def _slices(case: Case, q, k, v, dout, flops: float) -> Iterator[tuple[int, slice, int, Gradients]]:
+    """(batch entry, query heads, key head, (dq, dk, dv)) of those that are held against float64."""
+    group = case.heads // case.kv_heads
+    pairs = case.batch * case.kv_heads
+    seen = case.visible.pairs() if case.window else case.seqlen_q * case.seqlen_k
+    cost = 14 * group * seen * case.head_dim  # seven products
+    count = min(pairs, max(2, min(SLICES, int(flops / cost))))
+    for i in range(count):
+        batch, head = divmod(i * (pairs - 1) // max(1, count - 1), case.kv_heads)
+        heads = slice(head * group, (head + 1) * group)
+        own = q[batch, :, heads], k[batch, :, head], v[batch, :, head], dout[batch, :, heads]
+        yield batch, heads, head, gradients(case, *own)
 
 
 def gradients(case: Case, q, k, v, dout, exact: torch.dtype = torch.float64) -> Gradients:
@@ -158,7 +172,8 @@ def judge(
             grad, theirs, partial(truth.error, index), getattr(pytorch_errors, name), FACTOR, apart=None
         )
         found.append(errors)
-        if wrong is None and (distance := head_distance(grad, theirs)) > case.apart:
+        split = (case.split(x, index > 0) for x in (grad, theirs))
+        if wrong is None and (distance := max(map(head_distance, *split))) > case.apart:
             wrong = f"a head differs from PyTorch's by {distance:.3g} of its norm, allowed {case.apart:.3g}"
         if wrong:
             reasons.append(f"{name}: {wrong}")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
+from itertools import accumulate
 
 from flashcore.bench.models import E2E, ModelCase
 from flashcore.mask import Mask, Visible
@@ -66,6 +70,15 @@ class Case:
         return replace(self, window=None, softcap=None, alibi=False, sink=False)
 
     @property
+    def parts(self) -> tuple[Case, ...]:
+        """The dense cases that it is made of."""
+        return (self,)
+
+    def split(self, rows, of_keys: bool = False) -> list:
+        """What each part has of a tensor with a row for each query, or each key: (batch, seqlen, ...)."""
+        return [rows]
+
+    @property
     def visible(self) -> Visible:
         left, right = self.window or (None, None)
         return Mask(left, 0 if self.causal else right).of(self.seqlen_q, self.seqlen_k)
@@ -80,11 +93,16 @@ class Case:
         return ", ".join([*words, *(word for word in ("alibi", "sink") if word in self.features)])
 
     @property
+    def sizes(self) -> str:
+        """Of the sequences; part of the name."""
+        seqlen = f"s{self.seqlen_q}" if self.seqlen_q == self.seqlen_k else f"s{self.seqlen_q}x{self.seqlen_k}"
+        return f"{seqlen}-b{self.batch}"
+
+    @property
     def name(self) -> str:
         heads = f"h{self.heads}" if self.heads == self.kv_heads else f"h{self.heads}:{self.kv_heads}"
-        seqlen = f"s{self.seqlen_q}" if self.seqlen_q == self.seqlen_k else f"s{self.seqlen_q}x{self.seqlen_k}"
         mask = self.mask.replace(", ", "-").replace(" ", "")
-        parts = [f"d{self.head_dim}", seqlen, f"b{self.batch}", heads, mask]
+        parts = [f"d{self.head_dim}", self.sizes, heads, mask]
         if self.inputs != "normal":
             parts.append(self.inputs)
         if self.backward:
@@ -92,8 +110,13 @@ class Case:
         return "-".join([*parts, SHORT[self.dtype]])
 
     @property
+    def rows(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The dimensions of q, and of k and v, before the heads."""
+        return (self.batch, self.seqlen_q), (self.batch, self.seqlen_k)
+
+    @property
     def out_shape(self) -> tuple[int, ...]:
-        return self.batch, self.seqlen_q, self.heads, self.head_dim
+        return *self.rows[0], self.heads, self.head_dim
 
     @property
     def apart(self) -> float:
@@ -122,7 +145,7 @@ class Case:
     @property
     def kv_bytes(self) -> int:
         """Of K and V together."""
-        return 2 * self.batch * self.seqlen_k * self.kv_heads * self.head_dim * BYTES[self.dtype]
+        return 2 * math.prod(self.rows[1]) * self.kv_heads * self.head_dim * BYTES[self.dtype]
 
     def speed(self, ms: float) -> dict[str, float]:
         """The recorded columns that say how fast ``ms`` milliseconds per call are.
@@ -148,6 +171,98 @@ class Case:
             **({"window": list(self.window)} if self.window else {}),
             **{name: getattr(self, name) for name in ("softcap", "alibi", "sink") if getattr(self, name)},
         }
+
+
+def _alone(lengths: Iterable[int]) -> tuple[tuple[int, int], ...]:
+    """Sequences that see themselves."""
+    return tuple((length, length) for length in lengths)
+
+
+# Drawn once, uniform in the logarithm, from 64 to 16384.
+_DRAWN_16K = (135, 7031, 4421, 263, 998, 774, 2373, 389)
+_DRAWN_64K = (
+    135, 7031, 4421, 263, 998, 774, 2373, 5077, 108, 75, 6590, 705, 4385, 65, 756, 3498, 228, 12095, 9485, 76, 74, 1288,
+    5036,
+)  # fmt: skip
+_TOKENS = tuple((1, keys) for keys in (
+    2024, 3914, 5263, 11908, 3873, 10650, 75, 846, 11968, 2339, 9457, 120, 863, 251, 1305, 1543, 69, 213, 301, 10303,
+    4469, 155, 5320, 138, 1964, 129, 65, 8030, 204, 211, 14862, 8075,
+))  # fmt: skip
+# (queries, keys) of each sequence of cases whose sequences are not of one length. Names are in records: what one stands
+# for does not change.
+LENGTHS: dict[str, tuple[tuple[int, int], ...]] = {
+    "log-uniform 16k": _alone(_DRAWN_16K),
+    "log-uniform 64k": _alone(_DRAWN_64K),
+    "mix 16k": _alone((84, *(150,) * 12, *(300,) * 4, 600, 600, 1100, 3000, 8000)),  # the long ones at the end
+    "single tokens": _TOKENS,
+    # One call of a server: two prompts, chunks of two longer ones, and requests that are being answered.
+    "mixed": ((1500, 1500), (300, 300), (512, 6500), (512, 2560), *_TOKENS),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PackedCase(Case):
+    """Sequences one after the other in tensors (total, heads, head_dim), K and V perhaps in shuffled pages.
+
+    `batch` is how many there are; `seqlen_q` and `seqlen_k` are the longest. Floating-point operations are counted for
+    the pairs of a query and a key that it sees, of each sequence.
+    """
+
+    lengths: str = "equal"  # or one of LENGTHS
+    page_size: int | None = None
+
+    @property
+    def sequences(self) -> tuple[tuple[int, int], ...]:
+        """Queries and keys of each."""
+        if self.lengths == "equal":
+            return ((self.seqlen_q, self.seqlen_k),) * self.batch
+        return LENGTHS[self.lengths]
+
+    @property
+    def parts(self) -> tuple[Case, ...]:
+        shared = {field.name: getattr(self, field.name) for field in fields(Case)}
+        return tuple(
+            Case(**shared | {"batch": 1, "seqlen_q": queries, "seqlen_k": keys}) for queries, keys in self.sequences
+        )
+
+    def split(self, rows, of_keys: bool = False) -> list:
+        lengths = [sequence[of_keys] for sequence in self.sequences]
+        return [rows[None, end - length : end] for length, end in zip(lengths, accumulate(lengths), strict=True)]
+
+    @property
+    def features(self) -> frozenset[str]:
+        return super().features | {"paged" if self.page_size else "packed"}
+
+    @property
+    def sizes(self) -> str:
+        """Of the sequences and their pages; part of the name."""
+        sizes = super().sizes if self.lengths == "equal" else self.lengths.replace(" ", "-")
+        return f"{sizes}-page{self.page_size}" if self.page_size else sizes
+
+    @property
+    def rows(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        queries, keys = (sum(lengths) for lengths in zip(*self.sequences, strict=True))
+        return (queries,), (keys,)
+
+    @property
+    def flops(self) -> int:
+        pairs = sum(_pairs(one.visible) for one in self.parts)
+        return (10 if self.backward else 4) * self.heads * self.head_dim * pairs
+
+    def speed(self, ms: float) -> dict[str, float]:
+        """The recorded columns; TB/s of K and V where they lie in pages, each byte once."""
+        return {"tflops": self.tflops(ms)} | ({"tbps": self.kv_bytes / ms * 1e-9} if self.page_size else {})
+
+    def fields(self) -> dict:
+        """The columns that identify this case in a recorded row."""
+        phase = {} if self.page_size else {"phase": "backward" if self.backward else "forward"}
+        pages = {"page_size": self.page_size} if self.page_size else {}
+        return {**super().fields(), **phase, "lengths": self.lengths, **pages}
+
+
+@cache  # each counts its rows one by one
+def _pairs(visible: Visible) -> int:
+    return visible.pairs()
 
 
 @dataclass(frozen=True)
@@ -238,20 +353,34 @@ class Suite:
 
     name: str
     about: str
-    op: str  # the recorded rows' op
+    op: str  # the recorded rows' op; that of cases with gradients is attention_bwd
     # "events", "graph", "host", "accuracy", "e2e", "parallel" or "startup": suites.py runs each, timing.py explains
     mode: str
     cases: tuple[Case, ...] | tuple[GemmCase, ...] | tuple[ModelCase, ...] | tuple[ParallelCase, ...] | tuple[Part, ...]
     peers: tuple[str, ...]  # what is measured when the caller names nothing
     sustained: bool = False  # every implementation at the power cap for seconds, instead of after a rest
+    inputs: str = ""  # in words, where they are not those of its operation
 
 
 def square(batch: int, heads: int, seqlen: int, head_dim: int, causal: bool, dtype: str, **more) -> Case:
     return Case(batch, seqlen, seqlen, heads, more.pop("kv_heads", heads), head_dim, causal, dtype, **more)
 
 
+def of_lengths(lengths: str, heads: int, kv_heads: int, head_dim: int, causal: bool, **more) -> PackedCase:
+    """bf16 sequences of one of `LENGTHS`, or "32 x 512": so many of one length."""
+    if lengths in LENGTHS:
+        queries, keys = zip(*LENGTHS[lengths], strict=True)
+        sizes = len(queries), max(queries), max(keys)
+    else:
+        batch, seqlen = map(int, lengths.split(" x "))
+        sizes, lengths = (batch, seqlen, seqlen), "equal"
+    return PackedCase(*sizes, heads, kv_heads, head_dim, causal, lengths=lengths, **more)
+
+
 # Implementations that are not peers.
-OURS = ("flashcore", "flashcore-triton", "flashcore-matmul", "reference", "ring", "ulysses", "one-gpu")
+OURS = (
+    "flashcore", "flashcore-triton", "flashcore-dense", "flashcore-matmul", "reference", "ring", "ulysses", "one-gpu",
+)  # fmt: skip
 MASKS = (False, True)
 FAST_PEERS = ("flashcore", "flashcore-triton", "cudnn", "fa2", "fa3", "fa4", "xformers", "flashinfer", "te")
 
@@ -338,6 +467,34 @@ DECODE = tuple(
         (1, 8192, 32, 8, 128),
         (128, 1024, 32, 8, 128),
     )
+)
+
+
+_SHAPES = tuple((2048 // head_dim, 2048 // head_dim, head_dim) for head_dim in (64, 128, 256))
+VARLEN = (
+    *(
+        of_lengths(lengths, *shape, True)
+        for shape in _SHAPES
+        for lengths in ("log-uniform 16k", "log-uniform 64k", "mix 16k", "32 x 512", "8 x 2048", "8 x 8192")
+    ),
+    *(of_lengths(lengths, *shape, False) for shape in _SHAPES for lengths in ("log-uniform 64k", "8 x 2048")),
+    *(
+        of_lengths(lengths, *shape, True, backward=True)
+        for shape in _SHAPES
+        for lengths in ("log-uniform 64k", "8 x 2048")
+    ),
+    *(of_lengths(lengths, 16, 16, 128, True, backward=True) for lengths in ("mix 16k", "32 x 512")),
+    of_lengths("log-uniform 64k", 16, 16, 128, False, backward=True),
+)
+PAGED = (
+    *(
+        PackedCase(**asdict(case) | {"seqlen_q": queries, "causal": True}, page_size=page_size)
+        for case in DECODE
+        for queries, page_size in ((1, 16), (1, 64), (1, 256), (4, 64), (16, 64))
+    ),
+    of_lengths("single tokens", 32, 8, 128, True, page_size=64),
+    *(of_lengths("mixed", 32, 8, 128, True, page_size=page_size) for page_size in (16, 64, 256)),
+    of_lengths("mixed", 32, 8, 64, True, page_size=64),
 )
 MATRIX = (
     Case(1, 512, 512, 8, 8, 64, False, "float16", label="one short sequence"),
@@ -470,6 +627,25 @@ SUITES = {
             "graph",
             DECODE,
             ("flashcore", "flashcore-triton", "cudnn", "fa2", "fa3", "fa4", "flashinfer"),
+        ),
+        Suite(
+            "varlen",
+            "bf16, packed sequences, heads x head_dim = 2048; forward, and the backward pass alone",
+            "attention_fwd",
+            "events",
+            VARLEN,
+            ("flashcore", "flashcore-triton", "flashcore-dense", "fa2-varlen", "fa3-varlen"),
+            inputs="random N(0, 1), the output's gradient too, (total, heads, head_dim)",
+        ),
+        Suite(
+            "paged",
+            "bf16, K and V in shuffled pages, from memory; causal, few queries on top of a cache, and mixed batches",
+            "attention_decode",
+            "graph",
+            PAGED,
+            ("flashcore", "flashcore-triton", "flashcore-dense", "fa3-varlen"),
+            inputs="random N(0, 1), q (total, heads, head_dim), K and V in shuffled pages, in turn from copies that L2 "
+            "cannot hold",
         ),
         Suite(
             "matrix",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 
 import flashcore
-from flashcore.bench.cases import Case, GemmCase
+from flashcore.bench.cases import Case, GemmCase, PackedCase
 
 FACTOR = 2.0  # FlashAttention's rule: at most twice the error that PyTorch makes in the same dtype
 FLOPS = 5e11  # what the float64 reference may cost; beyond it, blocks of rows stand for all of them
@@ -28,11 +28,11 @@ def sinks(case: Case, device: str | torch.device, seed: int = 0) -> torch.Tensor
 
 
 def make_inputs(case: Case, device: str, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Random q, k, v of the case, contiguous (batch, seqlen, heads, head_dim)."""
+    """Random q, k, v of the case, contiguous (batch, seqlen, heads, head_dim), packed ones (total, heads, head_dim)."""
     generator = torch.Generator(device).manual_seed(seed)
 
-    def draw(seqlen: int, heads: int, factor: float = 1, channel: float | None = None) -> torch.Tensor:
-        shape = (case.batch, seqlen, heads, case.head_dim)
+    def draw(rows: tuple[int, ...], heads: int, factor: float = 1, channel: float | None = None) -> torch.Tensor:
+        shape = (*rows, heads, case.head_dim)
         x = factor * torch.randn(shape, generator=generator, device=device)
         if channel is not None:
             x[..., 0] = channel
@@ -41,9 +41,22 @@ def make_inputs(case: Case, device: str, seed: int = 0) -> tuple[torch.Tensor, t
         return x.to(getattr(torch, case.dtype))
 
     away = 64 if case.inputs == "negative" else None
-    q = draw(case.seqlen_q, case.heads, 64 if case.inputs == "large" else 1, away)
-    k = draw(case.seqlen_k, case.kv_heads, channel=None if away is None else -away)
-    return q, k, draw(case.seqlen_k, case.kv_heads)
+    of_queries, of_keys = case.rows
+    q = draw(of_queries, case.heads, 64 if case.inputs == "large" else 1, away)
+    k = draw(of_keys, case.kv_heads, channel=None if away is None else -away)
+    return q, k, draw(of_keys, case.kv_heads)
+
+
+def parts(case: Case, q, k, v, *of_queries: torch.Tensor) -> Iterator[tuple[Case, list[torch.Tensor]]]:
+    """The dense cases that a case is made of, each with its q, k, v and what else there is a row of for each query."""
+    tensors = case.split(q), case.split(k, True), case.split(v, True), *map(case.split, of_queries)
+    for one, *own in zip(case.parts, *tensors, strict=True):
+        yield one, own
+
+
+def joined(case: Case, own: Sequence[torch.Tensor]) -> torch.Tensor:
+    """One tensor again of what each part has."""
+    return torch.cat([rows[0] for rows in own]) if isinstance(case, PackedCase) else own[0]
 
 
 @dataclass(frozen=True)
@@ -71,24 +84,33 @@ class Truth:
     """The float64 answer for all query rows, or for evenly spread blocks of them where all would take too long."""
 
     def __init__(self, case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, flops: float = FLOPS) -> None:
-        k64, v64 = k.double(), v.double()
-        step = max(1, SCORES // (case.batch * case.heads * case.seqlen_k))
-        self.blocks = []  # (first row, last row + 1, answer)
-        for start, stop in checked_rows(case, flops):
-            for a in range(start, stop, step):
-                b = min(a + step, stop)
-                if case.features:
-                    self.blocks.append((a, b, written_out(case, q, k, v, a, b, torch.float64)))
-                    continue
-                # Rows a..b of a causal problem are the causal problem whose last key is the last that row b - 1 sees.
-                keys = max(0, b + case.seqlen_k - case.seqlen_q) if case.causal else case.seqlen_k
-                answer = flashcore.attention(
-                    q[:, a:b].double(), k64[:, :keys], v64[:, :keys], causal=case.causal, backend="reference"
-                )
-                self.blocks.append((a, b, answer))
+        self.case = case
+        # Of each part: (first row, last row + 1, answer) of each block
+        self.blocks = [list(_blocks(one, *own, flops * one.flops / case.flops)) for one, own in parts(case, q, k, v)]
 
     def errors(self, out: torch.Tensor) -> Errors:
-        return distance((out[:, start:stop], answer) for start, stop, answer in self.blocks)
+        return distance(
+            (own[:, start:stop], answer)
+            for own, blocks in zip(self.case.split(out), self.blocks, strict=True)
+            for start, stop, answer in blocks
+        )
+
+
+def _blocks(case: Case, q, k, v, flops: float) -> Iterator[tuple[int, int, torch.Tensor]]:
+    k64, v64 = k.double(), v.double()
+    step = max(1, SCORES // (case.batch * case.heads * case.seqlen_k))
+    for start, stop in checked_rows(case, flops):
+        for a in range(start, stop, step):
+            b = min(a + step, stop)
+            if case.features:
+                yield a, b, written_out(case, q, k, v, a, b, torch.float64)
+                continue
+            # Rows a..b of a causal problem are the causal problem whose last key is the last that row b - 1 sees.
+            keys = max(0, b + case.seqlen_k - case.seqlen_q) if case.causal else case.seqlen_k
+            answer = flashcore.attention(
+                q[:, a:b].double(), k64[:, :keys], v64[:, :keys], causal=case.causal, backend="reference"
+            )
+            yield a, b, answer
 
 
 def checked_rows(case: Case, flops: float) -> list[tuple[int, int]]:

@@ -16,7 +16,7 @@ from flashcore.bench.cases import ADVERSARIAL, SUITES
 from flashcore.bench.machine import slug
 from flashcore.bench.plot import drawable, plot, plot_key
 from flashcore.bench.shapes import load_anchors, shapes
-from flashcore.bench.tables import accuracy_table, compact_table, tables
+from flashcore.bench.tables import accuracy_table, compact_table, over_dense_table, tables
 
 ROOT = record.PACKAGE.parent
 NOTHING = "No measurement has been recorded yet.\n"
@@ -131,7 +131,22 @@ class Documents:
                 profiled += [provenance(data) + "\n", f"Method: {data['meta']['method']['about']}.\n"]
         rates += self._unrecorded("forward")
         profiled += self._unrecorded(profile.SUITE)
-        return {"roofline": "\n".join(rates) or NOTHING, "profile": "\n".join(profiled) or NOTHING}
+        return {
+            "roofline": "\n".join(rates) or NOTHING,
+            "profile": "\n".join(profiled) or NOTHING,
+            "packing": self._packing_block(),
+        }
+
+    def _packing_block(self) -> str:
+        parts = []
+        for name in ("varlen", "paged"):
+            for gpu, suites in self.results.items():
+                if data := suites.get(name):
+                    title = f"{data['meta']['gpu']}: {name}, over the dense call"
+                    parts.append(over_dense_table(title, shapes(data, self.anchors(gpu))).markdown())
+                    parts += [*incomplete(data), provenance(data) + "\n"]
+            parts += [f"**{name}.** {line}" for line in self._unrecorded(name)]
+        return "\n".join(parts) or NOTHING
 
     def _tables_block(self) -> str:
         parts = self._unrecorded()

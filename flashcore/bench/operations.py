@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from flashcore.bench import backward, check, gemm, timing
+from flashcore.bench import backward, check, gemm, packed, timing
 from flashcore.bench.cases import Case
 from flashcore.bench.peers import PEERS, Peer, options
 
@@ -29,13 +29,17 @@ class Operation:
     judge: Callable[..., tuple] = check.judge
 
 
-def _pytorch_answer(case: Case, device: str, q, k, v) -> torch.Tensor:
+def _pytorch_answer(case: Case, device: str, *tensors: torch.Tensor) -> torch.Tensor:
     """PyTorch's result in the same dtype: FlashAttention-2 where it runs, else what SDPA dispatches to."""
+    return check.joined(case, [_of_part(one, device, *own) for one, own in check.parts(case, *tensors)])
+
+
+def _of_part(case: Case, device: str, q, k, v) -> torch.Tensor:
     if case.features:  # SDPA has none of them; PyTorch's plain operations have all
         return check.in_blocks(case, q, k, v)
     if case.causal and (keyless := case.seqlen_q - case.seqlen_k) > 0:
         # PyTorch aligns such a mask elsewhere. Rows without a key are 0, and behind them the mask is a square one.
-        seen = _pytorch_answer(replace(case, seqlen_q=case.seqlen_k), device, q[:, keyless:], k, v)
+        seen = _of_part(replace(case, seqlen_q=case.seqlen_k), device, q[:, keyless:], k, v)
         return torch.cat((seen.new_zeros(case.batch, keyless, *seen.shape[2:]), seen), dim=1)
     if PEERS["sdpa"].rejects(case):  # such a mask, too, with fewer queries than keys
         return check.in_blocks(case, q, k, v)
@@ -54,6 +58,7 @@ def _plan(case: Case, q, k, v) -> dict:
     """What FlashCore's plan chose: a row must say which backend its number belongs to."""
     import flashcore
 
+    k, v = packed.stored(case, k, v)
     plan = flashcore.explain(q, k, v, causal=case.causal, **options(case, q.device))
     return {"backend": plan.backend} | ({"config": str(plan.config)} if plan.config is not None else {})
 

@@ -1,7 +1,8 @@
 """The implementations that can be measured. Each says why it cannot be, on this machine or for this case.
 
 ``peer.prepare(case, q, k, v)`` does everything that a user would do once (views, plans, workspaces) and returns a
-callable without arguments; inputs are contiguous (batch, seqlen, heads, head_dim).
+callable without arguments; inputs are contiguous (batch, seqlen, heads, head_dim), or of packed cases (total, heads,
+head_dim): K and V of paged ones, too, for who takes pages puts them there.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from flashcore.bench import check, gemm
-from flashcore.bench.cases import Case, GemmCase
+from flashcore.bench import check, gemm, packed
+from flashcore.bench.cases import Case, GemmCase, PackedCase
 from flashcore.bench.machine import version_of
 
 LIBRARIES: dict[str, str] = {}  # shared objects to load by peer name: {"fa3-varlen": "/path/to/fa3.so"}
@@ -56,14 +57,29 @@ class Peer:
 def _flashcore(backend: str, case: Case, q, k, v):
     import flashcore
 
+    k, v = packed.stored(case, k, v)
     return partial(flashcore.attention, q, k, v, causal=case.causal, backend=backend, **options(case, q.device))
+
+
+def _flashcore_dense(case: PackedCase, q, k, v):
+    """The same sequences as a batch of one length."""
+    import flashcore
+
+    q, k, v = (x.unflatten(0, (case.batch, -1)) for x in (q, k, v))
+    return partial(flashcore.attention, q, k, v, causal=case.causal)
+
+
+def _dense_rejects(case: Case) -> str | None:
+    if not isinstance(case, PackedCase):
+        return "the case is dense: flashcore computes it"
+    return None if case.lengths == "equal" else "the sequences are not of one length"
 
 
 def options(case: Case, device: torch.device) -> dict:
     """The arguments of `attention` beyond `causal`: none for a plain case."""
     import flashcore
 
-    found = {}
+    found = packed.places(case, device) if isinstance(case, PackedCase) else {}
     if case.window:
         found["window"] = case.window
     if case.softcap:
@@ -150,6 +166,19 @@ def _fa2(case: Case, q, k, v):
     return lambda: call()[0].transpose(1, 2)
 
 
+def _fa2_varlen(case: PackedCase, q, k, v):
+    """The operator under torch.nn.attention.varlen, which older versions of PyTorch have, too."""
+    offsets = (packed.offsets(case, q.device, of_keys) for of_keys in (False, True))
+    operator = torch.ops.aten._flash_attention_forward
+    return partial(operator, q, k, v, *offsets, case.seqlen_q, case.seqlen_k, 0.0, case.causal, False)
+
+
+def _fa2_varlen_rejects(case: Case) -> str | None:
+    if not isinstance(case, PackedCase):
+        return "the case is dense: fa2 computes it"
+    return f"{case.dtype} inputs" if case.dtype not in ("float16", "bfloat16") else None
+
+
 def _flex(case: Case, q, k, v):
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -215,13 +244,22 @@ def _offsets(batch: int, seqlen: int, device: torch.device) -> torch.Tensor:
 
 
 def _fa3_varlen(case: Case, q, k, v):
-    """The op of vLLM's build: 37 positional arguments, of which packed forward attention needs these."""
-    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-    cu_seqlens_q = _offsets(case.batch, case.seqlen_q, q.device)
-    cu_seqlens_k = _offsets(case.batch, case.seqlen_k, q.device)
+    """The op of vLLM's build: 37 positional arguments, of which packed and paged forward attention needs these."""
+    cu_seqlens_k = used_k = page_table = None
+    if isinstance(case, PackedCase):
+        k, v = packed.stored(case, k, v)
+        cu_seqlens_q = packed.offsets(case, q.device)
+        if case.page_size:
+            page_table, used_k = packed.table(case, q.device), packed.key_lengths(case, q.device)
+        else:
+            cu_seqlens_k = packed.offsets(case, q.device, of_keys=True)
+    else:
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+        cu_seqlens_q = _offsets(case.batch, case.seqlen_q, q.device)
+        cu_seqlens_k = _offsets(case.batch, case.seqlen_k, q.device)
     new_kv_and_out = [None] * 4  # k_new, v_new, q_v, out
-    lengths = [cu_seqlens_q, cu_seqlens_k, None, None, None, case.seqlen_q, case.seqlen_k]
-    paging_rotary_descale = [None] * 9  # page_table, kv_batch_idx, leftpad_k, 3 of rotary, 3 of descale
+    lengths = [cu_seqlens_q, cu_seqlens_k, None, None, used_k, case.seqlen_q, case.seqlen_k]
+    paging_rotary_descale = [page_table, *[None] * 8]  # kv_batch_idx, leftpad_k, 3 of rotary, 3 of descale
     left, right = _bounds(case, -1) if case.window else (-1, -1)
     scale_mask = [case.head_dim**-0.5, case.causal, left, right, case.softcap or 0.0]
     sinks = check.sinks(case, q.device) if case.sink else None
@@ -323,6 +361,8 @@ def versions() -> dict[str, str]:
 
 
 _ALL = frozenset({"window", "softcap", "alibi", "sink"})
+_ROWS = frozenset({"packed", "paged"})  # where a case's sequences may lie
+
 
 def _by_ranks(case: Case, *tensors):
     raise RuntimeError("only suite parallel has the processes that this takes")
@@ -331,14 +371,26 @@ def _by_ranks(case: Case, *tensors):
 PEERS = {
     peer.name: peer
     for peer in (
-        Peer("flashcore", "FlashCore, whatever backend the plan picks", partial(_flashcore, "auto"), features=_ALL),
+        Peer(
+            "flashcore",
+            "FlashCore, whatever backend the plan picks",
+            partial(_flashcore, "auto"),
+            features=_ALL | _ROWS,
+        ),
         Peer(
             "flashcore-triton",
             "FlashCore's Triton backend",
             partial(_flashcore, "triton"),
             partial(_backend_unavailable, "triton"),
             partial(_backend_rejects, "triton"),
-            features=_ALL,
+            features=_ALL | _ROWS,
+        ),
+        Peer(
+            "flashcore-dense",
+            "FlashCore on packed sequences of one length as a dense batch",
+            _flashcore_dense,
+            rejects=_dense_rejects,
+            features=_ROWS,
         ),
         Peer(
             "cudnn",
@@ -360,6 +412,14 @@ PEERS = {
             features=frozenset({"window"}),
         ),
         Peer(
+            "fa2-varlen",
+            "PyTorch's FlashAttention-2 on packed input",
+            _fa2_varlen,
+            _no_cuda,
+            _fa2_varlen_rejects,
+            features=frozenset({"packed"}),
+        ),
+        Peer(
             "math",
             "SDPA through separate matmuls and softmax",
             _sdpa,
@@ -378,7 +438,10 @@ PEERS = {
         ),
         Peer("sdpa", "SDPA as PyTorch dispatches it", _sdpa, rejects=_sdpa_rejects, transposed=True),
         Peer(
-            "reference", "FlashCore's specification in plain PyTorch", partial(_flashcore, "reference"), features=_ALL
+            "reference",
+            "FlashCore's specification in plain PyTorch",
+            partial(_flashcore, "reference"),
+            features=_ALL | _ROWS,
         ),
         Peer("eager", "Transformers' eager attention", _eager, _no_transformers, _math_rejects),
         Peer("flex", "FlexAttention, compiled", _flex, _no_cuda, transposed=True, features=_ALL),
@@ -395,7 +458,8 @@ PEERS = {
             "FlashAttention-3 on packed input",
             _fa3_varlen,
             _fa3_varlen_unavailable,
-            features=_ALL - {"alibi"},
+            lambda case: "it has no gradients" if case.backward else None,
+            features=_ALL - {"alibi"} | _ROWS,
         ),
         Peer(
             "fa4",

@@ -12,8 +12,8 @@ from flashcore.bench.tables import impls_of
 
 
 def drawable(data: dict) -> bool:
-    """Whether a record has anything to draw: the speed of attention over its length."""
-    return any("tflops" in row and "head_dim" in row for row in data["rows"])
+    """Whether a record has anything to draw: the speed of attention over its length, where sequences have one."""
+    return any("tflops" in row and "head_dim" in row and "lengths" not in row for row in data["rows"])
 
 
 def plot(data: dict, anchors: dict[tuple, dict], path: Path) -> None:

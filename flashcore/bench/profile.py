@@ -22,6 +22,7 @@ from pathlib import Path
 
 from flashcore.bench import record
 from flashcore.bench.cases import SUITES, Case, GemmCase
+from flashcore.bench.shapes import case_of
 from flashcore.bench.tables import Table, short_name
 from flashcore.errors import EnvironmentProblem
 
@@ -262,7 +263,7 @@ def _profiled(impl: str, fields: str, device: str = "cuda") -> None:
 
     peer = PEERS[impl]
     row = json.loads(fields)
-    case = GemmCase(**row) if peer.operation == "gemm" else Case.of(row)
+    case = GemmCase(**row) if peer.operation == "gemm" else case_of(row)
     with torch.no_grad(), peer.context():
         call = peer.prepare(case, *OPERATIONS[peer.operation].make_inputs(case, device))
         start = time.monotonic()
@@ -296,7 +297,7 @@ def _name(row: dict) -> str:
     if "head_dim" not in row:
         return row["kernel"]
     other = "" if row["impl"] == "flashcore" else f" ({row['impl']})"
-    return short_name(Case.of(row)) + other
+    return short_name(case_of(row)) + other
 
 
 if __name__ == "__main__":

@@ -30,11 +30,11 @@ WITHOUT_TRITON = ("gemm", "startup")
 # Whose CUDA kernels take part in a suite, where these are not those of prefill alone.
 _TRAINING = ("attention", "backward", "backward_rows", "backward_dq", "backward_wide", "backward_product")
 OPERATIONS = {
-    **dict.fromkeys(("backward", "parallel"), _TRAINING),
+    **dict.fromkeys(("backward", "parallel", "varlen"), _TRAINING),
     "e2e": (*_TRAINING, "decode"),
     "gemm": ("gemm",),
     "startup": ("attention", "decode", "gemm"),
-    **dict.fromkeys(("accuracy", "decode", "matrix"), ("attention", "decode")),
+    **dict.fromkeys(("accuracy", "decode", "matrix", "paged"), ("attention", "decode")),
 }
 
 
@@ -174,7 +174,7 @@ def missing(data: dict) -> list[str]:
 _ABOUT_A_CASE = {
     "dtype", "batch", "heads", "kv_heads", "seqlen_q", "seqlen_k", "head_dim", "causal", "inputs", "window", "softcap",
     "alibi", "sink", "group", "m", "n", "k", "out_dtype", "weight", "activation", "model", "phase", "tokens",
-    "new_tokens",
+    "new_tokens", "lengths", "page_size",
 }  # fmt: skip
 _IDENTITY = {"op", "impl", "kernel", *_ABOUT_A_CASE}
 _OF_THE_MOMENT = {"date", "method"}

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flashcore.bench import record
-from flashcore.bench.cases import OURS, Case
+from flashcore.bench.cases import OURS, Case, PackedCase
 
 CASE_FIELDS = ("dtype", "batch", "heads", "kv_heads", "seqlen_q", "seqlen_k", "head_dim", "causal", "inputs")
-FEATURE_FIELDS = ("window", "softcap", "alibi", "sink")
+FEATURE_FIELDS = ("window", "softcap", "alibi", "sink", "lengths", "page_size")
 SAME_ORDER = 2.0  # cuDNN's time in the anchors over that in a run, or its inverse, must be less
 
 
@@ -81,6 +81,26 @@ class Shape:
             return None
         return self.best_ms / self.ours["ms_p50"]
 
+    @property
+    def over_dense(self) -> float | None:
+        """FlashCore's speed over that of its dense call on the same sequences. None if either is unknown."""
+        dense = self.rows.get("flashcore-dense", {}).get("ms_p50")
+        return dense / self.ours["ms_p50"] if dense and self.ours else None
+
+
+def over_dense(found: list[Shape]) -> list[str]:
+    """A sentence on what the ratios to FlashCore's dense call come to."""
+    known = [(shape.over_dense, shape.case.name) for shape in found if shape.over_dense]
+    if not known:
+        return []
+    mean, (least, worst) = geomean(ratio for ratio, _ in known), min(known)
+    return [f"Speed over FlashCore's dense call, geometric mean: {mean:.2f}; lowest {least:.2f} ({worst})."]
+
+
+def case_of(row: dict) -> Case:
+    """The case that a recorded row of attention is about."""
+    return (PackedCase if "lengths" in row else Case).of(row)
+
 
 def shapes(data: dict, anchors: dict[tuple, dict]) -> list[Shape]:
     """The rows of a record, grouped by case, in the record's order."""
@@ -89,7 +109,7 @@ def shapes(data: dict, anchors: dict[tuple, dict]) -> list[Shape]:
         if "head_dim" in row:
             grouped.setdefault(key(row), {})[row["impl"]] = row
     return [
-        Shape(Case.of(next(iter(rows.values()))), rows, anchors.get(about)) for about, rows in grouped.items()
+        Shape(case_of(next(iter(rows.values()))), rows, anchors.get(about)) for about, rows in grouped.items()
     ]
 
 

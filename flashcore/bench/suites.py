@@ -101,13 +101,13 @@ def _start(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     mode = "wall" if device == "cpu" and suite.mode == "events" else suite.mode
     about = METHODS[mode].format(**asdict(effort))
-    method = {"mode": mode, "about": about, "inputs": operation.inputs}
+    method = {"mode": mode, "about": about, "inputs": suite.inputs or operation.inputs}
     if mode != "accuracy":
         method["seed"] = effort.seed
     if device == "cpu" and mode in ("graph", "host"):
         return method, [{"reason": f"suite {suite.name} needs a CUDA GPU"}], ()
     usable, skipped = usable_peers(peers, operation.name)
-    return method, skipped, _measure(suite, cases, usable, mode, effort, device, operation, on_case)
+    return method, skipped, _measure(suite, cases, usable, mode, effort, device, on_case)
 
 
 def _measure(
@@ -117,14 +117,15 @@ def _measure(
     mode: str,
     effort: Effort,
     device: str,
-    operation: Operation,
     on_case: OnCase,
 ) -> Iterator[Measured]:
     sensors = Sensors()
     for case in cases:
         on_case(case.name)
+        op = "attention_bwd" if isinstance(case, Case) and case.backward else suite.op
+        operation = OPERATIONS.get(op, OPERATIONS["attention"])
         with torch.no_grad():
-            rows, skipped = run_case(case, peers, mode, suite.op, effort, device, sensors, operation)
+            rows, skipped = run_case(case, peers, mode, op, effort, device, sensors, operation)
         yield case.name, rows, skipped
         _free_memory(device)
 

@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
-from flashcore.bench.cases import SHORT, SUITES, Case, GemmCase
+from flashcore.bench.cases import SHORT, SUITES, Case, GemmCase, PackedCase
 from flashcore.bench.models import LAUNCH_BOUND
-from flashcore.bench.shapes import Shape, geomean, shapes, summary, unanchored
+from flashcore.bench.shapes import Shape, geomean, over_dense, shapes, summary, unanchored
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ def tables(data: dict, anchors: dict[tuple, dict]) -> list[Table]:
         return [accuracy_table(title, found)]
     if data["suite"] == "matrix":
         return matrix_tables(found, data["skipped"])
+    if data["suite"] in ("varlen", "paged"):
+        return packed_tables(title, found, data["meta"]["method"]["mode"])
     return [timing_table(title, found, data["meta"]["method"]["mode"])]
 
 
@@ -51,7 +53,8 @@ def impls_of(found: list[Shape]) -> list[str]:
 
 
 def short_name(case: Case) -> str:
-    return f"{case.head_dim} {case.mask} {case.seqlen_q}"
+    lengths = _sequences(case) if isinstance(case, PackedCase) else case.seqlen_q
+    return f"{case.head_dim} {case.mask} {lengths}"
 
 
 def _length(case: Case) -> str:
@@ -100,6 +103,69 @@ def timing_table(title: str, found: list[Shape], mode: str) -> Table:
     if decode:
         notes += _picked(found, "backend")
     return Table(title, tuple(headers), tuple(rows), (*notes, *_picked(found, "backward")))
+
+
+def packed_tables(title: str, found: list[Shape], mode: str) -> list[Table]:
+    """A table for each pass over packed sequences, or one of those in pages: everybody's speed, and FlashCore's over
+    the best peer's and over that of its own dense call."""
+    groups = {name: [s for s in found if s.case.backward == (name == "backward")] for name in ("forward", "backward")}
+    return [_packed_table(f"{title}: {name}", group, mode) for name, group in groups.items() if group]
+
+
+def _packed_table(title: str, found: list[Shape], mode: str) -> Table:
+    paged = found[0].case.page_size
+    unit, column, digits = ("TB/s", "tbps", 2) if paged else ("TFLOP/s", "tflops", 0)
+    if mode == "wall":
+        unit, column, digits = "ms", "ms_p50", 2
+    impls = impls_of(found)
+    rows = []
+    for shape in found:
+        case, ours = shape.case, shape.ours or {}
+        cells = [str(case.head_dim), case.mask, _heads(case), _sequences(case)]
+        cells += [str(case.page_size), f"{1e3 * ours['ms_p50']:.1f}" if ours else ""] if paged else []
+        for impl in impls:
+            row = shape.rows.get(impl)
+            cells.append("" if row is None else f"{row[column]:.{digits}f}" if "ms_p50" in row else "failed")
+        cells += [f"{x:.2f}" if x else "" for x in (shape.ratio, shape.over_dense)]
+        cells += [f"{ours['std_pct']:.1f}", f"{ours['rel_err']:.2e}"] if ours else ["", ""]
+        rows.append(tuple(cells))
+    headers = ["head_dim", "mask", "heads", "sequences", *(["page", "flashcore, us"] if paged else [])]
+    headers += [f"{impl}, {unit}" for impl in impls]
+    headers += ["over best peer", "over dense", "std %", "rel. error"]
+    notes = [*summary(found), *over_dense(found), *_without_packed_fa3(found)]
+    return Table(title, tuple(headers), tuple(rows), (*notes, *_picked(found, "backend"), *_picked(found, "backward")))
+
+
+def _sequences(case: PackedCase) -> str:
+    """How many there are of which lengths, queries x keys where these differ."""
+    return f"{case.batch} of {_length(case) if case.lengths == 'equal' else case.lengths}"
+
+
+def _without_packed_fa3(found: list[Shape]) -> list[str]:
+    """A sentence on the shapes whose ratio says nothing about FlashAttention-3."""
+    without = [
+        shape.case.name
+        for shape in found
+        if shape.ratio is not None and "ms_p50" not in shape.rows.get("fa3-varlen", {})
+    ]
+    if not without:
+        return []
+    which = "any shape" if len(without) == len(found) else ", ".join(without)
+    return [f"FlashAttention-3's packed op was not measured for {which}: the best peer there is another one."]
+
+
+def over_dense_table(title: str, found: list[Shape]) -> Table:
+    """What packing or pages cost: a row per shape that FlashCore's dense call computes, too."""
+    rows = []
+    for shape in found:
+        if shape.over_dense:
+            case = shape.case
+            cells = [str(case.head_dim), case.mask, _heads(case), _sequences(case)]
+            cells += ["backward" if case.backward else "forward", str(case.page_size or "")]
+            cells += [f"{1e3 * shape.rows[impl]['ms_p50']:.1f}" for impl in ("flashcore", "flashcore-dense")]
+            rows.append((*cells, f"{shape.over_dense:.2f}"))
+    headers = ("head_dim", "mask", "heads", "sequences", "pass", "page", "us", "dense, us", "speed over dense")
+    return Table(title, headers, tuple(rows), tuple(over_dense(found)))
 
 
 def _over_plain(found: list[Shape]) -> list[str]:

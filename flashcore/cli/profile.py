@@ -83,8 +83,8 @@ def _cases(suite: str, pattern: str | None, shape: str | None, causal: bool, dty
         raise fail(f"no such suite: {suite} (there are: {', '.join(SUITES)})")
     if SUITES[suite].mode == "e2e":
         raise fail("suite e2e has whole models; profile one of their layers by its shape")
-    if SUITES[suite].op == "attention_bwd":
-        raise fail("suite backward cannot be profiled: only forward passes can, yet")
     if not (found := [one for one in SUITES[suite].cases if re.search(pattern, one.name)]):
         raise fail(f"no case of suite {suite} matches {pattern!r}; flashcore bench --list shows them")
+    if backward := [one.name for one in found if isinstance(one, Case) and one.backward]:
+        raise fail(f"{backward[0]} cannot be profiled: only forward passes can, yet")
     return found

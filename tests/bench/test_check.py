@@ -51,7 +51,7 @@ def test_an_error_in_rows_without_a_float64_answer_is_found():
     q, k, v = check.make_inputs(CASE, "cpu")
     few = check.Truth(CASE, q, k, v, flops=4 * 2 * 4 * 96 * 96 * 32 // 3)
     out = flashcore.attention(q, k, v, causal=True, backend="sdpa")
-    checked = {row for start, stop, _ in few.blocks for row in range(start, stop)}
+    checked = {row for start, stop, _ in few.blocks[0] for row in range(start, stop)}
     assert {0, 95} <= checked
     missed = min(set(range(96)) - checked)
     wrong = out.clone()
@@ -67,7 +67,7 @@ def test_blocks_of_rows_are_the_rows_of_the_whole(causal, seqlen_q, seqlen_k, mo
     q, k, v = check.make_inputs(case, "cpu")
     whole = flashcore.attention(q, k, v, causal=causal, backend="reference")
     monkeypatch.setattr(check, "SCORES", 2 * 4 * seqlen_k * 7)  # 7 rows at a time
-    blocks = check.Truth(case, q, k, v).blocks
+    blocks = check.Truth(case, q, k, v).blocks[0]
     assert len(blocks) == -(-seqlen_q // 7)
     torch.testing.assert_close(torch.cat([answer for *_, answer in blocks], dim=1), whole)
 
@@ -132,7 +132,7 @@ def test_the_written_out_answer_is_that_of_the_specification(feature, seqlen_q, 
     expected = PEERS["reference"].prepare(case, q, k, v)()
     monkeypatch.setattr(check, "SCORES", 2 * 4 * seqlen_k * 7)  # 7 rows at a time
     truth = check.Truth(case, q, k, v)
-    assert len(truth.blocks) == -(-seqlen_q // 7)
+    assert len(truth.blocks[0]) == -(-seqlen_q // 7)
     assert truth.errors(expected).rel_err < 1e-12
     plain = PEERS["reference"].prepare(case.plain, q, k, v)()
     assert truth.errors(plain).rel_err > 1e-2

@@ -144,7 +144,7 @@ def clone(tmp_path):
 @pytest.fixture
 def whole_clone(clone):
     """One with every document that has blocks."""
-    for name, blocks in (("performance", ("roofline", "profile")), ("numerics", ("adversarial",))):
+    for name, blocks in (("performance", ("roofline", "profile", "packing")), ("numerics", ("adversarial",))):
         text = "".join(f"<!-- flashcore report: {block} -->\n<!-- flashcore report end -->\n" for block in blocks)
         (clone.root / "docs" / f"{name}.md").write_text(text)
     return clone
