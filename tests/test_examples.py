@@ -31,9 +31,11 @@ def learns(name: str, printed: str) -> None:
 
 CHECKS = {
     "decode": close,
+    "paged_cache": close,
     "replace_sdpa": close,
     "swiglu_mlp": close,
     "train": learns,
+    "train_packed": learns,
     "transformers_model": close,
 }
 
