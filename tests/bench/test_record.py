@@ -285,7 +285,7 @@ def test_a_record_of_training_is_of_the_backward_kernels(monkeypatch):
     seen: list[str] = []
     monkeypatch.setattr(jit, "source_digest", lambda source, table: seen.append(source) or source)
     gradients = {kernel.source for name, kernel in KERNELS.items() if name.startswith("backward")}
-    for suite, wanted in (("backward", True), ("parallel", True), ("e2e", True), ("forward", False)):
+    for suite, wanted in (("backward", True), ("parallel", True), ("varlen", True), ("e2e", True), ("forward", False)):
         seen.clear()
         record.kernel_digest(suite)
         assert (gradients & set(seen)) == (gradients if wanted else set()), suite
