@@ -646,4 +646,5 @@ class TestOnAGpu:
         assert_forward(out.detach(), None, q.detach(), k.detach(), v.detach())
         assert_gradients(grads, q.detach(), k.detach(), v.detach(), dout)
         assert_forward(*swapped(by_pytorch), None, q.detach(), k.detach(), v.detach())
-        assert taken == [(False, True), (True, True), (False, False)]
+        assert taken[:2] == [(False, True), (True, True)]
+        assert set(taken[2:]) == {(False, False)}  # the operator, and that beneath PyTorch's own

@@ -17,13 +17,14 @@ __forceinline__ bool enter_dq_tile(const Sequences<Config::packed>& sequences, i
                                    int& first, int& length) {
   if constexpr (Config::packed) {
     const Rows& queries = sequences.queries;
-    const int b = queries.sequence_of(m, Config::tile_m, places - queries.total / Config::tile_m);
+    const int b =
+        queries.template sequence_of<Config::threads>(m, Config::tile_m, places - queries.total / Config::tile_m);
     const int keys = sequences.keys.length(b);
     m -= queries.first_tile(b, Config::tile_m);
     first = queries.begin(b);
     length = queries.length(b);
     m_begin = keys == 0 ? places : max(0, length - keys - m_begin) / Config::tile_m;
-    return m * Config::tile_m < length;
+    return m >= 0 && m * Config::tile_m < length;
   }
   return true;
 }

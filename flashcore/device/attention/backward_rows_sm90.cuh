@@ -42,7 +42,7 @@ __forceinline__ bool enter_row_tile(const Sequences<Config::packed>& sequences, 
   if constexpr (Config::packed) {
     const Rows &queries = sequences.queries, &keys = sequences.keys;
     const int batch = places - queries.total / Config::tile_m, place = m;
-    const int b = queries.sequence_of(place, Config::tile_m, batch);
+    const int b = queries.template sequence_of<Config::threads>(place, Config::tile_m, batch);
     m = place - queries.first_tile(b, Config::tile_m);
     first = queries.begin(b);
     seqlen_q = queries.length(b);
@@ -54,7 +54,7 @@ __forceinline__ bool enter_row_tile(const Sequences<Config::packed>& sequences, 
         clear_gap(sequences.of_values, keys, b, batch, head, sequences.heads_k, sequences.head_bytes);
       }
     }
-    return m * Config::tile_m < seqlen_q;
+    return m >= 0 && m * Config::tile_m < seqlen_q;
   }
   return true;
 }

@@ -37,7 +37,8 @@ __forceinline__ bool enter_sequence(BackwardParams<Config>& params, const Sequen
   if constexpr (Config::packed) {
     const Rows &queries = sequences.queries, &keys = sequences.keys;
     params.heads = params.heads_k;
-    const int place = place_of_cta(params).y, b = keys.sequence_of(place, Config::tile_n, batch);
+    const int place = place_of_cta(params).y;
+    const int b = keys.template sequence_of<Config::threads>(place, Config::tile_n, batch);
     const int length_q = queries.length(b), length_k = keys.length(b);
     params.first_q = queries.begin(b);
     params.first_k = keys.begin(b);
@@ -49,7 +50,7 @@ __forceinline__ bool enter_sequence(BackwardParams<Config>& params, const Sequen
     params.mask.seqlen_k = length_k;
     params.mask.left += length_k - length_q;
     params.mask.right += length_k - length_q;
-    return (place - params.first_place_k) * Config::tile_n < length_k;
+    return place >= params.first_place_k && (place - params.first_place_k) * Config::tile_n < length_k;
   }
   return true;
 }

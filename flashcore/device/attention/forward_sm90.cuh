@@ -339,7 +339,7 @@ template <class Config> struct ForwardKernel {
           for (int j = 0; j < 8; ++j) s[8 * group + j] = x[j];
         }
       }
-      const auto mask = mask_of(params, tile);
+      const auto& mask = mask_of(params, tile);
       hide_right(s, mask.end(first) - n_block * tile_n, mask.end(row) - col, mask.end(row + 8) - col);
       if constexpr (Config::bounded_left)
         hide_left(s, mask.begin(first + 15) - n_block * tile_n, mask.begin(row) - col, mask.begin(row + 8) - col);

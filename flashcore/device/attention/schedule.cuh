@@ -43,10 +43,13 @@ template <class Config> __forceinline__ int queries_of(const AttentionParams<Con
 template <class Config> __forceinline__ int keys_of(const AttentionParams<Config>& params, const Tile& tile) {
   return Config::packed ? tile.length_k : params.mask.seqlen_k;
 }
-template <class Config> __forceinline__ auto mask_of(const AttentionParams<Config>& params, const Tile& tile) {
-  if constexpr (!Config::packed) return params.mask;
-  const int offset = tile.length_k - tile.length_q;
-  return decltype(params.mask){tile.length_k, offset + params.mask.left, offset + params.mask.right};
+template <class Config> __forceinline__ decltype(auto) mask_of(const AttentionParams<Config>& params, const Tile& tile) {
+  if constexpr (Config::packed) {
+    const int offset = tile.length_k - tile.length_q;
+    return decltype(params.mask){tile.length_k, offset + params.mask.left, offset + params.mask.right};
+  } else {
+    return (params.mask);
+  }
 }
 
 // The tiles of one CTA, in order. The order is arithmetic: no counter in memory, no hand-over between warps.
@@ -146,7 +149,7 @@ template <class Config> struct PackedTileScheduler {
     tile.kv_head = params.by_group_size.divide(head);
     tile.row = m_block * Config::tile_m;
     if constexpr (Config::bounded_right) tile.row -= m_blocks * Config::tile_m - (tile.length_q + 63) / 64 * 64;
-    const auto mask = mask_of(params, tile);
+    const auto& mask = mask_of(params, tile);
     const int seen = mask.end(tile.row + Config::tile_m - 1);
     tile.n_end = max(1, (seen + Config::tile_n - 1) / Config::tile_n);
     tile.n_begin = Config::bounded_left ? min(mask.begin(tile.row) / Config::tile_n, tile.n_end - 1) : 0;

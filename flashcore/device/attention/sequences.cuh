@@ -20,15 +20,15 @@ struct Rows {
   // Where what has a place for each tile of `rows` rows has those of a sequence: total / rows + batch places are enough.
   __forceinline__ int first_tile(int b, int rows) const { return begin(b) / rows + b; }
 
-  // The sequence that place is for, or one too few: the last whose tiles begin there or before.
-  __forceinline__ int sequence_of(int place, int rows, int batch) const {
-    int low = 0, high = batch - 1;
-    while (low < high) {
-      const int middle = (low + high + 1) / 2;
-      if (first_tile(middle, rows) <= place) low = middle;
-      else high = middle - 1;
+  // The sequence among whose places for tiles of `rows` rows `place` is: the last that begins there or before. For all
+  // threads of a CTA, which look at as many sequences at a time.
+  template <int threads> __forceinline__ int sequence_of(int place, int rows, int batch) const {
+    int begun = 0;
+    for (int first = 0; first < batch; first += threads) {
+      const int b = first + threadIdx.x;
+      begun += __syncthreads_count(b < batch && first_tile(b, rows) <= place);
     }
-    return low;
+    return __shfl_sync(0xffffffff, max(begun - 1, 0), 0);  // which tells the compiler that it is uniform
   }
 };
 

@@ -94,6 +94,15 @@ inline int __syncthreads_or(int vote) {
   this_cta->voted = 0;
   return any;
 }
+inline int __syncthreads_count(int vote) {
+  this_cta->voted += vote != 0;
+  __syncthreads();
+  const int count = this_cta->voted;
+  __syncthreads();
+  this_cta->voted = 0;
+  __syncthreads();
+  return count;
+}
 inline void cluster_sync() { this_cluster->barrier.arrive_and_wait(); }
 inline u32 cluster_size() { return this_cluster->ctas.size(); }
 inline u32 cluster_rank() { return blockIdx.x % cluster_size(); }
