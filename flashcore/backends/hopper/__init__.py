@@ -1,7 +1,4 @@
-"""The Hopper backend: our own CUDA C++ kernels for sm_90 (H100, H200, GH200), compiled at first use.
-
-Forward only so far; `plan` finds a backward pass elsewhere.
-"""
+"""The Hopper backend: our own CUDA C++ kernels for sm_90 (H100, H200, GH200), compiled at first use."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ if TYPE_CHECKING:
 
     from flashcore.backends import Run
 
-FEATURES = frozenset({"window", "score", "sink", "head_dim_v", "partial", "packed"})
+FEATURES = frozenset({"window", "score", "sink", "head_dim_v", "partial", "packed", "paged"})
 NATIVE_GRAD = False
 
 # Keys from which on it matters that the clusters of so few heads leave SMs idle (docs/log/0018).
@@ -76,6 +73,8 @@ def rejects(problem: AttentionProblem) -> str | None:
             return f"{name} {head_dim} > 256"
         if head_dim % 8:
             return f"{name} {head_dim} is not a multiple of 8"
+    if problem.paged and choose_decode(problem) is None:
+        return "keys in pages, and more than 8 rows for each key head or a head_dim beyond 128"
     if max(problem.seqlen_q, problem.seqlen_k) > LONGEST:
         return f"seqlen {max(problem.seqlen_q, problem.seqlen_k)} > {LONGEST}"
     if problem.batch * problem.heads_q * math.ceil(problem.seqlen_q / 64) >= 2**31:
@@ -90,7 +89,7 @@ def defers(problem: AttentionProblem) -> tuple[str, str] | None:
     more of one query head, and reads all keys that they see. Triton's kernels share keys out among all SMs, and have
     tiles of 16 rows, or of the rows of all query heads of a key head together.
     """
-    if not problem.packed and choose_decode(problem) is not None:
+    if choose_decode(problem) is not None:
         heads = problem.batch * problem.heads_k
         if heads * CLUSTERS[-1] < problem.sm_count and problem.seqlen_k >= _FEW_HEADS_KEYS:
             return "triton", f"splits the keys of {heads} heads among all {problem.sm_count} SMs"
@@ -112,9 +111,7 @@ def defers(problem: AttentionProblem) -> tuple[str, str] | None:
 
 def configure(problem: AttentionProblem) -> ForwardConfig | DecodeConfig:
     """The kernel variant for a problem that is not rejected; its ``why`` is the reason for it."""
-    if problem.packed:
-        return choose_packed(problem)
-    return choose_decode(problem) or choose_forward(problem)
+    return choose_decode(problem) or (choose_packed if problem.packed else choose_forward)(problem)
 
 
 def prepare(problem: AttentionProblem, config: ForwardConfig | DecodeConfig) -> Run:

@@ -16,6 +16,7 @@ from flashcore.backends.hopper.launch import (
     exponent_scale,
     extra_arguments,
     scale_log2,
+    sequence_arguments,
 )
 from flashcore.problem import AttentionProblem
 
@@ -26,7 +27,7 @@ class DecodeLauncher(Launcher):
     def __init__(self, problem: AttentionProblem, config: DecodeConfig):
         clusters = problem.batch * problem.heads_k
         super().__init__(compile_kernel(config.variant), clusters, cluster=config.cluster)
-        self._lse_shape = (problem.batch, problem.heads_q, problem.seqlen_q) if problem.needs_lse else None
+        self._lse_shape = problem.lse_shape if problem.needs_lse else None
         # The entry's parameters after the scale, in order.
         self._scalars = (
             numpy.int32(problem.heads_k), numpy.int32(problem.group_size),
@@ -35,6 +36,8 @@ class DecodeLauncher(Launcher):
         self._default_scale, self._exponent_scale = problem.head_dim**-0.5, exponent_scale(problem)
         self._out_shape = problem.out_shape
         self._extra_arguments = extra_arguments(problem.kernel_score)
+        self._sequence_arguments = sequence_arguments(problem, problem.head_dim_v)
+        self._places = len(problem.queries.tensors) + len(problem.keys.tensors)
         # Strides that the kernel can read: of q, k and v -> the entry's parameters, (batch, row, head) of each.
         self._strides: dict[tuple, tuple[int, ...]] = {}
 
@@ -55,12 +58,13 @@ class DecodeLauncher(Launcher):
             scale = self._default_scale
         launch(
             current_stream(device), launch_config, kernel, *addresses, out.data_ptr(), lse_address, *strides,
-            self._exponent_scale or scale_log2(scale), *self._scalars, *self._extra_arguments(scale, extras),
+            self._exponent_scale or scale_log2(scale), *self._scalars, *self._sequence_arguments(extras, out),
+            *self._extra_arguments(scale, extras[self._places :]),
         )  # fmt: skip
         return out, lse
 
     def _learn(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[int, ...]:
         """The entry's strides for tensors that it can read."""
-        learned = tuple(stride for tensor in (q, k, v) for stride in tensor.stride()[:3])
+        learned = tuple(stride for tensor in (q, k, v) for stride in (0, *tensor.stride()[:-1])[-3:])
         self._strides[q.stride(), k.stride(), v.stride()] = learned
         return learned

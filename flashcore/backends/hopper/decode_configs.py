@@ -33,6 +33,8 @@ class DecodeConfig:
     head_dim_v: int
     cluster: int = 1  # CTAs that share the keys of a head; the launch's business, not the kernel's
     score: Score = PLAIN  # what becomes of scores; without shapes
+    packed: bool = False  # sequences of any lengths in one tensor, which the kernel learns when it runs
+    page: int = 0  # their keys are in pages: 1: a page for each key; 16: pages hold whole blocks of 16; 0: they are not
     why: str = field(default="", compare=False)
 
     source: ClassVar[str] = "attention/decode_sm90.cuh"
@@ -43,6 +45,9 @@ class DecodeConfig:
         "CLUSTER_SCHEDULING_POLICY_PREFERENCE": 2,
     }
     warps: ClassVar[int] = 8
+    _constants: ClassVar[tuple[str, ...]] = (
+        "head_dim", "head_dim_v", "packed", "page", "warps", "threads", "smem_bytes",
+    )  # fmt: skip
 
     @property
     def threads(self) -> int:
@@ -62,7 +67,7 @@ class DecodeConfig:
 
     def constants(self) -> dict[str, int | bool]:
         """Name and value of every constant of the device-side ``struct Config``."""
-        return {name: getattr(self, name) for name in ("head_dim", "head_dim_v", "warps", "threads", "smem_bytes")}
+        return {name: getattr(self, name) for name in self._constants}
 
     @property
     def element(self) -> str:
@@ -73,6 +78,8 @@ class DecodeConfig:
         shared = "" if self.cluster == 1 else f", its keys shared out among {self.cluster} CTAs"
         head_dims = str(self.head_dim) + (f"/{self.head_dim_v}" if self.head_dim_v != self.head_dim else "")
         score = f", {self.score}" if self.score != PLAIN else ""
+        score += ", packed" if self.packed else ""
+        score += {0: "", 1: ", a page for each key", _BLOCK_N: ", keys in pages"}[self.page]
         return f"{self.dtype} head_dim {head_dims}{score}: up to {MAX_ROWS} rows of a key head packed{shared}"
 
 
@@ -83,7 +90,10 @@ def choose_decode(problem: AttentionProblem) -> DecodeConfig | None:
         return None
     why = f"{rows} rows for each key head: time is what reading the keys takes"
     head_dims = problem.head_dim, problem.head_dim_v
-    return DecodeConfig(problem.dtype, *head_dims, choose_cluster(problem), problem.kernel_score, why)
+    page = 0 if not problem.paged else 1 if problem.keys.page_size == 1 else _BLOCK_N
+    return DecodeConfig(
+        problem.dtype, *head_dims, choose_cluster(problem), problem.kernel_score, problem.packed, page, why
+    )
 
 
 def choose_cluster(problem: AttentionProblem) -> int:

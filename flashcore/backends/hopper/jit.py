@@ -158,7 +158,7 @@ struct Score {{
 """
 
 
-def sequence_source(packed: bool) -> str:
+def sequence_source(packed: bool, paged: bool = False) -> str:
     """What a kernel's entry needs to know of packed sequences (``Sequences`` of device/attention/sequences.cuh)."""
     if not packed:
         return "#define SEQUENCE_PARAMETERS\n#define SEQUENCE_VALUE {}\n"
@@ -166,7 +166,9 @@ def sequence_source(packed: bool) -> str:
     cleared, sizes = ("of_queries", "of_keys", "of_values"), ("of_heads_q", "of_heads_k", "head_bytes")
     parameters = [f"const int* {a}, const int* {b}, int {c}, int {d}" for a, b, c, d in sides]
     parameters += [f"u8* {name}" for name in cleared] + [f"int {name}" for name in sizes]
-    value = ", ".join([*("{" + ", ".join(side) + "}" for side in sides), *cleared, *sizes])
+    pages = ("table_row", "page_size", "pages") if paged else ()
+    parameters += [f"{'u64' if name == 'table_row' else 'int'} {name}" for name in pages]
+    value = ", ".join([*("{" + ", ".join(side) + "}" for side in sides), *cleared, *sizes, *pages])
     return f"#define SEQUENCE_PARAMETERS , {', '.join(parameters)}\n#define SEQUENCE_VALUE {{{value}}}\n"
 
 
@@ -188,7 +190,7 @@ def kernel_source(config: KernelConfig) -> str:
     if hasattr(config, "score"):
         score += score_source(config.score, getattr(config, "differentiates", False))
     if hasattr(config, "packed"):
-        score += sequence_source(config.packed)
+        score += sequence_source(config.packed, getattr(config, "page", 0) > 0)
     return f"""\
 {_flatten("ptx/types.cuh")}
 struct Config {{

@@ -78,6 +78,8 @@ def sequence_arguments(problem: AttentionProblem, head_dim: int) -> Callable[...
         return lambda extras, *cleared: ()
     sizes = tuple(numpy.int32(n) for n in (problem.heads_q, problem.heads_k, head_dim * 2))
     sides = (problem.queries, problem.seqlen_q), (problem.keys, problem.seqlen_k)
+    of_queries = len(problem.queries.tensors)  # behind these comes the table
+    pages_of = (numpy.int32(problem.keys.page_size), numpy.int32(problem.keys.pages)) if problem.paged else ()
 
     def arguments(extras: tuple[torch.Tensor, ...], *cleared: torch.Tensor) -> tuple:
         found, tensors = [], iter(extras)
@@ -85,7 +87,8 @@ def sequence_arguments(problem: AttentionProblem, head_dim: int) -> Callable[...
             addresses = [next(tensors).data_ptr() for _ in rows.tensors]
             found += [*addresses, *[0] * (2 - len(addresses)), numpy.int32(rows.total), numpy.int32(longest)]
         addresses = [tensor.data_ptr() for tensor in cleared]
-        return (*found, *addresses, *[0] * (3 - len(addresses)), *sizes)
+        pages = (numpy.uint64(extras[of_queries].stride(0)), *pages_of) if problem.paged else ()
+        return (*found, *addresses, *[0] * (3 - len(addresses)), *sizes, *pages)
 
     return arguments
 

@@ -8,6 +8,7 @@
 #include "../core/fragment.cuh"
 #include "../ptx/bulk.cuh"
 #include "../ptx/global.cuh"
+#include "box.cuh"
 #include "sequences.cuh"
 
 // Of packed sequences, from a place for tiles of a head to the tile of its sequence; false: there is none. m_begin comes

@@ -5,6 +5,7 @@
 #include "../core/ring.cuh"
 #include "../ptx/bulk.cuh"
 #include "backward_schedule.cuh"
+#include "box.cuh"
 
 template <class Tile, bool packed>
 __forceinline__ void load_tile(u8* to, const TensorMap& map, u64& full, int row, int head, int batch, int first,

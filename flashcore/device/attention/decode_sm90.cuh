@@ -2,7 +2,8 @@
 //
 // COMPUTES  O = softmax(scale * Q K^T + mask) V and LSE = ln(sum(exp(scale * Q K^T + mask))) per row.
 //   Q, O (batch, seqlen_q, heads_q, d), K, V (batch, seqlen_k, heads_k, d), 16 bit, O contiguous, the others with any
-//   strides that are multiples of 16 bytes; LSE (batch, heads_q, seqlen_q) fp32. Mask: two diagonals (mask.cuh); keys
+//   strides that are multiples of 16 bytes; LSE (batch, heads_q, seqlen_q) fp32. Or packed sequences, (total, heads, d),
+//   LSE (heads_q, total), whose keys are packed too, or in pages: (pages, page_size, heads_k, d). Mask: two diagonals (mask.cuh); keys
 //   that no row sees are not read. Scores may be changed, and sinks join the sums (score.cuh). The rows of a key head are its queries times the heads of its group: seqlen_q * heads_q / heads_k.
 //   V and O may have another d. Not handled: more than 8 rows, d % 8 != 0, d > 128.
 //
@@ -39,10 +40,21 @@
 #include "../ptx/stream.cuh"
 #include "mask.cuh"
 #include "score.cuh"
+#include "sequences.cuh"
 
-struct Operand {  // (seqlen, heads, d) of a batch entry, strides in elements
+struct Operand {  // (seqlen, heads, d) of a batch entry or a packed sequence, strides in elements
   const u16* data;
   u64 row_stride, head_stride;
+  u64 page_stride;  // of keys in pages, of which `data` is the first
+};
+
+// Of keys in pages: those of a sequence.
+struct Pages {
+  const int* table;
+  int size, count;
+
+  // A number that is no page is taken for the next that is one: nobody reads outside of the cache.
+  __forceinline__ int of(int key) const { return min(max(table[key / size], 0), count - 1); }
 };
 
 struct DecodeParams {
@@ -53,6 +65,9 @@ struct DecodeParams {
   Score score;
   int heads_k, group_size, seqlen_q;
   Mask<true, true> mask;
+  Pages pages;
+  int first_q, first_k;  // where packed sequences begin
+  int total_q;
 
   __forceinline__ int rows() const { return seqlen_q * group_size; }  // of a key head
 };
@@ -94,11 +109,26 @@ template <class Config> struct DecodeKernel {
     u32 r[4][v_chunks][4];
   };
 
-  __forceinline__ void load_k(KFragment& f, int block) const {
+  // The pages of this warp's next 32 blocks, where all keys of a block are in one: lane i has that of the i-th.
+  __forceinline__ int look_up(int block, int step, int blocks) const {
+    block += (4 * g + t) * step;
+    return block < blocks ? params.pages.of(block * block_n) : 0;
+  }
+  static __forceinline__ int page_of(int found, int turn) {
+    return Config::page == block_n ? __shfl_sync(full_warp, found, turn % 32) : 0;
+  }
+
+  __forceinline__ const u16* row_of(const Operand& operand, int key, int page) const {
+    if constexpr (Config::page == 0) return operand.data + u64(params.first_k + key) * operand.row_stride;
+    if constexpr (Config::page == 1) page = params.pages.of(key);
+    return operand.data + u64(page) * operand.page_stride + u64(key % params.pages.size) * operand.row_stride;
+  }
+
+  __forceinline__ void load_k(KFragment& f, int block, int page) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int key = min(block * block_n + g + 8 * half, params.mask.seqlen_k - 1);
-      const u16* row = params.k.data + u64(key) * params.k.row_stride + 8 * t;
+      const u16* row = row_of(params.k, key, page) + 8 * t;
 #pragma unroll
       for (int c = 0; c < k_chunks; ++c)
         if (32 * c + 32 <= head_dim || 32 * c + 8 * t < head_dim) load_once_v4(f.r[half][c], row + 32 * c);
@@ -107,11 +137,11 @@ template <class Config> struct DecodeKernel {
 
   __forceinline__ int v_key(int block, int i) const { return block * block_n + 2 * t + i % 2 + i / 2 * 8; }
 
-  __forceinline__ void load_v(VFragment& f, int block) const {
+  __forceinline__ void load_v(VFragment& f, int block, int page) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int key = min(v_key(block, i), params.mask.seqlen_k - 1);
-      const u16* row = params.v.data + u64(key) * params.v.row_stride + 8 * g;
+      const u16* row = row_of(params.v, key, page) + 8 * g;
 #pragma unroll
       for (int c = 0; c < v_chunks; ++c)
         if (64 * c + 64 <= head_dim_v || 64 * c + 8 * g < head_dim_v) load_once_v4(f.r[i][c], row + 64 * c);
@@ -132,7 +162,7 @@ template <class Config> struct DecodeKernel {
     const int row = g, query = row / params.group_size;
     u32 q[4] = {};
     if (row < params.rows() && 32 * c + 8 * t < head_dim)
-      load_once_v4(q, params.q.data + query * params.q.row_stride +
+      load_once_v4(q, params.q.data + (params.first_q + query) * params.q.row_stride +
                           (kv_head * params.group_size + row % params.group_size) * params.q.head_stride + 32 * c + 8 * t);
     *reinterpret_cast<uint4*>(smem.q[c][4 * g + t]) = make_uint4(q[0], q[1], q[2], q[3]);
     if (c == 0 && t == 0) {
@@ -150,9 +180,11 @@ template <class Config> struct DecodeKernel {
     const int last_query = params.seqlen_q - 1;
     const int blocks = (params.mask.end(last_query) + block_n - 1) / block_n;
     first += params.mask.begin(0) / block_n;
+    int found = 0, turn = 0;  // pages, and how many blocks have been loaded
     if (first < blocks) {
-      load_k(k, first);
-      load_v(v, first);
+      if constexpr (Config::page == block_n) found = look_up(first, step, blocks);
+      load_k(k, first, page_of(found, 0));
+      load_v(v, first, page_of(found, 0));
     }
     if (warp < k_chunks) stage_q(warp);
     __syncthreads();
@@ -168,7 +200,11 @@ template <class Config> struct DecodeKernel {
         for (int i = 0; i < 4; i += 2)
           mma_16x8x16<Element>(s, k.r[0][c][i], k.r[1][c][i], k.r[0][c][i + 1], k.r[1][c][i + 1], q[i], q[i + 1]);
       }
-      if (block + step < blocks) load_k(k, block + step);
+      if (block + step < blocks) {
+        if constexpr (Config::page == block_n)
+          if (++turn % 32 == 0) found = look_up(block + step, step, blocks);
+        load_k(k, block + step, page_of(found, turn));
+      }
       if constexpr (!Score::plain) change(s, block * block_n);
       if ((block + 1) * block_n > params.mask.end(0) || block * block_n < params.mask.begin(last_query))
         mask(s, block * block_n);
@@ -205,7 +241,7 @@ template <class Config> struct DecodeKernel {
           mma_16x8x16<Element>(o[c][j], low_halves(v.r[0][c][j], v.r[1][c][j]),
                                high_halves(v.r[0][c][j], v.r[1][c][j]), low_halves(v.r[2][c][j], v.r[3][c][j]),
                                high_halves(v.r[2][c][j], v.r[3][c][j]), p0, p1);
-      if (block + step < blocks) load_v(v, block + step);
+      if (block + step < blocks) load_v(v, block + step, page_of(found, turn));
     }
     leave(o, m, l);
   }
@@ -306,12 +342,14 @@ template <class Config> struct DecodeKernel {
     const int heads_q = params.heads_k * params.group_size;
     const Denominator denominator = denominator_of(sum, head);
     const float inverse = denominator.inverse;
-    const u64 index = (u64(batch * params.seqlen_q + query) * heads_q + head) * head_dim_v + column;
+    const u64 first = Config::packed ? params.first_q : batch * params.seqlen_q;
+    const u64 index = ((first + query) * heads_q + head) * head_dim_v + column;
     *reinterpret_cast<uint2*>(params.out + index) =
         make_uint2(pack2<Element>(sum.o[0] * inverse, sum.o[1] * inverse),
                    pack2<Element>(sum.o[2] * inverse, sum.o[3] * inverse));
     if (params.lse != nullptr && column == 0)
-      params.lse[(u64(batch) * heads_q + head) * params.seqlen_q + query] = denominator.lse;
+      params.lse[Config::packed ? u64(head) * params.total_q + params.first_q + query
+                                : (u64(batch) * heads_q + head) * params.seqlen_q + query] = denominator.lse;
   }
 
   __forceinline__ void merge(u32 rank, u32 ranks, int thread) {
@@ -344,21 +382,63 @@ template <class Config> struct DecodeKernel {
   }
 };
 
+template <class Params>
+__forceinline__ void clear_output(const Params& params, const Sequences<true>& sequences, int begin, int end) {
+  const int heads_q = params.heads_k * params.group_size, row_bytes = heads_q * sequences.head_bytes;
+  clear_rows(sequences.of_queries, row_bytes, begin, end, row_bytes, threadIdx.x, Config::threads);
+  for (int i = threadIdx.x; params.lse != nullptr && i < (end - begin) * heads_q; i += Config::threads)
+    params.lse[u64(i / (end - begin)) * sequences.queries.total + begin + i % (end - begin)] = negative_infinity();
+}
+
+// Makes `params` those of packed sequence b of `batch`; false: it has no queries. `clears`: one CTA of each sequence gives the
+// rows of no sequence behind it, and before the first one, the output 0 and the LSE -inf.
+template <class Config>
+__forceinline__ bool enter_sequence(DecodeParams& params, const Sequences<Config::packed>& sequences, int b, int batch,
+                                    bool clears) {
+  if constexpr (Config::packed) {
+    const Rows &queries = sequences.queries, &keys = sequences.keys;
+    if (clears) {
+      if (b == 0) clear_output(params, sequences, 0, queries.begin(0));
+      clear_output(params, sequences, queries.begin(b) + queries.length(b),
+                   b + 1 < batch ? queries.begin(b + 1) : queries.total);
+    }
+    int length_k;
+    if constexpr (Config::page > 0) {
+      length_k = uniform(max(min(keys.used[b], keys.longest), 0));
+      params.pages = {keys.offsets + b * sequences.table_row, sequences.page_size, sequences.pages};
+    } else {
+      params.first_k = uniform(keys.begin(b));
+      length_k = uniform(keys.length(b));
+    }
+    params.seqlen_q = uniform(queries.length(b));
+    params.first_q = uniform(queries.begin(b));
+    params.total_q = queries.total;
+    params.mask.seqlen_k = length_k;
+    params.mask.left += length_k - params.seqlen_q;
+    params.mask.right += length_k - params.seqlen_q;
+  }
+  return params.seqlen_q > 0;
+}
+
 extern "C" __global__ void __launch_bounds__(Config::threads, 2)
 attention_decode_sm90(const u16* q, const u16* k, const u16* v, u16* out, float* lse, u64 q_batch, u64 q_row,
                       u64 q_head, u64 k_batch, u64 k_row, u64 k_head, u64 v_batch, u64 v_row, u64 v_head,
                       float scale_log2, int heads_k, int group_size, int seqlen_q, int seqlen_k, int mask_left,
-                      int mask_right SCORE_PARAMETERS) {
+                      int mask_right SEQUENCE_PARAMETERS SCORE_PARAMETERS) {
   extern __shared__ __align__(16) u8 raw_smem[];
   using Kernel = DecodeKernel<Config>;
   const u32 ranks = cluster_size(), rank = cluster_rank();
   const int tile = blockIdx.x / ranks;
   const int batch = tile / heads_k, kv_head = tile % heads_k;
-  const DecodeParams params{{q + batch * q_batch, q_row, q_head},
-                            {k + batch * k_batch + kv_head * k_head, k_row, k_head},
-                            {v + batch * v_batch + kv_head * v_head, v_row, v_head},
-                            out, lse, scale_log2, SCORE_VALUE, heads_k, group_size, seqlen_q,
-                            {seqlen_k, mask_left, mask_right}};
+  DecodeParams params{{q, q_row, q_head}, {k + kv_head * k_head, k_row, k_head, k_batch},
+                      {v + kv_head * v_head, v_row, v_head, v_batch}, out, lse, scale_log2, SCORE_VALUE, heads_k,
+                      group_size, seqlen_q, {seqlen_k, mask_left, mask_right}};
+  if (!enter_sequence<Config>(params, SEQUENCE_VALUE, batch, gridDim.x / ranks / heads_k, kv_head + rank == 0)) return;
+  if (!Config::packed) {
+    params.q.data += batch * q_batch;
+    params.k.data += batch * k_batch;
+    params.v.data += batch * v_batch;
+  }
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   Kernel kernel{*reinterpret_cast<typename Kernel::Smem*>(raw_smem), params, batch, kv_head, warp, lane / 4, lane % 4};
   kernel.run(rank * Config::warps + warp, ranks * Config::warps);

@@ -70,6 +70,7 @@
 #include "../core/ring.cuh"
 #include "../ptx/wgmma.cuh"
 #include "../ptx/wgmma_sync.cuh"
+#include "box.cuh"
 #include "schedule.cuh"
 #include "score.cuh"
 #include "softmax.cuh"

@@ -1,6 +1,9 @@
-// Packed sequences, whose lengths only the device knows: where they lie, and how TMA reads and writes one of them.
+// Packed sequences, whose lengths only the device knows: where they lie.
 #pragma once
-#include "../ptx/tma.cuh"
+#include "../ptx/types.cuh"
+
+// Tells the compiler that all threads of a warp have the same value, which may lie in a uniform register then.
+__forceinline__ int uniform(int x) { return __shfl_sync(0xffffffff, x, 0); }
 
 // On one side, queries or keys: sequence b has the rows from offsets[b] on, of `total` in all, as many as lie before
 // offsets[b + 1], at most used[b] if that is there, and at most `longest`.
@@ -28,7 +31,7 @@ struct Rows {
       const int b = first + threadIdx.x;
       begun += __syncthreads_count(b < batch && first_tile(b, rows) <= place);
     }
-    return __shfl_sync(0xffffffff, max(begun - 1, 0), 0);  // which tells the compiler that it is uniform
+    return uniform(max(begun - 1, 0));
   }
 };
 
@@ -37,29 +40,10 @@ template <> struct Sequences<true> {
   Rows queries, keys;
   u8 *of_queries, *of_keys, *of_values;  // what a kernel clears where there is no sequence: contiguous tensors
   int heads_q, heads_k, head_bytes;      // theirs
+  // Keys in pages: `offsets` is the table, with rows so far apart, and `used` says how many each sequence has.
+  u64 table_row;
+  int page_size, pages;
 };
-
-// Row r of a sequence of `length` rows from `first` on is at (packed_origin - length + r, packed_origin, first + length) of
-// the dimensions that a map has for rows (tma.py). Those past its end are out of bounds.
-constexpr int packed_origin = 1 << 30;
-
-// Rows of a sequence from `row` on, 64 columns: of sequence `batch` of a batch, or of a packed one.
-template <bool packed>
-__forceinline__ void load_box(void* to, const TensorMap& map, u64& full, int chunk, int row, int head, int batch,
-                              int first, int length) {
-  if constexpr (packed)
-    tma_load_5d(to, map, full, chunk * 64, packed_origin - length + row, head, packed_origin, first + length);
-  else
-    tma_load_4d(to, map, full, chunk * 64, row, head, batch);
-}
-template <bool packed>
-__forceinline__ void store_box(const TensorMap& map, const void* from, int chunk, int row, int head, int batch, int first,
-                               int length) {
-  if constexpr (packed)
-    tma_store_5d(map, from, chunk * 64, packed_origin - length + row, head, packed_origin, first + length);
-  else
-    tma_store_4d(map, from, chunk * 64, row, head, batch);
-}
 
 // `bytes` of each row from begin to end - 1 become 0. By thread `thread` of `threads`.
 __forceinline__ void clear_rows(u8* tensor, u64 row_bytes, int begin, int end, int bytes, int thread, int threads) {

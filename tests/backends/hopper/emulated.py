@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import re
 import shutil
 import subprocess
 import tempfile
@@ -24,7 +23,7 @@ from flashcore.backends.hopper.backward_configs import (
 )
 from flashcore.backends.hopper.configs import ForwardConfig
 from flashcore.backends.hopper.jit import score_source, sequence_source
-from tests.backends.hopper.test_decode_emulated import compiler
+from tests.backends.hopper.test_decode_emulated import added_parameters, compiler
 
 HERE = Path(__file__).parent
 DEVICE = HERE.parents[2] / "flashcore" / "device"
@@ -106,10 +105,8 @@ def built(config) -> ctypes.CDLL:
         defined = sequence_source(getattr(config, "packed", False))
         if isinstance(config, (ForwardConfig, WideConfig)):
             defined += score_source(config.score, differentiate=isinstance(config, WideConfig))
-        for added in re.findall(r"#define \w+_PARAMETERS((?:.*\\\n)*.*)", defined):
-            added = added.replace("\\\n", "")
-            parameters += added
-            call = call[:-1] + "".join(f", {name}" for name in re.findall(r"(\w+)(?:,|$)", added)) + ")"
+        added, names = added_parameters(defined)
+        parameters, call = parameters + added, call[:-1] + names + ")"
         (folder / "all.cpp").write_text(
             f'#include "emulation_sm90.h"\nstruct Config {{ using Element = Bf16; {members} }};\n{defined}'
             f'#include "{config.source}"\n{RUN.format(parameters=parameters, call=call)}'
@@ -141,21 +138,3 @@ def maps(*pairs):
             sizes, strides = ([*(of[i] for i in order), last] for of, last in ((tensor.shape, 1), (tensor.stride(), 0)))
         made.append(Map(tensor.data_ptr(), rows, (ctypes.c_longlong * 5)(*sizes), (ctypes.c_longlong * 5)(*strides)))
     return (Map * len(made))(*made)
-
-
-def address(tensor):
-    return ctypes.c_void_p(0 if tensor is None else tensor.data_ptr())
-
-
-def sequence_arguments(places, problem, head_dim, *cleared):
-    """What packed sequences add to a kernel's arguments; nothing without."""
-    if not places:
-        return ()
-    found = []
-    for rows, spec, longest in (
-        (places["queries"], problem.queries, problem.seqlen_q),
-        (places["keys"], problem.keys, problem.seqlen_k),
-    ):
-        found += [address(rows.offsets), address(rows.used), spec.total, longest]
-    addresses = [address(tensor) for tensor in (*cleared, None, None, None)[:3]]
-    return (*found, *addresses, problem.heads_q, problem.heads_k, head_dim * 2)

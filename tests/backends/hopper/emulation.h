@@ -60,6 +60,7 @@ struct Cluster {
 };
 
 inline thread_local struct { int x; } threadIdx, blockIdx;
+inline struct { int x; } gridDim;
 inline thread_local Cluster* this_cluster;
 inline thread_local Cta* this_cta;
 inline thread_local Warp* this_warp;
@@ -127,6 +128,10 @@ template <int n, class Look> auto exchange(const u32 (&shown)[n], Look look) {
 
 inline float __shfl_xor_sync(u32, float x, int mask) {
   return exchange({bits(x)}, [&](auto& lanes) { return value(lanes[this_lane ^ mask][0]); });
+}
+
+inline int __shfl_sync(u32, int x, int lane) {
+  return exchange({u32(x)}, [&](auto& lanes) { return int(lanes[lane][0]); });
 }
 
 inline bool __any_sync(u32, bool x) {

@@ -30,8 +30,6 @@ inline float __uint_as_float(u32 x) { return value(x); }
 inline int __float_as_int(float x) { return bits(x); }
 inline float __int_as_float(int x) { return value(x); }
 inline bool __all_sync(u32 warp, bool x) { return !__any_sync(warp, !x); }
-inline struct { int x; } gridDim;
-inline int __shfl_sync(u32, int x, int) { return x; }
 inline u32 __umulhi(u32 a, u32 b) { return u64(a) * b >> 32; }
 [[noreturn]] inline void fail(const char* what) {
   fprintf(stderr, "emulation, CTA %d thread %d: %s\n", blockIdx.x, threadIdx.x, what);

@@ -25,8 +25,8 @@ from flashcore.backends.hopper.backward_configs import (
 from flashcore.backends.hopper.launch import diagonals
 from flashcore.problem import AttentionProblem
 from flashcore.score import bind
-from tests.backends.hopper.emulated import address, built, maps, sequence_arguments
-from tests.backends.hopper.test_decode_emulated import compiler
+from tests.backends.hopper.emulated import built, maps
+from tests.backends.hopper.test_decode_emulated import address, compiler, sequence_arguments
 from tests.packed import PackedCase, assert_packed_gradients
 from tests.tolerance import assert_gradients, attention_math
 

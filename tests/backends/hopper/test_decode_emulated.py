@@ -7,21 +7,25 @@ instructions' true semantics, the order that its compiler chooses, memory orderi
 import ctypes
 import functools
 import math
+import re
 import shutil
 import subprocess
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from flashcore.backends.hopper import tma
-from flashcore.backends.hopper.decode_configs import MAX_HEAD_DIM, MAX_ROWS, DecodeConfig
-from flashcore.backends.hopper.jit import score_source
+from flashcore.backends.hopper.decode_configs import MAX_HEAD_DIM, MAX_ROWS, DecodeConfig, choose_decode
+from flashcore.backends.hopper.jit import score_source, sequence_source
 from flashcore.backends.hopper.launch import diagonals
 from flashcore.problem import AttentionProblem
 from flashcore.score import PLAIN
 from tests.cases import CASES
+from tests.packed import PackedCase, assert_packed_forward
+from tests.paged import PagedCase
 from tests.tolerance import assert_forward
 
 HERE = Path(__file__).parent
@@ -29,15 +33,16 @@ DEVICE = HERE.parents[2] / "flashcore" / "device"
 DRIVER = """
 extern "C" int decode(int clusters, int ctas, const u8* const (*memory)[2], const u16* q, const u16* k, const u16* v,
                       u16* out, float* lse, const u64* s, float scale_log2, int heads_k, int group_size, int seqlen_q,
-                      int seqlen_k, int left, int right) {
+                      int seqlen_k, int left, int right{parameters}) {{
   stray_reads = 0;
   std::copy(&memory[0][0], &memory[0][0] + 6, &readable[0][0]);
-  launch(clusters, ctas, Config::threads, Config::smem_bytes, [&] {
+  gridDim.x = clusters * ctas;
+  launch(clusters, ctas, Config::threads, Config::smem_bytes, [&] {{
     attention_decode_sm90(q, k, v, out, lse, s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], scale_log2, heads_k,
-                          group_size, seqlen_q, seqlen_k, left, right);
-  });
+                          group_size, seqlen_q, seqlen_k, left, right{names});
+  }});
   return stray_reads;
-}
+}}
 """
 
 
@@ -55,7 +60,7 @@ pytestmark = pytest.mark.skipif(compiler() is None, reason="needs g++ with C++20
 
 
 @functools.cache
-def built(head_dim: int) -> ctypes.CDLL:
+def built(config: DecodeConfig) -> ctypes.CDLL:
     folder = Path(tempfile.mkdtemp(prefix="flashcore-emulated-"))
     try:
         for name in ("attention", "ptx"):
@@ -66,17 +71,19 @@ def built(head_dim: int) -> ctypes.CDLL:
         kernel = (DEVICE / "attention" / "decode_sm90.cuh").read_text()
         declaration = "extern __shared__ __align__(16) u8 raw_smem[];"
         assert kernel.count(declaration) == 1
-        for name in ("mask.cuh", "score.cuh"):
+        for name in ("mask.cuh", "score.cuh", "sequences.cuh"):
             shutil.copy(DEVICE / "attention" / name, folder / "attention")
         (folder / "attention" / "decode_sm90.cuh").write_text(
             kernel.replace(declaration, "u8* const raw_smem = shared_memory();")
         )
-        constants = DecodeConfig("bfloat16", head_dim, head_dim).constants().items()
-        members = "".join(f"static constexpr int {name} = {value};" for name, value in constants)
+        constants = config.constants().items()
+        members = "".join(f"static constexpr int {name} = {int(value)};" for name, value in constants)
+        sequences = sequence_source(config.packed, config.page > 0)
+        parameters, names = added_parameters(sequences)
         (folder / "all.cpp").write_text(
             '#include "emulation.h"\n'
-            f"struct Config {{ using Element = Bf16; {members} }};\n{score_source(PLAIN)}"
-            f'#include "attention/decode_sm90.cuh"\n{DRIVER}'
+            f"struct Config {{ using Element = Bf16; {members} }};\n{score_source(PLAIN)}{sequences}"
+            f'#include "attention/decode_sm90.cuh"\n{DRIVER.format(parameters=parameters, names=names)}'
         )
         # With optimisation and contraction GCC fuses products into sums as NVRTC does, where the CPU can.
         options = ["-std=c++20", "-O2", "-march=native", "-ffp-contract=fast", "-w", "-pthread", "-shared", "-fPIC"]
@@ -86,28 +93,52 @@ def built(head_dim: int) -> ctypes.CDLL:
         shutil.rmtree(folder)
 
 
-def address(tensor: torch.Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
+def added_parameters(defined: str) -> tuple[str, str]:
+    """The parameters that macros add to an entry's, and their names, each with a comma in front."""
+    found = "".join(re.findall(r"#define \w+_PARAMETERS(.*)", defined))
+    return found, "".join(f", {name}" for name in re.findall(r"(\w+)(?:,|$)", found))
 
 
-def decode(q, k, v, causal=False, cluster=1, scale=None, window=None):
+def address(tensor: torch.Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(0 if tensor is None else tensor.data_ptr())
+
+
+def sequence_arguments(places, problem, head_dim, *cleared):
+    """What packed sequences add to a kernel's arguments (``launch.sequence_arguments``); nothing without."""
+    if not places:
+        return ()
+    found = []
+    for rows, spec, longest in (
+        (places["queries"], problem.queries, problem.seqlen_q),
+        (places["keys"], problem.keys, problem.seqlen_k),
+    ):
+        first, second = (*rows.tensors, None)[:2]
+        found += [address(first), address(second), spec.total, longest]
+    found += [address(tensor) for tensor in (*cleared, None, None, None)[:3]]
+    found += [problem.heads_q, problem.heads_k, head_dim * 2]
+    if problem.paged:
+        found += [ctypes.c_uint64(places["keys"].table.stride(0)), problem.keys.page_size, problem.keys.pages]
+    return found
+
+
+def decode(q, k, v, causal=False, cluster=1, scale=None, window=None, places=None):
     """(out, lse) of the emulated kernel, which may read nothing but what the tensors hold."""
-    batch, seqlen_q, heads_q, head_dim = q.shape
     problem = AttentionProblem.from_tensors(
-        q, k, v, causal=causal, window=window, scale=scale, return_lse=True
+        q, k, v, causal=causal, window=window, scale=scale, return_lse=True, **places or {}
     )
     left, right = map(int, diagonals(problem))
-    out = torch.full(q.shape, torch.nan, dtype=q.dtype)
-    lse = torch.full((batch, heads_q, seqlen_q), torch.nan)
+    out = torch.full(problem.out_shape, torch.nan, dtype=q.dtype)
+    lse = torch.full(problem.lse_shape, torch.nan)
     bounds = []
     for tensor in (q, k, v):
         last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         bounds += [tensor.data_ptr(), tensor.data_ptr() + 2 * (last + 1)]
-    strides = [stride for tensor in (q, k, v) for stride in tensor.stride()[:3]]
-    stray = built(head_dim).decode(
-        batch * problem.heads_k, cluster, (ctypes.c_void_p * 6)(*bounds), *map(address, (q, k, v, out, lse)),
+    strides = [stride for tensor in (q, k, v) for stride in (0, *tensor.stride()[:-1])[-3:]]
+    stray = built(choose_decode(replace(problem, sm_count=132)).variant).decode(
+        problem.batch * problem.heads_k, cluster, (ctypes.c_void_p * 6)(*bounds), *map(address, (q, k, v, out, lse)),
         (ctypes.c_uint64 * 9)(*strides), ctypes.c_float(problem.scale / math.log(2)), problem.heads_k,
-        problem.group_size, seqlen_q, problem.seqlen_k, left, right,
+        problem.group_size, problem.seqlen_q, problem.seqlen_k, left, right,
+        *sequence_arguments(places, problem, problem.head_dim_v, out),
     )  # fmt: skip
     assert stray == 0
     return out, lse
@@ -213,3 +244,36 @@ def test_scores_beyond_what_the_exponent_can_round():
     out, lse = decode(q, k, v)
     assert lse.isfinite().all()
     assert_forward(out, lse, q, k, v)
+
+
+DECODING = [
+    ((1, 1, 0, 1), (300, 1, 50, 64)),
+    ((2, 1, 2), (0, 33, 700)),
+    ((1,), (16 * 8 * 40 + 5,)),  # more than 32 blocks of a warp
+]
+
+
+@pytest.mark.parametrize("cluster", [1, 4])
+@pytest.mark.parametrize("lengths", DECODING, ids=lambda lengths: str(lengths[1]))
+@pytest.mark.parametrize("page_size", [None, 1, 16, 64])
+def test_packed_queries(page_size, lengths, cluster):
+    """On packed keys, and on keys in pages."""
+    packed = PackedCase("", *lengths, heads_q=4, heads_k=2, head_dim=64, causal=True, before=2, after=3)
+    check_packed(packed, page_size, cluster)
+
+
+@pytest.mark.parametrize("head_dim", [40, 128])
+@pytest.mark.parametrize("window", [(40, 0), (7, 1)], ids=str)
+def test_windows_on_pages(window, head_dim):
+    check_packed(PackedCase("", (1, 2), (100, 70), head_dim=head_dim, window=window), 16, 2)
+
+
+def check_packed(packed: PackedCase, page_size: int | None, cluster: int) -> None:
+    if page_size is None:
+        q, k, v = packed.inputs()
+        memory, places = (q, k, v), packed.packed()
+    else:
+        q, k_cache, v_cache, places, k, v = PagedCase("", packed, page_size).inputs("cpu")
+        memory = q, k_cache, v_cache
+    out, lse = decode(*memory, packed.causal, cluster, window=packed.window, places=places)
+    assert_packed_forward(packed, out, lse, q, k, v)

@@ -10,8 +10,8 @@ from flashcore.backends.hopper.attention import divisor
 from flashcore.backends.hopper.configs import FORWARD_TABLE, choose_packed, tile_head_dim
 from flashcore.backends.hopper.launch import diagonals
 from flashcore.sequences import Packed
-from tests.backends.hopper.emulated import address, built, maps, sequence_arguments
-from tests.backends.hopper.test_decode_emulated import compiler
+from tests.backends.hopper.emulated import built, maps
+from tests.backends.hopper.test_decode_emulated import address, compiler, sequence_arguments
 from tests.packed import PackedCase, assert_packed_forward
 
 LN2 = math.log(2)
