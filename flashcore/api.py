@@ -248,9 +248,8 @@ def _with_features(q, k, v, causal, window, scale, score, sink, queries, keys, r
 def _by_operator(options, q, k, v, scale, *extras):
     """(out, lse) by the operator, for those who record operators or answer them."""
     causal, window, spec, packed, return_lse, backend = options
-    _refuse_paged(packed)
     if not torch.compiler.is_compiling():  # which checks the operator's arguments as it traces
-        check_tensors(q, k, v, packed=bool(packed))
+        check_tensors(q, k, v, packed=bool(packed), paged=bool(packed) and isinstance(packed[1], Paged))
         checked_scale(scale, q.shape[-1])
     if packed:
         check_packed(*packed, q)
@@ -261,7 +260,6 @@ def _by_operator(options, q, k, v, scale, *extras):
 def _by_operations(options, q, k, v, scale, *extras):
     """(out, lse) by a backend that is made of PyTorch's operations, which transforms see through."""
     causal, window, spec, packed, return_lse, backend = options
-    _refuse_paged(packed)
     plan = planning.prepared_plan(_problem(q, k, v, extras, causal, window, scale, spec, packed, return_lse), backend)
     if not ATTENTION.load(plan.backend).NATIVE_GRAD:
         raise UnsupportedError(
@@ -269,13 +267,6 @@ def _by_operations(options, q, k, v, scale, *extras):
             f'forward-mode differentiation. Pass backend="{"sdpa" if spec == PLAIN and not packed else "reference"}".'
         )
     return plan.run(q, k, v, scale, *extras)
-
-
-def _refuse_paged(packed: tuple) -> None:
-    if packed and isinstance(packed[1], Paged):
-        raise UnsupportedError(
-            "attention: paged keys are not there under torch.compile, torch.func and other recordings."
-        )
 
 
 def _prepare(key: tuple | None, q, k, v, extras, scale, causal, window, spec, packed, return_lse, backend) -> Run:

@@ -7,7 +7,8 @@ this module first.
 
 ``attention_forward`` returns ``(out, lse)``, contiguous; the LSE is empty where nobody asked for it. Its mask says how
 many keys to the left and right of its own a query sees, None for all; what becomes of a score is an expression's text.
-Packed sequences are their offsets and how long the longest is, on both sides, None for dense ones.
+Packed sequences are their offsets and how long the longest is, on both sides, None for dense ones; keys in pages are
+their table and lengths.
 ``attention_backward`` returns ``(dq, dk, dv)``, contiguous, by the plan's backward pass; where that is autograd
 (PyTorch's own attention and the reference), it computes the forward again. The gradient of sinks is made of PyTorch's
 operations.
@@ -30,10 +31,10 @@ from flashcore import api, calls, gemm, gradients
 from flashcore import plan as planning
 from flashcore.gemm_problem import check_arguments
 from flashcore.plan import Plan
-from flashcore.problem import LEAST_SCALE, AttentionProblem, check_tensors
+from flashcore.problem import LEAST_SCALE, AttentionProblem, check_tensors, refuse_gradients_of_pages
 from flashcore.score import Score, describe, parse
 from flashcore.score import check as check_score
-from flashcore.sequences import Packed
+from flashcore.sequences import Packed, Paged
 
 _runs = calls.Runs()
 
@@ -42,7 +43,8 @@ _BACKWARD = "flashcore::attention_backward"
 # Where packed sequences lie, what the score looks up, in the order of its slots, or None, and the sinks. Not a list
 # that is always there: PyTorch takes no batch of output gradients apart for an operator with one, and AOTInductor's
 # packages fail with an empty one.
-_EXTRAS = "Tensor? offsets_q, Tensor? used_q, Tensor? offsets_k, Tensor? used_k, Tensor[]? captured, Tensor? sink"
+_PLACES = "Tensor? offsets_q, Tensor? used_q, Tensor? offsets_k, Tensor? used_k, Tensor? table_k, Tensor? lengths_k"
+_EXTRAS = f"{_PLACES}, Tensor[]? captured, Tensor? sink"
 # Bounds of packed sequences, the mask, what becomes of a scaled score as an expression's text, and how to plan.
 _OPTIONS = (
     "SymInt? longest_q, SymInt? longest_k, SymInt? left, SymInt? right, float? scale, str? score, bool needs_grad, "
@@ -70,6 +72,8 @@ class _Arguments(NamedTuple):
     used_q: torch.Tensor | None
     offsets_k: torch.Tensor | None
     used_k: torch.Tensor | None
+    table_k: torch.Tensor | None
+    lengths_k: torch.Tensor | None
     captured: list[torch.Tensor] | None
     sink: torch.Tensor | None
     longest_q: int | None
@@ -87,9 +91,22 @@ class _Arguments(NamedTuple):
         return self.offsets_q is not None
 
     @property
+    def paged(self) -> bool:
+        return self.table_k is not None
+
+    def places(self) -> tuple[Packed, Packed | Paged] | tuple[None, None]:
+        """Where the sequences of queries and keys lie."""
+        if not self.packed:
+            return None, None
+        queries = Packed(self.offsets_q, self.longest_q, self.used_q)
+        if self.paged:
+            return queries, Paged(self.table_k, self.lengths_k, self.longest_k)
+        return queries, Packed(self.offsets_k, self.longest_k, self.used_k)
+
+    @property
     def extras(self) -> tuple[torch.Tensor, ...]:
         """All tensors, in the order of ``AttentionProblem.tensors``."""
-        one_by_one = *self[:4], *(self.captured or ()), self.sink
+        one_by_one = *self[:6], *(self.captured or ()), self.sink
         return tuple(tensor for tensor in one_by_one if tensor is not None)
 
     def described(self) -> tuple[Score, tuple[torch.Tensor, ...]]:
@@ -100,6 +117,8 @@ class _Arguments(NamedTuple):
 def attention(q, k, v, extras, mask, scale, spec, packed, return_lse, backend) -> tuple[torch.Tensor, torch.Tensor]:
     """``flashcore.attention`` by operators: `extras` are the score's, `packed` is (queries, keys), empty if dense."""
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *extras))
+    if needs_grad and packed and isinstance(packed[1], Paged):
+        refuse_gradients_of_pages()
     arguments = _arguments(extras, mask, scale, spec, packed, needs_grad, return_lse, backend)
     return torch.ops.flashcore.attention_forward(q, k, v, *arguments)
 
@@ -114,7 +133,12 @@ def attention_backward(
 
 def _arguments(extras, mask, scale, spec, packed, needs_grad, return_lse, backend) -> tuple:
     """What comes after the tensors that every call has, in the schemas' order."""
-    places = [tensor for rows in packed for tensor in (rows.offsets, rows.used)] or [None] * 4
+    places = [None] * 6
+    if packed:
+        queries, keys = packed
+        paged = isinstance(keys, Paged)
+        of_keys = (None, None, keys.table, keys.lengths) if paged else (keys.offsets, keys.used, None, None)
+        places = queries.offsets, queries.used, *of_keys
     captured, sink = (extras, None) if spec.sink is None else (extras[:-1], extras[-1])
     longest = [rows.longest for rows in packed] or [None] * 2
     text = None if spec.change is None else spec.change.text
@@ -139,7 +163,7 @@ def _forward(q, k, v, *arguments):
 @torch.library.register_fake(_FORWARD)
 def _(q, k, v, *arguments):
     given = _Arguments(*arguments)
-    check_tensors(q, k, v, packed=given.packed)
+    check_tensors(q, k, v, packed=given.packed, paged=given.paged)
     seqlen_k, sequences = (given.longest_k, given.offsets_q.shape[0] - 1) if given.packed else (k.shape[1], None)
     check_score(*given.described(), q, seqlen_k, sequences)
     *batch, rows, heads_q, _ = q.shape
@@ -162,8 +186,8 @@ def _(dout, dlse, q, k, v, *_):
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, *places, captured, sink = inputs[:9]
-    ctx.options = inputs[9:]
+    q, k, v, *places, captured, sink = inputs[:11]
+    ctx.options = inputs[11:]
     ctx.save_for_backward(q, k, v, *output, sink, *places, *captured or ())
     ctx.set_materialize_grads(False)  # whether the loss depends on the LSE makes a difference
 
@@ -172,15 +196,15 @@ def _differentiate(ctx, dout, dlse):
     if torch.is_grad_enabled():
         api.refuse_second_derivative()
     q, k, v, out, lse, sink, *others = ctx.saved_tensors
-    places, captured = others[:4], others[4:]
+    places, captured = others[:6], others[6:]
     given = _Arguments(*places, captured or None, sink, *ctx.options)
     arguments = given._replace(needs_grad=True)
     if not given.needs_grad:  # it was recorded where nobody needed a gradient, nor the LSE
         out, lse = torch.ops.flashcore.attention_forward(q, k, v, *arguments)
     dout, dlse = gradients.of_results(out, lse, dout, dlse)
     dq, dk, dv = torch.ops.flashcore.attention_backward(dout, dlse, q, k, v, out, lse, *arguments)
-    dsink = gradients.of_sinks(sink, out, lse, dout, dlse) if ctx.needs_input_grad[8] else None
-    return dq, dk, dv, *[None] * 4, [None] * len(captured) or None, dsink, *(None for _ in ctx.options)
+    dsink = gradients.of_sinks(sink, out, lse, dout, dlse) if ctx.needs_input_grad[10] else None
+    return dq, dk, dv, *[None] * 6, [None] * len(captured) or None, dsink, *(None for _ in ctx.options)
 
 
 @register_flop_formula(torch.ops.flashcore.attention_forward)
@@ -199,6 +223,8 @@ def _count_scores(q, k, arguments) -> int:
     """Of packed sequences, whose lengths the device would have to be asked for, no less than there are."""
     given = _Arguments(*arguments)
     rows_q, rows_k = q[-3], k[-3]
+    if given.paged:  # a page may be of many sequences
+        return q[-2] * rows_q * min(given.longest_k, given.table_k[-1] * rows_k)
     if given.packed:
         return q[-2] * min(rows_q * rows_k, rows_q * given.longest_k, rows_k * given.longest_q)
     return q[0] * q[-2] * rows_q * rows_k
@@ -213,16 +239,13 @@ def _plan(q, k, v, given: _Arguments) -> Plan:
     scale, extras = given.scale, given.extras
     key = (
         q.shape, k.shape, v.shape, q.dtype, q.device, tuple((t.shape, t.dtype, t.device) for t in extras),
-        given.used_q is None, given.used_k is None, given.sink is None, given.longest_q, given.longest_k, given.left,
-        given.right, scale is None or LEAST_SCALE <= scale <= sys.float_info.max or scale, given.score,
+        given.used_q is None, given.used_k is None, given.paged, given.sink is None, given.longest_q, given.longest_k,
+        given.left, given.right, scale is None or LEAST_SCALE <= scale <= sys.float_info.max or scale, given.score,
         given.needs_grad, given.return_lse, given.backend, planning.active_override.get(),
     )  # fmt: skip
     found = _runs.recent.get(key) or _runs.recall(key)
     if found is None:
-        queries = keys = None
-        if given.packed:
-            queries = Packed(given.offsets_q, given.longest_q, given.used_q)
-            keys = Packed(given.offsets_k, given.longest_k, given.used_k)
+        queries, keys = given.places()
         problem = AttentionProblem.from_tensors(
             q, k, v, window=(given.left, given.right), scale=scale, score=given.described()[0], extras=extras,
             queries=queries, keys=keys, return_lse=given.return_lse,

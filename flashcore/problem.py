@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import ClassVar
+from typing import ClassVar, NoReturn
 
 import torch
 
@@ -109,10 +109,7 @@ class AttentionProblem:
         check_score(score, extras[len(extras) - len(score.tensors) :], q, seqlen_k, batch if packed else None)
         needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *extras))
         if paged and needs_grad:
-            raise UnsupportedError(
-                "attention: paged keys have no backward pass, and an input requires a gradient. Call it under "
-                "torch.no_grad(), or detach() the inputs."
-            )
+            refuse_gradients_of_pages()
         arch, sm_count = _gpu(q.device) if q.device.type == "cuda" else (None, 0)
         return cls(
             dtype=DTYPES[q.dtype],
@@ -373,6 +370,13 @@ def _warn_of_the_layout() -> None:
         "(batch, heads, seqlen, head_dim). transpose(1, 2) copies nothing."
     )
     warnings.warn(message, FlashCoreWarning, stacklevel=2)
+
+
+def refuse_gradients_of_pages() -> NoReturn:
+    raise UnsupportedError(
+        "attention: paged keys have no backward pass, and an input requires a gradient. Call it under torch.no_grad(), "
+        "or detach() the inputs."
+    )
 
 
 def check_packed(queries: Packed | None, keys: Packed | Paged | None, q: torch.Tensor) -> None:

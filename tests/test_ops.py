@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import flashcore
-from flashcore import Packed, ops
+from flashcore import Packed, Paged, ops
 from flashcore.backends import recompute, reference
 from flashcore.compat.flash_attn import flash_attn_func, flash_attn_qkvpacked_func
 from flashcore.errors import UnsupportedError
@@ -301,6 +301,78 @@ def test_packed_sequences_by_inductor():
     assert counter.frame_count == 1
 
 
+def pages_of(*shape):
+    """k and v: keys in pages of 16 rows."""
+    return [torch.randn(*shape, 2, 16) for _ in range(2)]
+
+
+PAGES = Paged(torch.tensor([[3, 0, 2], [1, 4, -1]], dtype=torch.int32), lengths(40, 17), 45)
+
+
+@pytest.mark.parametrize("made_inside", [False, True])
+@pytest.mark.parametrize("queries", [ALL[0], USED[0]], ids=["all", "used"])
+@pytest.mark.parametrize("name", PACKED)
+def test_pages_in_one_graph(name, queries, made_inside):
+    options = {key: t.detach() if isinstance(t, torch.Tensor) else t for key, t in PACKED[name].items()}
+
+    def program(q, k, v, queries, keys):
+        if made_inside:
+            keys = Paged(keys.table, keys.lengths, keys.longest)
+        out, lse = flashcore.attention(q * 2, k, v, queries=queries, keys=keys, return_lse=True, **options)
+        return out + 1, lse
+
+    function, counter = compiled(program)
+    arguments = torch.randn(10, 4, 16), *pages_of(5, 16), queries, PAGES
+    for _ in range(2):
+        torch.testing.assert_close(function(*arguments), program(*arguments))
+        PAGES.lengths.copy_(lengths(25, 30))  # read when the graph runs
+    PAGES.lengths.copy_(lengths(40, 17))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_pages_of_any_number_in_one_graph(backend):
+    def program(q, k, v, offsets, table, used, longest):
+        queries, keys = Packed(offsets, q.shape[0]), Paged(table, used, longest)
+        return flashcore.attention(q * 2, k, v, causal=True, queries=queries, keys=keys) + 1
+
+    function, counter = compiled(program, backend, dynamic=True)
+    cases = [  # sizes that are the same in the first one are the same symbol
+        ((0, 4, 9, 10, 10, 15, 20), (11, 48), 3, (140, 17, 49, 1, 0, 96), 145),
+        ((0, 3, 30, 41), (9, 32), 2, (63, 64, 7), 63),
+    ]
+    for offsets, pages, width, used, longest in cases:
+        numbers = torch.randint(pages[0], (len(used), width), dtype=torch.int32)
+        arguments = torch.randn(offsets[-1], 4, 16), *pages_of(*pages), lengths(*offsets), numbers, lengths(*used)
+        torch.testing.assert_close(function(*arguments, longest), program(*arguments, longest))
+    assert counter.frame_count == 1
+
+
+def test_pages_have_no_gradients_in_a_graph():
+    q = torch.randn(10, 4, 16, requires_grad=True)
+    function, _ = compiled(lambda q, k, v: flashcore.attention(q, k, v, queries=ALL[0], keys=PAGES))
+    with pytest.raises(torch._dynamo.exc.TorchDynamoException, match="paged keys have no backward pass"):
+        function(q, *pages_of(5, 16))
+    with torch.no_grad():
+        assert not function(q, *pages_of(5, 16)).requires_grad
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_export_of_pages(strict):
+    class Layer(torch.nn.Module):
+        def forward(self, q, k, v, offsets, table, used):
+            queries, keys = Packed(offsets, q.shape[0]), Paged(table, used, table.shape[1] * k.shape[1])
+            return flashcore.attention(q, k, v, causal=True, queries=queries, keys=keys)
+
+    total, batch, count, width = (torch.export.Dim(name, min=2) for name in ("total", "batch", "count", "width"))
+    dynamic = {0: total}, {0: count}, {0: count}, {0: batch + 1}, {0: batch, 1: width}, {0: batch}
+    example = torch.randn(10, 4, 16), *pages_of(5, 16), lengths(0, 4, 10), PAGES.table, PAGES.lengths
+    program = torch.export.export(Layer(), example, dynamic_shapes=dynamic, strict=strict)
+    table = torch.tensor([[6, 5], [2, 1], [0, 3]], dtype=torch.int32)
+    others = torch.randn(33, 4, 16), *pages_of(7, 16), lengths(0, 5, 10, 33), table, lengths(10, 1, 30)
+    torch.testing.assert_close(program.module()(*others), Layer()(*others))
+
+
 def test_numbers_of_a_score_are_constants_of_a_graph():
     def program(q, k, v, cap, shift):
         return flashcore.attention(q, k, v, score=lambda s, *at: flashcore.softcap(cap)(s, *at) + at[3] * shift)
@@ -526,6 +598,7 @@ OPCHECK = {
         {"requires_grad": True},
         {"packed": ALL, "sink": torch.randn(4, requires_grad=True), "score": flashcore.alibi(torch.rand(2, 4))},
     ),
+    "paged": ({"seqlen_k": 16}, {"packed": (ALL[0], PAGES), "return_lse": True, "score": flashcore.softcap(2.0)}),
     "packed_empty": ({"seqlen_k": 0, "requires_grad": True}, {"packed": (ALL[0], Packed(lengths(0, 0, 0), 0))}),
 }
 
@@ -538,9 +611,15 @@ def arguments(shape: dict, options: dict, backend: str) -> tuple:
     q, k, v = inputs(**shape)
     v = torch.randn(*v.shape[:3], head_dim_v, dtype=v.dtype).requires_grad_(v.requires_grad)
     packed = options.get("packed", ())
+    paged = packed and isinstance(packed[1], Paged)  # two pages: what the table names beyond is zeros
     if packed:
-        q, k, v = (t.detach().flatten(0, 1).requires_grad_(t.requires_grad) for t in (q, k, v))
-    places = [t for rows in packed for t in (rows.offsets, rows.used)] or [None] * 4
+        seen = [t if paged and t is not q else t.flatten(0, 1) for t in (q, k, v)]
+        q, k, v = (t.detach().requires_grad_(q.requires_grad) for t in seen)
+    places = [None] * 6
+    if packed:
+        queries, keys = packed
+        of_keys = [None, None, keys.table, keys.lengths] if paged else [keys.offsets, keys.used, None, None]
+        places = [queries.offsets, queries.used, *of_keys]
     longest = [rows.longest for rows in packed] or [None] * 2
     return (
         q, k, v, *places, list(captured) or None, options.get("sink"), *longest,

@@ -457,12 +457,36 @@ def test_the_reference_does_not_need_exact_lengths_of_pages(monkeypatch, case):
         torch.testing.assert_close(bounded, right)
 
 
-def test_recordings_and_transforms_of_pages_are_refused():
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_what_is_no_page_is_zeros(backend):
+    """Not read from elsewhere, nor an error of PyTorch's that would end a program on a GPU."""
     k, v = caches()
-    with pytest.raises(UnsupportedError, match="paged keys are not there"):
-        torch.func.vmap(lambda q: flashcore.attention(q, k, v, queries=TWO, keys=PAGES))(Q[None])
-    with pytest.raises(UnsupportedError, match="paged keys are not there"), FlopCounterMode(display=False):
+    q, rows = Q[:1], Packed(lengths(0, 1), 1)
+    for number in (-1, len(k), 2**31 - 1, -(2**31)):
+        pages = table([4, number], [0, 0])[:1]
+        out = flashcore.attention(q, k, v, queries=rows, keys=Paged(pages, lengths(20), 20), backend=backend)
+        own = torch.cat((k[4], torch.zeros_like(k[4, :4]))), torch.cat((v[4], torch.zeros_like(v[4, :4])))
+        torch.testing.assert_close(out, flashcore.attention(q[None], *(t[None] for t in own))[0])
+
+
+def test_transforms_of_pages():
+    k, v = caches()
+    call = {"queries": TWO, "keys": PAGES, "causal": True}
+    queries = torch.randn(3, *Q.shape)
+    mapped = torch.func.vmap(lambda q: flashcore.attention(q, k, v, backend="reference", **call))(queries)
+    torch.testing.assert_close(mapped, torch.stack([flashcore.attention(q, k, v, **call) for q in queries]))
+    with pytest.raises(UnsupportedError, match="paged keys have no backward pass"):
+        torch.func.grad(lambda q: flashcore.attention(q, k, v, backend="reference", **call).sum())(Q)
+
+
+def test_flops_of_pages_are_counted_by_their_bound():
+    k, v = caches()
+    with FlopCounterMode(display=False) as counter:
         flashcore.attention(Q, k, v, queries=TWO, keys=PAGES)
+    assert counter.get_total_flops() == 2 * 4 * 12 * PAGES.longest * (Q.shape[-1] + v.shape[-1])
+    with FlopCounterMode(display=False) as counter:
+        flashcore.attention(Q, k, v, queries=TWO, keys=Paged(PAGES.table, PAGES.lengths, 1000))
+    assert counter.get_total_flops() == 2 * 4 * 12 * 32 * (Q.shape[-1] + v.shape[-1])
 
 
 @pytest.mark.gpu

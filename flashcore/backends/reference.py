@@ -67,11 +67,15 @@ def _each_sequence(
 
 
 def _rows(places: Packed | Paged, tensor: torch.Tensor) -> list[torch.Tensor]:
-    """In which rows of `tensor` each sequence is. What is beyond its length is one past the tensor's end; none is
-    without a row."""
+    """In which rows of `tensor` each sequence is. What is beyond its length, or no row of the tensor, is one past the
+    tensor's end; none is without a row."""
     total, *page_size = tensor.shape[:-2].numel(), *tensor.shape[1:-2]
-    ranges = [torch.arange(max(1, _most(places, b)), device=tensor.device) for b in range(places.batch)]
-    return [torch.where(i < places.length(b), places.at(b, i, *page_size), total) for b, i in enumerate(ranges)]
+    rows = []
+    for b in range(places.batch):
+        i = torch.arange(max(1, _most(places, b)), device=tensor.device)
+        at = places.at(b, i, *page_size)
+        rows.append(torch.where((i < places.length(b)) & (at >= 0) & (at < total), at, total))
+    return rows
 
 
 def _most(places: Packed | Paged, b: int) -> int:
