@@ -1,7 +1,7 @@
 """Decode with a cache: a prompt at once, then one query at a time over the keys and values so far.
 
-Two ways: the program counts how much is filled, or a tensor on the device does, as CUDA graphs and sequences of
-different lengths need it.
+Three ways: the program counts how much is filled, or a tensor on the device does, as CUDA graphs and sequences of
+different lengths need it, and then the cache may be in pages, too.
 """
 
 import torch
@@ -12,7 +12,7 @@ from flashcore.compat.flash_attn import flash_attn_with_kvcache
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 BATCH, PROMPT, STEPS, HEADS, KV_HEADS, HEAD_DIM = 2, 48, 16, 8, 2, 64
-TOTAL = PROMPT + STEPS
+TOTAL, PAGE = PROMPT + STEPS, 16
 PARTS = [slice(0, PROMPT), *(slice(i, i + 1) for i in range(PROMPT, TOTAL))]
 
 
@@ -41,13 +41,26 @@ def by_lengths(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tenso
     return torch.cat(parts, dim=1)
 
 
+def by_pages(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    pages = -(-TOTAL // PAGE)  # of each sequence
+    k_cache, v_cache = torch.zeros(2, BATCH * pages, PAGE, KV_HEADS, HEAD_DIM, device=DEVICE, dtype=DTYPE)
+    table = torch.randperm(BATCH * pages, device=DEVICE).int().view(BATCH, pages)
+    lengths = torch.zeros(BATCH, dtype=torch.int32, device=DEVICE)
+    call = {"cache_seqlens": lengths, "block_table": table, "causal": True}
+    parts = []
+    for rows in PARTS:
+        parts.append(flash_attn_with_kvcache(q[:, rows], k_cache, v_cache, k[:, rows], v[:, rows], **call))
+        lengths += rows.stop - rows.start
+    return torch.cat(parts, dim=1)
+
+
 def main() -> None:
     torch.manual_seed(0)
     q = torch.randn(BATCH, TOTAL, HEADS, HEAD_DIM, device=DEVICE, dtype=DTYPE)  # as a model makes them
     k, v = torch.randn(2, BATCH, TOTAL, KV_HEADS, HEAD_DIM, device=DEVICE, dtype=DTYPE)
     whole = flashcore.attention(q, k, v, causal=True)
-    furthest = max((way(q, k, v) - whole).abs().max().item() for way in (by_views, by_lengths))
-    print(f"{STEPS} steps, counted here or on the device, differ from one call by at most {furthest:.1e}")
+    furthest = max((way(q, k, v) - whole).abs().max().item() for way in (by_views, by_lengths, by_pages))
+    print(f"{STEPS} steps, counted here or on the device, or in pages, differ from one call by at most {furthest:.1e}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ variable                    default                        meaning
 ``FLASHCORE_CACHE``         ``1``                          ``0``: neither read nor write compiled kernels on disk
 ``FLASHCORE_KEEP_SOURCES``  ``0``                          ``1``: keep each kernel's source beside its cubin
 ``FLASHCORE_CHECK_LENGTHS`` ``0``                          ``1``: wait for the device and raise where a length on it
-                                                           is beyond a KV cache's capacity; not in CUDA graphs
+                                                           is beyond a KV cache's capacity, or a table names no page
+                                                           of it; not in CUDA graphs
 ``FLASHCORE_COMMIT``        the clone's HEAD               the commit that ``flashcore bench`` records
 ``FLASHCORE_FA3_SO``        none                           a shared object with vLLM's FlashAttention-3 operator, one
                                                            more peer for ``flashcore bench``
@@ -60,7 +61,7 @@ def keep_sources() -> bool:
 
 
 def check_lengths() -> bool:
-    """Whether lengths of KV caches that lie on the device are read back and checked."""
+    """Whether lengths and tables of KV caches that lie on the device are read back and checked."""
     return _flag("FLASHCORE_CHECK_LENGTHS", default=False)
 
 

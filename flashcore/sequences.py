@@ -92,12 +92,12 @@ class Packed:
     used: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        _check_numbers("Packed: offsets", self.offsets, "(batch + 1,)")
+        check_numbers("Packed: offsets", self.offsets, "(batch + 1,)")
         if self.offsets.shape[0] == 0:
             raise InvalidInputError("Packed: offsets must be (batch + 1,): at least one number, 0 (given (0,)).")
         object.__setattr__(self, "longest", _checked_longest("Packed", self.longest))
         if self.used is not None:
-            _check_numbers("Packed: used", self.used, "(batch,)")
+            check_numbers("Packed: used", self.used, "(batch,)")
             if self.used.shape[0] != self.batch or self.used.device != self.offsets.device:
                 raise InvalidInputError(
                     f"Packed: used must be ({self.batch},), as offsets have {self.batch} sequences, and beside them on "
@@ -158,10 +158,10 @@ class Paged:
     longest: int
 
     def __post_init__(self) -> None:
-        _check_numbers("Paged: table", self.table, "(batch, max_pages)")
+        check_numbers("Paged: table", self.table, "(batch, max_pages)")
         if self.table.shape[1] == 0:
             raise InvalidInputError("Paged: table must be (batch, max_pages): one page or more (given none).")
-        _check_numbers("Paged: lengths", self.lengths, "(batch,)")
+        check_numbers("Paged: lengths", self.lengths, "(batch,)")
         if self.lengths.shape[0] != self.batch or self.lengths.device != self.table.device:
             raise InvalidInputError(
                 f"Paged: lengths must be ({self.batch},), as the table has {self.batch} sequences, and beside it on "
@@ -210,7 +210,7 @@ def _checked_longest(owner: str, longest: object) -> int:
     return longest if isinstance(longest, (int, torch.SymInt)) else int(longest)  # NumPy's
 
 
-def _check_numbers(what: str, tensor: object, shape: str) -> None:
+def check_numbers(what: str, tensor: object, shape: str) -> None:
     """A tensor that kernels read: its rows are contiguous."""
     if not isinstance(tensor, torch.Tensor):
         raise InvalidInputError(f"{what} must be a torch.Tensor (given {type(tensor).__name__}).")

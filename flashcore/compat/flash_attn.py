@@ -5,9 +5,10 @@ that flash-attn calls differently elsewhere may be given by either name (``s_aux
 ``block_table``, ``page_table``), and a window's -1 may be None.
 
 Packed sequences (varlen) may also say how many of their rows are used, by FlashAttention-3's names (``seqused_q``,
-``seqused_k``). Dropout and pages (``block_table``) raise UnsupportedError. Hints of how to compute (FlashAttention-3's
-``num_splits``, ``pack_gqa``, ``sm_margin``, ``scheduler_metadata``) are accepted and change nothing; nothing else is
-ignored. Where flash-attn wants a GPU and half precision, these take all that :func:`flashcore.attention` takes.
+``seqused_k``), and a call over a cache how its queries and new keys are packed (``cu_seqlens_q``,
+``cu_seqlens_k_new``). Dropout raises UnsupportedError. Hints of how to compute (FlashAttention-3's ``num_splits``,
+``pack_gqa``, ``sm_margin``, ``scheduler_metadata``) are accepted and change nothing; nothing else is ignored. Where
+flash-attn wants a GPU and half precision, these take all that :func:`flashcore.attention` takes.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ import torch
 
 from flashcore import api, backends, kv_cache
 from flashcore.errors import InvalidInputError, UnsupportedError
-from flashcore.problem import checked_mask
+from flashcore.problem import checked_mask, refuse_gradients_of_pages
 from flashcore.score import alibi, chained
 from flashcore.score import softcap as softcapped
-from flashcore.sequences import Packed
+from flashcore.sequences import Packed, Paged
 
 __all__ = [
     "flash_attn_func",
@@ -200,24 +201,49 @@ def flash_attn_varlen_func(
     :param max_seqlen_k: the same of the keys.
     :param seqused_q: int32 (batch,): of a sequence only so many queries, its first, are used; the others give 0.
     :param seqused_k: the same of the keys.
-    :param block_table: of a cache in pages, which is not there yet. Also `page_table`.
+    :param block_table: int32 (batch, max_pages): k and v are caches in pages, (pages, page_size, heads_k, head_dim) and
+        (pages, page_size, heads_k, head_dim_v), with pages of 1 row or a multiple of 16, as :class:`flashcore.Paged`
+        has them. A sequence has as many keys as `seqused_k` says, or else `cu_seqlens_k`; with the former the latter
+        may be None. There is no backward pass. Also `page_table`.
     :returns: out (total_q, heads_q, head_dim), or a tuple of it and softmax_lse, float32 (heads_q, total_q).
     :raises InvalidInputError: arguments that are wrong or contradict each other.
     :raises UnsupportedError: naming the argument that asks for what FlashCore does not do yet.
     """
     function = "flash_attn_varlen_func"
-    _refuse_pages(function, block_table=block_table, page_table=page_table)
+    table = _one(function, block_table=block_table, page_table=page_table)
     if dropout_p is None or isinstance(dropout_p, torch.Tensor):
         raise InvalidInputError(
             f"{function}: dropout_p={'None' if dropout_p is None else 'a tensor'}: arguments by position are in "
             "FlashAttention-2's order. Pass seqused_q, seqused_k and what comes after them by name."
         )
     sink = _sink(function, q, s_aux=s_aux, learnable_sink=learnable_sink, sinks=sinks)
-    queries, keys = Packed(cu_seqlens_q, max_seqlen_q, seqused_q), Packed(cu_seqlens_k, max_seqlen_k, seqused_k)
-    return _attend(
-        function, q, k, v, {"queries": queries, "keys": keys}, sink, dropout_p, softmax_scale, causal, window_size,
-        softcap, alibi_slopes, deterministic, return_attn_probs, return_lse,
-    )  # fmt: skip
+    queries = Packed(cu_seqlens_q, max_seqlen_q, seqused_q)
+    if table is None:
+        keys = Packed(cu_seqlens_k, max_seqlen_k, seqused_k)
+    else:
+        keys = Paged(table, cu_seqlens_k.diff() if seqused_k is None else seqused_k, max_seqlen_k)
+        kv_cache.check_pages(function, table, keys.lengths, k)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and table is None):
+        result = _attend(
+            function, q, k, v, {"queries": queries, "keys": keys}, sink, dropout_p, softmax_scale, causal, window_size,
+            softcap, alibi_slopes, deterministic, return_attn_probs, return_lse,
+        )  # fmt: skip
+    inputs = q, k, v, sink
+    if table is None or not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)):
+        return result
+    return _OfPages.apply(*inputs, *result) if isinstance(result, tuple) else _OfPages.apply(*inputs, result)[0]
+
+
+class _OfPages(torch.autograd.Function):
+    """Ties results over pages to the inputs, as flash-attn does: it is their backward pass that raises."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, sink, *results):
+        return tuple(result.view_as(result) for result in results)
+
+    @staticmethod
+    def backward(ctx, *_):
+        refuse_gradients_of_pages()
 
 
 def flash_attn_varlen_qkvpacked_func(
@@ -287,6 +313,10 @@ def flash_attn_with_kvcache(
     return_softmax_lse=False,
     *,
     page_table=None,
+    cu_seqlens_q=None,
+    max_seqlen_q=None,
+    cu_seqlens_k_new=None,
+    rotary_seqlens=None,
     return_lse=False,
     s_aux=None,
     learnable_sink=None,
@@ -298,42 +328,63 @@ def flash_attn_with_kvcache(
     """Attention of q (batch, seqlen_q, heads_q, head_dim) over a cache, to which k and v are first appended in place.
 
     No gradient comes from it, as in flash-attn. See :func:`flash_attn_func` for what is not named here; seqlen_k is a
-    sequence's length, with what is appended and without its `cache_leftpad`. Lengths on the device are never read back:
-    CUDA graphs replay with new ones. Those beyond the cache's capacity are cut off there, and what is appended beyond
-    it is not written (:func:`flashcore.append`); ``FLASHCORE_CHECK_LENGTHS=1`` raises instead.
+    sequence's length, with what is appended and without its `cache_leftpad`. Lengths and tables on the device are never
+    read back: CUDA graphs replay with new ones. Lengths beyond the cache's capacity are cut off there, and what is
+    appended beyond it is not written (:func:`flashcore.append`); ``FLASHCORE_CHECK_LENGTHS=1`` raises instead, and
+    where a sequence is said to have what is no page.
 
     :param k_cache: (batch_cache, capacity, heads_k, head_dim), any strides; read where it is, if v_cache lies alike.
-    :param v_cache: (batch_cache, capacity, heads_k, head_dim_v).
+        With `block_table` (pages, page_size, heads_k, head_dim), read where it is if a page has 1 row or a multiple of
+        16, or v_cache lies alike.
+    :param v_cache: (batch_cache, capacity, heads_k, head_dim_v) or (pages, page_size, heads_k, head_dim_v).
     :param k: (batch, new, heads_k, head_dim), written from position ``cache_seqlens[b]`` on. With `v` and
         `cache_seqlens`, or not at all.
     :param v: (batch, new, heads_k, head_dim_v).
-    :param rotary_cos: (positions, rotary_dim / 2) for as many positions as the cache has or more, with `rotary_sin` and
-        `k`: k is rotated by row ``cache_seqlens[b] + i`` before it is written, and so is q with `causal` or a window,
-        else each query by row ``cache_seqlens[b]``.
+    :param rotary_cos: (positions, rotary_dim / 2) for as many positions as the capacity or more, with `rotary_sin` and
+        `k`: k is rotated by row ``cache_seqlens[b] + i`` before it is written, and so is q with
+        `causal` or a window, else each query by row ``cache_seqlens[b]``.
     :param cache_seqlens: how many positions were filled before the call: int32 (batch,) on the device, or an int, for
-        which there is a plan of its own; None: the cache is full.
-    :param cache_batch_idx: int32 (batch,): the cache's row of each sequence, no two the same if k is given. Where the
-        capacity is no multiple of 16, or with `cache_leftpad`, those rows are copied at each call, which warns once.
+        which there is a plan of its own where the cache is dense; None: the cache is full.
+    :param cache_batch_idx: int32 (batch,): the row of the cache, or of `block_table`, of each sequence, no two the same
+        if k is given.
     :param cache_leftpad: int32 (batch,): the first so many positions belong to nobody. Rotary positions count them.
-    :param block_table: of a cache in pages, which is not there yet. Also `page_table`.
+    :param block_table: int32 (batch, max_pages), each row contiguous: position ``p`` of sequence ``b`` is row
+        ``p % page_size`` of page ``block_table[b, p // page_size]``. The capacity is ``max_pages * page_size``. Also
+        `page_table`.
     :param rotary_interleaved: rotate neighbours, instead of the first half with the second.
     :param num_splits: a hint, like `pack_gqa`, `sm_margin` and `scheduler_metadata`.
     :param return_softmax_lse: also return softmax_lse, float32 (batch, heads_q, seqlen_q). Also `return_lse`.
-    :returns: out (batch, seqlen_q, heads_q, head_dim_v), or a tuple as above.
+    :param cu_seqlens_q: int32 (batch + 1,): q is packed, (total_q, heads_q, head_dim), as in
+        :func:`flash_attn_varlen_func`. With `max_seqlen_q`.
+    :param max_seqlen_q: an int, how many queries a sequence has at most.
+    :param cu_seqlens_k_new: int32 (batch + 1,): k and v are packed, (total_new, heads_k, head_dim) and (total_new,
+        heads_k, head_dim_v).
+    :param rotary_seqlens: int32 (batch,): the first row of rotary_cos for each sequence, where it is not
+        `cache_seqlens`.
+    :returns: out (batch, seqlen_q, heads_q, head_dim_v), or a tuple as above. Of packed queries they are (total_q,
+        heads_q, head_dim_v) and (heads_q, total_q).
     :raises InvalidInputError: arguments that are wrong or contradict each other; more is appended than the host knows
         room for.
     :raises UnsupportedError: naming the argument that asks for what FlashCore does not do yet.
     """
     function = "flash_attn_with_kvcache"
-    _refuse_pages(function, block_table=block_table, page_table=page_table)
+    table = _one(function, block_table=block_table, page_table=page_table)
     sink = _sink(function, q, s_aux=s_aux, learnable_sink=learnable_sink, sinks=sinks)
     if (k is None) != (v is None) or (k is not None and cache_seqlens is None):
         raise InvalidInputError(f"{function}: k, v and cache_seqlens belong together. Pass all three to append.")
     if (rotary_cos is None) != (rotary_sin is None) or (rotary_cos is not None and k is None):
         raise InvalidInputError(f"{function}: rotary_cos and rotary_sin belong together, and need new k and v.")
+    if cu_seqlens_k_new is not None and k is None:
+        raise InvalidInputError(f"{function}: cu_seqlens_k_new says where new k and v lie. Pass them, too.")
+    if (cu_seqlens_q is None) != (max_seqlen_q is None):
+        raise InvalidInputError(f"{function}: cu_seqlens_q and max_seqlen_q belong together. Pass both, or neither.")
+    queries = None if cu_seqlens_q is None else Packed(cu_seqlens_q, max_seqlen_q)
     rotary = None if rotary_cos is None else (rotary_cos, rotary_sin)
     mask = checked_mask(bool(causal), _window(function, window_size))
-    batch, capacity, new = len(q), k_cache.shape[1], 0 if k is None else k.shape[1]
+    if table is not None:
+        kv_cache.check_table(function, table, k_cache)
+    batch, capacity = len(q) if queries is None else queries.batch, kv_cache.capacity_of(k_cache, table)
+    new = 0 if k is None or cu_seqlens_k_new is not None else k.shape[1]
     filled = capacity if cache_seqlens is None else cache_seqlens
     on_host = not isinstance(filled, torch.Tensor)
     if on_host and not (isinstance(filled, int) and 0 <= filled <= capacity - new):
@@ -341,42 +392,55 @@ def flash_attn_with_kvcache(
             f"{function}: cache_seqlens must be an int32 tensor, or an int from 0 to {capacity - new}, so that the new "
             f"positions ({new}) fit into the cache's capacity, {capacity} (given {filled!r})."
         )
+    for name, numbers in (
+        ("cache_batch_idx", cache_batch_idx), ("cache_leftpad", cache_leftpad), ("rotary_seqlens", rotary_seqlens),
+    ):  # fmt: skip
+        if numbers is not None:
+            kv_cache.check_integers(f"{function}: {name}", numbers, batch, q.device)
+    by_views = on_host and queries is None and all(
+        given is None for given in (table, cache_batch_idx, cache_leftpad, cu_seqlens_k_new)
+    )  # fmt: skip
     with torch.no_grad():
         if k is not None:
             before = q.new_full((batch,), filled, dtype=torch.int32) if on_host else filled
-            kv_cache.append(
-                k_cache, v_cache, k, v, before, rotary=rotary, interleaved=rotary_interleaved,
-                batch_index=cache_batch_idx,
-            )  # fmt: skip
             if rotary is not None:
+                kv_cache.check_rotary(function, rotary, k_cache, capacity)
+                first = before if rotary_seqlens is None else rotary_seqlens
                 masked = any(side is not None and side < capacity for side in (mask.left, mask.right))
-                q = kv_cache.rotate(q, rotary, before, rotary_interleaved, step=1 if masked else 0)
-            filled = filled + new
-        if on_host and cache_batch_idx is None and cache_leftpad is None:
+                q = _rotated(q, cu_seqlens_q, rotary, first, rotary_interleaved, step=1 if masked else 0)
+                k = _rotated(k, cu_seqlens_k_new, rotary, first, rotary_interleaved)
+            kv_cache.append(
+                k_cache, v_cache, k, v, before, batch_index=cache_batch_idx, table=table, offsets=cu_seqlens_k_new
+            )
+            filled = filled + new if cu_seqlens_k_new is None else before + cu_seqlens_k_new.diff()
+        if by_views:
             rows_q, k, v, packed = q, k_cache[:, :filled], v_cache[:, :filled], {}
         else:
-            filled = q.new_full((batch,), filled, dtype=torch.int32) if on_host else filled
+            if not isinstance(filled, torch.Tensor):
+                filled = q.new_full((batch,), filled, dtype=torch.int32)
             kv_cache.check_lengths(function, filled, capacity)
-            rows_q, k, v, packed = kv_cache.as_packed(q, k_cache, v_cache, filled, cache_leftpad, cache_batch_idx)
+            if table is not None:
+                kv_cache.check_pages(function, table, filled, k_cache, cache_batch_idx)
+            rows_q, k, v, packed = kv_cache.as_packed(
+                q, k_cache, v_cache, filled, leftpad=cache_leftpad, batch_index=cache_batch_idx, table=table,
+                queries=queries,
+            )  # fmt: skip
         returns_lse = return_softmax_lse or return_lse
         result = _attend(
             function, rows_q, k, v, packed, sink, 0.0, softmax_scale, causal, window_size, softcap, alibi_slopes, False,
             False, returns_lse,
         )  # fmt: skip
-    if not packed:
+    if not packed or queries is not None:
         return result
     out, lse = result if returns_lse else (result, None)
     out = out.view(*q.shape[:3], v.shape[-1])
     return (out, lse.view(q.shape[2], *q.shape[:2]).transpose(0, 1).contiguous()) if returns_lse else out
 
 
-def _refuse_pages(function: str, **given) -> None:
-    for name, table in given.items():
-        if table is not None:
-            raise UnsupportedError(
-                f"{function}: {name} is not supported: FlashCore does not have caches in pages yet. Gather the pages "
-                "of each sequence, or use flash-attn's own function."
-            )
+def _rotated(x, offsets, rotary, first, interleaved: bool, step: int = 1) -> torch.Tensor:
+    """x, whose sequence b is rotated by the rows ``first[b] + step * i``."""
+    sequence, index = kv_cache.members(x, offsets)
+    return kv_cache.rotate(x, rotary, first[sequence] + step * index, interleaved)
 
 
 def _window(function: str, window_size) -> tuple[int | None, int | None]:
@@ -398,13 +462,18 @@ def _is_size(size: object) -> bool:
 
 def _sink(function: str, q: torch.Tensor, **given) -> torch.Tensor | None:
     """The sinks, by whichever name, in a dtype that they may have beside q."""
-    names = [name for name, sink in given.items() if sink is not None]
-    if len(names) > 1:
-        raise InvalidInputError(f"{function}: {' and '.join(names)} name the same argument. Pass one of them.")
-    sink = given[names[0]] if names else None
+    sink = _one(function, **given)
     if isinstance(sink, torch.Tensor) and sink.dtype in (torch.bfloat16, torch.float16) and sink.dtype != q.dtype:
         return sink.float()
     return sink
+
+
+def _one(function: str, **given):
+    """An argument by whichever name."""
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise InvalidInputError(f"{function}: {' and '.join(names)} name the same argument. Pass one of them.")
+    return given[names[0]] if names else None
 
 
 def _unpack(packed: torch.Tensor, name: str, layout: str) -> tuple[torch.Tensor, ...]:

@@ -391,12 +391,88 @@ def test_varlen_of_rows_that_are_used():
     torch.testing.assert_close(out, torch.cat((first, torch.zeros(2, 4, 16), last)))
 
 
+def in_pages(k, v, page_size=16):
+    """The caches and their table: of each sequence one page of 16 rows, or a page for each row."""
+    k_cache, v_cache = (torch.full((30, page_size, *t.shape[1:]), torch.nan) for t in (k, v))
+    table = torch.full((3, 16 // page_size), -1, dtype=torch.int32)
+    unused = torch.randperm(30, generator=torch.Generator().manual_seed(0)).tolist()
+    for b in range(3):
+        rows = range(*OFFSETS_K[b : b + 2].tolist())
+        for i, row in enumerate(rows):
+            slot, place = divmod(i, page_size)
+            if place == 0:
+                table[b, slot] = unused.pop()
+            k_cache[table[b, slot], place], v_cache[table[b, slot], place] = k[row], v[row]
+    return k_cache, v_cache, table
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize("name", PACKED_FEATURES)
+def test_varlen_over_pages(name, page_size):
+    """Of as many keys as cu_seqlens_k says, or seqused_k; longer bounds are right as well."""
+    features = PACKED_FEATURES[name]
+    q, k, v = packed_inputs()
+    *caches, table = in_pages(k, v, page_size)
+    expected = each(q, k, v, **features)
+    varlen = flash_attn.flash_attn_varlen_func
+    for offsets_k, used, longest in (
+        (OFFSETS_K, None, 9), (OFFSETS_K, None, 500), (None, OFFSETS_K.diff(), 9), (OFFSETS_Q, OFFSETS_K.diff(), 16),
+    ):  # fmt: skip
+        call = {"seqused_k": used, "return_lse": True, "block_table": table} | features
+        for mine, right in zip(varlen(q, *caches, OFFSETS_Q, offsets_k, 7, longest, **call), expected, strict=True):
+            torch.testing.assert_close(mine, right)
+
+
+def test_gradients_over_pages_are_refused_where_they_are_asked_for():
+    """As in flash-attn, whose forward pass takes inputs that require one."""
+    q, k, v = packed_inputs()
+    *caches, table = in_pages(k, v)
+    call = OFFSETS_Q, OFFSETS_K, 7, 9
+    right = flash_attn.flash_attn_varlen_func(q, *caches, *call, page_table=table)
+    assert not right.requires_grad
+    for inputs in ((q.requires_grad_(), *caches), (q.detach(), caches[0], caches[1].requires_grad_())):
+        out = flash_attn.flash_attn_varlen_func(*inputs, *call, page_table=table)
+        assert torch.equal(out, right)
+        with pytest.raises(UnsupportedError, match="paged keys have no backward pass"):
+            out.sum().backward()
+        out, lse, nothing = flash_attn.flash_attn_varlen_func(
+            *inputs, *call, page_table=table, return_attn_probs=True
+        )
+        assert nothing.shape == (0,)
+        with pytest.raises(UnsupportedError, match="paged keys have no backward pass"):
+            (out.sum() + lse.sum()).backward()
+        with torch.no_grad():
+            assert not flash_attn.flash_attn_varlen_func(*inputs, *call, page_table=table).requires_grad
+
+
+def test_varlen_over_pages_in_one_graph():
+    q, k, v = packed_inputs()
+    *caches, table = in_pages(k, v)
+    call = q, *caches, OFFSETS_Q, None, 7, 9
+    compiled = torch.compile(flash_attn.flash_attn_varlen_func, backend="aot_eager", fullgraph=True)
+    options = {"seqused_k": OFFSETS_K.diff(), "causal": True, "block_table": table}
+    torch.testing.assert_close(compiled(*call, **options), flash_attn.flash_attn_varlen_func(*call, **options))
+
+
+def test_varlen_finds_what_is_no_page(monkeypatch):
+    q, k, v = packed_inputs()
+    *caches, table = in_pages(k, v)
+    table[1] = 30
+    monkeypatch.setenv("FLASHCORE_CHECK_LENGTHS", "1")
+    with pytest.raises(InvalidInputError, match=r"flash_attn_varlen_func: the table names \[30\]"):
+        flash_attn.flash_attn_varlen_func(q, *caches, OFFSETS_Q, OFFSETS_K, 7, 9, block_table=table)
+
+
 def test_varlen_refuses_by_name():
     arguments = *packed_inputs(), OFFSETS_Q, OFFSETS_K, 7, 9
     varlen = flash_attn.flash_attn_varlen_func
-    for name in ("block_table", "page_table"):
-        with pytest.raises(UnsupportedError, match=f"flash_attn_varlen_func: {name} is not supported"):
-            varlen(*arguments, **{name: torch.zeros(3, 1, dtype=torch.int32)})
+    table = torch.zeros(3, 1, dtype=torch.int32)
+    with pytest.raises(InvalidInputError, match="flash_attn_varlen_func: block_table and page_table name the same"):
+        varlen(*arguments, block_table=table, page_table=table)
+    with pytest.raises(InvalidInputError, match="k of paged sequences must have 4 dimensions"):
+        varlen(*arguments, block_table=table)
+    with pytest.raises(InvalidInputError, match=r"a page must have 1 row or a multiple of 16 \(given 4"):
+        varlen(arguments[0], *(torch.randn(5, 4, 2, 16) for _ in range(2)), *arguments[3:], block_table=table)
     with pytest.raises(UnsupportedError, match=r"flash_attn_varlen_func: dropout_p=0.1"):
         varlen(*arguments, 0.1)
     for used in (None, OFFSETS_Q[1:]):
