@@ -314,7 +314,7 @@ def test_rotary_in_pages(offsets, interleaved, dtype, device):
 @pytest.mark.parametrize("index", [None, [2, 0, 3, 1], [1, -1, 9, 0]])
 def test_append_packed_rows(index, size, device):
     k, v = (torch.randn(12, HEADS, dim, device=device) for dim in (HEAD_DIM, HEAD_DIM_V))
-    lengths, rows = [1, 0, 9, 2**31 - 1 if index else 11], index or range(4)
+    lengths, rows = [1, 0, 2**31 - 1 if index else 9, 11], index or range(4)
     if size is None:
         k_cache, v_cache = paged_caches("nhd", 4, 12, device)
         table, given = torch.arange(4)[:, None], None  # a row of the cache is a page
