@@ -19,6 +19,8 @@ from flashcore.plan import Plan
 from flashcore.problem import (
     LEAST_SCALE,
     AttentionProblem,
+    check_out,
+    check_out_of_kernels,
     check_packed,
     check_tensors,
     checked_mask,
@@ -53,6 +55,7 @@ def attention(
     keys: Packed | Paged | None = None,
     return_lse: Literal[False] = False,
     backend: str = "auto",
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor: ...
 @overload
 def attention(
@@ -69,6 +72,7 @@ def attention(
     keys: Packed | Paged | None = None,
     return_lse: Literal[True],
     backend: str = "auto",
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 @overload
 def attention(
@@ -85,6 +89,7 @@ def attention(
     keys: Packed | Paged | None = None,
     return_lse: bool,
     backend: str = "auto",
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
 def attention(
     q: torch.Tensor,
@@ -100,6 +105,7 @@ def attention(
     keys: Packed | Paged | None = None,
     return_lse: bool = False,
     backend: str = "auto",
+    out: torch.Tensor | None = None,
     **unknown: NoReturn,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Scaled dot-product attention, ``softmax(scale * q k^T) v`` per head.
@@ -133,13 +139,15 @@ def attention(
     :param return_lse: also return the natural logarithm of each query's softmax denominator. It is differentiable:
         parts of attention over parts of the keys can be merged by it.
     :param backend: ``"auto"``, or the name of one in ``flashcore.backends.ATTENTION.providers``. See :func:`explain`.
+    :param out: where the output is written: contiguous, of its shape and dtype, beside q, and aligned to 16 bytes on a
+        GPU. It shares no memory with another argument. Not where gradients are needed.
     :returns: out, contiguous (batch, seqlen_q, heads_q, head_dim_v) in q's dtype, and with `return_lse` also lse,
         float32 (batch, heads_q, seqlen_q). A query that sees no key gives zeros and -inf. Of packed sequences they are
         (total_q, heads_q, head_dim_v) and (heads_q, total_q); rows that belong to no sequence are zeros and -inf.
 
     :raises InvalidInputError: arguments that no backend could accept.
     :raises UnsupportedError: no backend, or not the requested one, can do it; or a second derivative is asked for,
-        which only ``backend="reference"`` has.
+        which only ``backend="reference"`` has; or `out` is given where gradients are needed.
     """
     if unknown:
         raise TypeError(unknown_keywords(attention, unknown))
@@ -147,9 +155,9 @@ def attention(
         q, k, v = autocast(q, k, v)
     if (
         window is not None or score is not None or sink is not None or queries is not None or keys is not None
-        or is_watched()
+        or out is not None or is_watched()
     ):  # fmt: skip
-        out, lse = _with_features(q, k, v, causal, window, scale, score, sink, queries, keys, return_lse, backend)
+        out, lse = _with_features(q, k, v, causal, window, scale, score, sink, queries, keys, return_lse, backend, out)
         return (out, lse) if return_lse else out
     try:
         grad = _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
@@ -219,15 +227,16 @@ def _problem(q, k, v, extras, causal, window, scale, spec, packed, return_lse) -
     )  # fmt: skip
 
 
-def _with_features(q, k, v, causal, window, scale, score, sink, queries, keys, return_lse, backend):
-    """(out, lse) of a call with a window, a score function, sinks or packed sequences, or that somebody watches."""
+def _with_features(q, k, v, causal, window, scale, score, sink, queries, keys, return_lse, backend, into):
+    """(out, lse) of a call with a window, a score function, sinks, packed sequences or a place for the output, or that
+    somebody watches."""
     spec, extras, packed = _specs(score, sink, queries, keys)
     options = causal, window, spec, packed, return_lse, backend
     if is_watched():
         if is_transformed(q, k, v, *extras):
-            return _by_operations(options, q, k, v, scale, *extras)
+            return _moved(_by_operations(options, q, k, v, scale, *extras), into, q, k, v, *extras)
         if is_recorded():
-            return _by_operator(options, q, k, v, scale, *extras)
+            return _moved(_by_operator(options, q, k, v, scale, *extras), into, q, k, v, *extras)
     grad = _is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in (q, k, v, *extras))
     try:
         key = (
@@ -242,7 +251,22 @@ def _with_features(q, k, v, causal, window, scale, score, sink, queries, keys, r
         key = run = None
     if run is None:
         run = _prepare(key, q, k, v, extras, scale, *options)
-    return run(q, k, v, scale, *extras)
+    if into is None:
+        return run(q, k, v, scale, *extras)
+    if any(map(answers_itself, (q, k, v, into, *extras))):
+        return _moved(run(q, k, v, scale, *extras), into, q, k, v, *extras)
+    check_out(into, q, k, v, *extras)
+    check_out_of_kernels(into)
+    _, lse = run(q, k, v, scale, *extras, out=into)
+    return into, lse
+
+
+def _moved(results, into, q, k, v, *extras):
+    """(out, lse) where they are made without a place for the output."""
+    if into is None:
+        return results
+    check_out(into, q, k, v, *extras)
+    return into.copy_(results[0]), results[1]
 
 
 def _by_operator(options, q, k, v, scale, *extras):

@@ -102,9 +102,9 @@ def on_its_device(tensor: torch.Tensor, run: Callable) -> Callable:
     return partial(_on_device, run) if tensor.is_cuda and torch.cuda.device_count() > 1 else run
 
 
-def _on_device(run: Callable, tensor: torch.Tensor, *others):
+def _on_device(run: Callable, tensor: torch.Tensor, *others, **named):
     """Run with the tensor's GPU as the current one, as kernels and their stream need it."""
     if torch.cuda.current_device() == tensor.device.index:
-        return run(tensor, *others)
+        return run(tensor, *others, **named)
     with torch.cuda.device(tensor.device):
-        return run(tensor, *others)
+        return run(tensor, *others, **named)

@@ -372,6 +372,40 @@ def _warn_of_the_layout() -> None:
     warnings.warn(message, FlashCoreWarning, stacklevel=2)
 
 
+def check_out(out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *extras: torch.Tensor) -> None:
+    """Check the tensor that a caller brings for the output. Works while it is traced.
+
+    :raises InvalidInputError: it is not what the output would be.
+    :raises UnsupportedError: there are gradients.
+    """
+    shape = *q.shape[:-1], v.shape[-1]
+    if (
+        not isinstance(out, torch.Tensor) or out.shape != shape or out.dtype != q.dtype or out.device != q.device
+        or not out.is_contiguous()
+    ):  # fmt: skip
+        given = type(out).__name__
+        if isinstance(out, torch.Tensor):
+            given = f"{_short(out.dtype)} {tuple(out.shape)} on {out.device}, strides {out.stride()}"
+        raise InvalidInputError(
+            f"attention: out must be {_short(q.dtype)} {tuple(shape)} on {q.device}, contiguous (given {given})."
+        )
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (out, q, k, v, *extras)):
+        raise UnsupportedError(
+            "attention: out= has no gradients, and an input or out itself requires one. Call it under torch.no_grad(), "
+            "or leave out= out."
+        )
+
+
+def check_out_of_kernels(out: torch.Tensor) -> None:
+    """:raises InvalidInputError: kernels cannot write there."""
+    if out.is_cuda and (out.data_ptr() % 16 or out.is_neg()):
+        given = "a negated view" if out.is_neg() else f"one at an address of {out.data_ptr() % 16} modulo 16"
+        raise InvalidInputError(
+            f"attention: out must be aligned to 16 bytes, and no negated view (given {given}). Leave it out, and copy "
+            "what is returned."
+        )
+
+
 def refuse_gradients_of_pages() -> NoReturn:
     raise UnsupportedError(
         "attention: paged keys have no backward pass, and an input requires a gradient. Call it under torch.no_grad(), "

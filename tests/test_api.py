@@ -210,7 +210,7 @@ def test_the_cpu_needs_no_gpu(monkeypatch):
         ({"softmax_scale": 0.5}, "'softmax_scale': here it is scale="),
         ({"is_causal": True}, "'is_causal': here it is causal="),
         ({"causal": True, "window_size": (5, 0)}, "'window_size': here it is window=, with None for -1"),
-        ({"dropout": 0.1}, "'dropout': here it is one of q, k, v, causal, .*backend$"),
+        ({"dropout": 0.1}, "'dropout': here it is one of q, k, v, causal, .*backend(, out)?$"),
     ],
 )
 def test_names_that_others_use_are_hinted_at(function, given, says):

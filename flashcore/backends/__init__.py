@@ -98,8 +98,9 @@ class Operation:
         return partial(_of_scale, getattr(provider, self.function), problem, config, at)
 
 
-def _of_scale(function: Callable, problem: Any, config: Any, at: int, *arguments):
-    return function(problem.scaled(arguments[at]), config, *arguments[:at], *arguments[at + 1 :])
+def _of_scale(function: Callable, problem: Any, config: Any, at: int, *arguments, out: Any = None):
+    results = function(problem.scaled(arguments[at]), config, *arguments[:at], *arguments[at + 1 :])
+    return results if out is None else (out.copy_(results[0]), *results[1:])
 
 
 # In all of these: a scale of None is the default one, and extras are the tensors that the problem names in `tensors`,
@@ -126,11 +127,12 @@ ATTENTION_BACKWARD = Operation(
 # `out` is contiguous (B, Sq, Hq, Dv) in q's dtype, `lse` contiguous float32 (B, Hq, Sq): the natural logarithm, -inf
 # for a query that sees no key; its output row is 0. Of packed sequences they are (total, Hq, Dv) and (Hq, total), and
 # rows of no sequence like those that see no key. The LSE may be None unless the problem needs it (where autograd sees
-# through the provider: unless the caller wants it).
+# through the provider: unless the caller wants it). Where the caller brings `out`, which on a GPU is aligned to 16
+# bytes, a prepared provider writes there.
 ATTENTION = Operation(
     "attention",
     "forward",
-    "(q, k, v, scale, *extras) -> (out, lse)",
+    "(q, k, v, scale, *extras, out=None) -> (out, lse)",
     {"hopper": "hopper", "triton": "triton", "sdpa": "sdpa", "reference": "reference"},
     empty="empty",
     gradient=ATTENTION_BACKWARD,

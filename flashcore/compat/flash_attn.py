@@ -17,7 +17,7 @@ import torch
 
 from flashcore import api, backends, kv_cache
 from flashcore.errors import InvalidInputError, UnsupportedError
-from flashcore.problem import checked_mask, refuse_gradients_of_pages
+from flashcore.problem import check_out, checked_mask, refuse_gradients_of_pages
 from flashcore.score import alibi, chained
 from flashcore.score import softcap as softcapped
 from flashcore.sequences import Packed, Paged
@@ -53,6 +53,7 @@ def flash_attn_func(
     num_splits=1,
     pack_gqa=None,
     sm_margin=0,
+    out=None,
 ):
     """Attention of q (batch, seqlen_q, heads_q, head_dim) over k and v (batch, seqlen_k, heads_k, head_dim).
 
@@ -74,6 +75,7 @@ def flash_attn_func(
         without a value would. They get a gradient. Also `learnable_sink`, `sinks`.
     :param num_splits: a hint, like `pack_gqa` and `sm_margin`: they say how FlashAttention-3 is to compute, and change
         nothing here.
+    :param out: where the output is written, as :func:`flashcore.attention` has it.
     :returns: out (batch, seqlen_q, heads_q, head_dim), or a tuple as above.
     :raises InvalidInputError: arguments that are wrong or contradict each other.
     :raises UnsupportedError: naming the argument that asks for what FlashCore does not do yet.
@@ -81,13 +83,13 @@ def flash_attn_func(
     sink = _sink("flash_attn_func", q, s_aux=s_aux, learnable_sink=learnable_sink, sinks=sinks)
     return _attend(
         "flash_attn_func", q, k, v, {}, sink, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
-        deterministic, return_attn_probs, return_lse,
+        deterministic, return_attn_probs, return_lse, out,
     )  # fmt: skip
 
 
 def _attend(
     function, q, k, v, packed, sink, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
-    deterministic, return_attn_probs, return_lse,
+    deterministic, return_attn_probs, return_lse, out,
 ):  # fmt: skip
     """What `function` returns. `packed`: the arguments that say where packed sequences lie."""
     if dropout_p != 0:
@@ -112,8 +114,8 @@ def _attend(
     if deterministic and torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, sink) if t is not None):
         _refuse_nondeterminism(function, q, k, v, options)
     if not (return_attn_probs or return_lse):
-        return api.attention(q, k, v, **options)
-    out, lse = api.attention(q, k, v, **options, return_lse=True)
+        return api.attention(q, k, v, **options, out=out)
+    out, lse = api.attention(q, k, v, **options, return_lse=True, out=out)
     if packed or mask.of(q.shape[1], k.shape[1]).empty_rows:
         lse = lse.masked_fill(lse.isneginf(), torch.inf)  # flash-attn's sign for a query without a key
     return (out, lse, q.new_empty(0)) if return_attn_probs else (out, lse)
@@ -189,6 +191,7 @@ def flash_attn_varlen_func(
     num_splits=1,
     pack_gqa=None,
     sm_margin=0,
+    out=None,
 ):
     """Attention of the packed sequences q (total_q, heads_q, head_dim) over k and v (total_k, heads_k, head_dim).
 
@@ -223,10 +226,12 @@ def flash_attn_varlen_func(
     else:
         keys = Paged(table, cu_seqlens_k.diff() if seqused_k is None else seqused_k, max_seqlen_k)
         kv_cache.check_pages(function, table, keys.lengths, k)
+        if out is not None:
+            check_out(out, q, k, v, *(() if sink is None else (sink,)))
     with torch.set_grad_enabled(torch.is_grad_enabled() and table is None):
         result = _attend(
             function, q, k, v, {"queries": queries, "keys": keys}, sink, dropout_p, softmax_scale, causal, window_size,
-            softcap, alibi_slopes, deterministic, return_attn_probs, return_lse,
+            softcap, alibi_slopes, deterministic, return_attn_probs, return_lse, out,
         )  # fmt: skip
     inputs = q, k, v, sink
     if table is None or not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)):
@@ -324,6 +329,7 @@ def flash_attn_with_kvcache(
     pack_gqa=None,
     sm_margin=0,
     scheduler_metadata=None,
+    out=None,
 ):
     """Attention of q (batch, seqlen_q, heads_q, head_dim) over a cache, to which k and v are first appended in place.
 
@@ -401,6 +407,9 @@ def flash_attn_with_kvcache(
         given is None for given in (table, cache_batch_idx, cache_leftpad, cu_seqlens_k_new)
     )  # fmt: skip
     with torch.no_grad():
+        if out is not None:
+            check_out(out, q, k_cache, v_cache)
+        into = out if out is None or by_views or queries is not None else out.flatten(0, 1)
         if k is not None:
             before = q.new_full((batch,), filled, dtype=torch.int32) if on_host else filled
             if rotary is not None:
@@ -428,12 +437,12 @@ def flash_attn_with_kvcache(
         returns_lse = return_softmax_lse or return_lse
         result = _attend(
             function, rows_q, k, v, packed, sink, 0.0, softmax_scale, causal, window_size, softcap, alibi_slopes, False,
-            False, returns_lse,
+            False, returns_lse, into,
         )  # fmt: skip
     if not packed or queries is not None:
         return result
-    out, lse = result if returns_lse else (result, None)
-    out = out.view(*q.shape[:3], v.shape[-1])
+    flat, lse = result if returns_lse else (result, None)
+    out = flat.view(*q.shape[:3], v.shape[-1]) if out is None else out
     return (out, lse.view(q.shape[2], *q.shape[:2]).transpose(0, 1).contiguous()) if returns_lse else out
 
 

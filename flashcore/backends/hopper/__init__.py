@@ -115,7 +115,7 @@ def configure(problem: AttentionProblem) -> ForwardConfig | DecodeConfig:
 
 
 def prepare(problem: AttentionProblem, config: ForwardConfig | DecodeConfig) -> Run:
-    """A callable (q, k, v, scale, *extras) -> (out, lse) with everything that does not depend on these done."""
+    """A callable (q, k, v, scale, *extras, out=None) -> (out, lse), all done that does not depend on these."""
     from flashcore.backends.hopper.kernels import kernel_of
 
     return kernel_of(config).launch(problem, config)

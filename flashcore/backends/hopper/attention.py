@@ -62,9 +62,10 @@ class ForwardLauncher(Launcher):
         self._maps = [TensorMaps(partial(tma.map_of, name, n)) for name, n in rows.items()]
 
     def __call__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None, *extras: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        out, lse, lse_address = allocate(q, self._out_shape, self._lse_shape)
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None, *extras: torch.Tensor,
+        out: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+        out, lse, lse_address = allocate(q, self._out_shape, self._lse_shape, out)
         key = (
             q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), q.stride(), k.stride(), v.stride(),
         )  # fmt: skip

@@ -42,9 +42,10 @@ class DecodeLauncher(Launcher):
         self._strides: dict[tuple, tuple[int, ...]] = {}
 
     def __call__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None, *extras: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        out, lse, lse_address = allocate(q, self._out_shape, self._lse_shape)
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None, *extras: torch.Tensor,
+        out: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+        out, lse, lse_address = allocate(q, self._out_shape, self._lse_shape, out)
         addresses = q.data_ptr(), k.data_ptr(), v.data_ptr()
         strides = self._strides.get((q.stride(), k.stride(), v.stride()))
         if strides is None or (addresses[0] | addresses[1] | addresses[2]) % tma.ALIGNMENT:

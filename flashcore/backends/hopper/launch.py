@@ -94,10 +94,13 @@ def sequence_arguments(problem: AttentionProblem, head_dim: int) -> Callable[...
 
 
 def allocate(
-    q: torch.Tensor, out_shape: tuple[int, ...], lse_shape: tuple[int, ...] | None
+    q: torch.Tensor, out_shape: tuple[int, ...], lse_shape: tuple[int, ...] | None, out: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None, int]:
-    """A forward's output, contiguous; its LSE if that has a shape; and the LSE's address, or 0."""
-    if q.shape != out_shape:
+    """A forward's output, contiguous, the caller's if there is one; its LSE if that has a shape; and the LSE's address,
+    or 0."""
+    if out is not None:
+        pass
+    elif q.shape != out_shape:
         out = q.new_empty(out_shape)
     elif q.is_contiguous():  # empty_like() is faster without a memory format, and then keeps the strides
         out = torch.empty_like(q)

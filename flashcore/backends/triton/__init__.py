@@ -187,12 +187,12 @@ def forward(
 
 
 def prepare(problem: AttentionProblem, config: TritonConfig) -> Run:
-    """`forward` as a callable (q, k, v, scale, *extras) -> (out, lse)."""
+    """`forward` as a callable (q, k, v, scale, *extras, out=None) -> (out, lse)."""
     from flashcore.backends.triton import attention
 
     run, default = attention.prepare_forward(problem.of_any_scale, config), problem.head_dim**-0.5
     # Kernels read what is in memory; of a negated view, such as ``z.conj().imag``, that has another sign.
-    return lambda q, k, v, scale, *extras: run(
+    return lambda q, k, v, scale, *extras, out=None: run(
         q.resolve_neg(), k.resolve_neg(), v.resolve_neg(), default if scale is None else scale,
-        *(tensor.resolve_neg() for tensor in extras),
+        *(tensor.resolve_neg() for tensor in extras), out=out,
     )  # fmt: skip

@@ -49,7 +49,7 @@ def backward(
 
 @lru_cache(maxsize=1024)
 def prepare_forward(problem: AttentionProblem, config: TritonConfig) -> Forward:
-    """`forward` as a callable (q, k, v, scale, *extras) -> (out, lse), for all scales of the problem's sign."""
+    """`forward` as a callable (q, k, v, scale, *extras, out=None) -> (out, lse), for scales of the problem's sign."""
     tile, splits = config.forward, config.splits
     packed = 0 if not problem.packed else 1 if problem.paged else 3  # of q, k and v
     members = problem.group_size if config.pack_gqa else 1
@@ -69,20 +69,24 @@ def prepare_forward(problem: AttentionProblem, config: TritonConfig) -> Forward:
         _options(tile), _streams(problem, 1, 2, tile.tile_n),
     )  # fmt: skip
 
-    def allocate(out_shape: tuple, lse_shape: tuple, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    def allocate(
+        out_shape: tuple, lse_shape: tuple, dtype: torch.dtype, device: torch.device, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         if problem.packed:  # rows of no sequence are nobody's to write
             lse = torch.full(lse_shape, -torch.inf, dtype=torch.float32, device=device)
-            return torch.zeros(out_shape, dtype=dtype, device=device), lse
+            return torch.zeros(out_shape, dtype=dtype, device=device) if out is None else out.zero_(), lse
         lse = torch.empty(lse_shape, dtype=torch.float32, device=device)
-        return torch.empty(out_shape, dtype=dtype, device=device), lse
+        return torch.empty(out_shape, dtype=dtype, device=device) if out is None else out, lse
 
     def scales(scale: float) -> tuple[float, float]:
         if changed:
             return float(scale), problem.score.factor * LOG2E
         return float(scale), abs(float(scale)) * LOG2E if sign else 1.0
 
-    def unsplit(q: Tensor, k: Tensor, v: Tensor, scale: float, *extras: Tensor) -> tuple[Tensor, Tensor]:
-        out, lse = allocate(out_shape, lse_shape, out_dtype, q.device)
+    def unsplit(
+        q: Tensor, k: Tensor, v: Tensor, scale: float, *extras: Tensor, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = allocate(out_shape, lse_shape, out_dtype, q.device, out)
         sink = extras[-1].contiguous() if has_sink else lse
         strides = q.stride(), k.stride(), v.stride(), strides_out
         _launch(launch, (q, k, v, sink, out, lse), strides, scales(scale), problem, extras)
@@ -101,13 +105,15 @@ def prepare_forward(problem: AttentionProblem, config: TritonConfig) -> Forward:
         dict(num_warps=1 if splits <= 16 else 4),
     )  # fmt: skip
 
-    def split(q: Tensor, k: Tensor, v: Tensor, scale: float, *extras: Tensor) -> tuple[Tensor, Tensor]:
+    def split(
+        q: Tensor, k: Tensor, v: Tensor, scale: float, *extras: Tensor, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         device = q.device
         parts, parts_lse = allocate((splits, *out_shape), (splits, *lse_shape), torch.float32, device)
         sink = extras[-1].contiguous() if has_sink else parts_lse
         strides = q.stride(), k.stride(), v.stride(), strides_out
         _launch(launch, (q, k, v, sink, parts, parts_lse), strides, scales(scale), problem, extras)
-        out = torch.empty(out_shape, dtype=out_dtype, device=device)
+        out = torch.empty(out_shape, dtype=out_dtype, device=device) if out is None else out
         lse = torch.empty(lse_shape, dtype=torch.float32, device=device)
         merge((parts, parts_lse, out, lse), ())
         return out, lse
@@ -148,11 +154,12 @@ def prepare_backward(problem: AttentionProblem, config: TritonConfig) -> Backwar
 
 
 def _packed(run: Callable, tensors: int) -> Callable:
-    """`run` of packed sequences, whose first arguments are so many tensors or None."""
+    """`run` of packed sequences, whose first arguments are so many tensors or None, and so are those by name."""
 
-    def run_packed(*arguments):
+    def run_packed(*arguments, **by_name):
         seen = (t if t is None else t[None] for t in arguments[:tensors])
-        return tuple(result[0] for result in run(*seen, *arguments[tensors:]))
+        named = {name: t if t is None else t[None] for name, t in by_name.items()}
+        return tuple(result[0] for result in run(*seen, *arguments[tensors:], **named))
 
     return run_packed
 

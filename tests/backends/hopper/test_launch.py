@@ -117,6 +117,20 @@ def test_attention_hands_over_what_its_kernels_take(launched, seqlen_q, scale):
     assert check_arguments(launched, config)[of_scale] == numpy.float32(3.0 / math.log(2))
 
 
+@pytest.mark.parametrize("seqlen_q", [300, 1])
+def test_attention_writes_where_the_caller_says(launched, monkeypatch, seqlen_q):
+    seen = []
+    monkeypatch.setattr(tma, "tensor_map", lambda tensor, rows: seen.append(tensor.data_ptr()) or "map")
+    q, k, v = (torch.randn(2, n, 4, 64).bfloat16() for n in (seqlen_q, 300, 300))
+    problem = AttentionProblem.hypothetical(q.shape, k.shape, arch=(9, 0), causal=True)
+    config = hopper.configure(problem)
+    run, places = hopper.prepare(problem, config), [torch.empty_like(q) for _ in range(2)]
+    for place in places:
+        out, _ = run(q, k, v, None, out=place)
+        assert out is place
+        assert place.data_ptr() in (*seen, *check_arguments(launched, config))
+
+
 def test_products_hand_over_what_their_kernel_takes(launched):
     problem = GemmProblem("bfloat16", "bfloat16", "cuda", (9, 0), 132, 1, 256, 256, 64)
     chosen = gemm.configure(problem)
