@@ -88,31 +88,53 @@ def append(
         return
 
     sequence, index = members(k, offsets)
-    length = lengths[sequence]
-    position = length + index
+    length = lengths[:, None] if offsets is None else lengths[sequence]
     if rotary is not None:
-        k = rotate(k, rotary, position, interleaved)
-    fits, row = (length >= 0) & (index >= 0) & (position < capacity), sequence
+        k = rotate(k, rotary, length + index, interleaved)
+    if table is None and batch_index is None and offsets is None:
+        # As many positions as there are new rows, all inside and none twice: where the cache is too full they begin
+        # before its length, and keep what they have up to there.
+        position = length.clamp(0, capacity - new) + index
+        source = position - length
+        at, own, fits = (sequence, position), (sequence, source.clamp(0, new - 1)), (length >= 0) & (source >= 0)
+    else:
+        at, own, fits = _places(k_cache, sequence, index, length, batch_index, table)
+        k, v = k.flatten(0, -3), v.flatten(0, -3)
+    fits = fits[..., None, None]
+    for cached, given in ((k_cache, k), (v_cache, v)):
+        cached[at] = torch.where(fits, given[own], cached[at])
+
+
+def _places(
+    k_cache: torch.Tensor, row: torch.Tensor, index: torch.Tensor, length: torch.Tensor,
+    batch_index: torch.Tensor | None, table: torch.Tensor | None,
+) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor, torch.Tensor]:  # fmt: skip
+    """(page, place) in a cache for each of all new rows, which of these goes there, and whether it has a place at all.
+
+    What has none does again what the first does that has one, so that no place gets two different numbers; where none
+    has, that one is to keep what it has.
+
+    :param row: of which sequence each new row is.
+    :param index: which of the sequence's; negative: it is of none.
+    """
+    pages, page_size = k_cache.shape[:2]
+    rows, capacity = len(k_cache if table is None else table), capacity_of(k_cache, table)
+    position = length + index
+    fits = (length >= 0) & (index >= 0) & (position < capacity)
     if batch_index is not None:
-        row = batch_index[sequence]
+        row = batch_index[row]
         known = (row >= 0) & (row < rows)
         if env.check_lengths() and not known.all():
             raise InvalidInputError(f"append: batch_index {batch_index.tolist()} is not all in a cache of {rows} rows.")
         fits = fits & known
     page, place = row, position
     if table is not None:
-        pages, page_size = k_cache.shape[:2]
         page = table[row.clamp(0, rows - 1), (position // page_size).clamp(0, table.shape[1] - 1)]
         _check_numbers_of_pages("append", page, fits, pages)
         place, fits = position % page_size, fits & (page >= 0) & (page < pages)
-    page, place, fits = (t.expand(k.shape[:-2]).flatten() for t in (page, place, fits))
-    # What has no place does again what the first does that has one, so that no place gets two different numbers; where
-    # none has, that one keeps what it has.
-    own = torch.where(fits, torch.arange(len(fits), device=k.device), fits.int().argmax())
-    page, place = page[own].clamp(0, k_cache.shape[0] - 1), place[own].clamp(0, k_cache.shape[1] - 1)
-    fits = fits[own][:, None, None]
-    for cached, given in ((k_cache, k), (v_cache, v)):
-        cached[page, place] = torch.where(fits, given.flatten(0, -3)[own], cached[page, place])
+    page, place, fits = (t.expand(position.shape).flatten() for t in (page, place, fits))
+    own = torch.where(fits, torch.arange(len(fits), device=fits.device), fits.int().argmax())
+    return (page[own].clamp(0, pages - 1), place[own].clamp(0, page_size - 1)), own, fits[own]
 
 
 def capacity_of(k_cache: torch.Tensor, table: torch.Tensor | None) -> int:
