@@ -11,6 +11,7 @@ import torch
 
 import flashcore
 from flashcore import api, backends
+from flashcore.compat.flash_attn import flash_attn_with_kvcache
 from flashcore.plan import override
 from flashcore.sequences import Packed, Paged
 from tests.backends.triton.test_triton_attention import PLAIN, SMALL, SMALL_AHEAD
@@ -87,6 +88,29 @@ def test_what_is_no_page_is_never_followed(device):
     assert not out.any()
     torch.testing.assert_close(lse[:, :5], torch.full_like(lse[:, :5], math.log(4 * 16)))
     assert lse[:, 5].isneginf().all()
+
+
+@pytest.mark.parametrize("leftpad", [None, [3, 0, 17, 5]])
+@pytest.mark.parametrize("page_size", [4, 16])
+def test_a_cache_in_pages_as_flash_attn_has_it(page_size, leftpad, device):
+    """Pages of few rows, and padding on the left, by a table of rows: as the reference has it."""
+    torch.manual_seed(0)
+    pages, width = 64, 48 // page_size
+    table = torch.randperm(pages, device=device).int()[: 4 * width].view(4, width)
+    k_cache, v_cache = torch.randn(2, pages, page_size, 2, 64, dtype=torch.bfloat16, device=device)
+    q, k, v = (torch.randn(4, 2, heads, 64, dtype=torch.bfloat16, device=device) for heads in (4, 2, 2))
+    given = {"cache_seqlens": torch.tensor([3, 46, 20, 31], dtype=torch.int32, device=device), "block_table": table}
+    if leftpad is not None:
+        given["cache_leftpad"] = torch.tensor(leftpad, dtype=torch.int32, device=device)
+    results = []
+    for forced in ({"backend": "triton", "config": SMALL}, {"backend": "reference"}):
+        caches = k_cache.clone(), v_cache.clone()
+        with override(**forced):
+            found = flash_attn_with_kvcache(q, *caches, k, v, causal=True, return_softmax_lse=True, **given)
+        results.append((*found, *caches))
+    for mine, right in zip(*results, strict=True):
+        torch.testing.assert_close(mine, right, rtol=2e-2, atol=2e-2)
+    assert torch.equal(results[0][2], results[1][2])
 
 
 def test_tables_and_lengths_that_change_in_place(device, monkeypatch):
