@@ -329,20 +329,28 @@ def test_more_rows_than_numbers():
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_decoding(device):
-    """Step by step on one cache, lengths counted in place: as one call over all."""
+@pytest.mark.parametrize("page_size", [None, 4, 8])
+def test_decoding(page_size, device):
+    """Step by step on one cache, lengths counted in place: as one call over all. Pages come when they are needed."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(3, CAPACITY, heads, HEAD_DIM, device=device) for heads in (4, 2, 2))
-    k_cache, v_cache = torch.full_like(k, torch.nan), torch.full_like(v, torch.nan)
+    shape, table = (3, CAPACITY), None
+    if page_size is not None:
+        shape, width = (3 * CAPACITY // page_size, page_size), CAPACITY // page_size
+        table, pages = torch.full((3, width), -1, dtype=torch.int32, device=device), torch.randperm(shape[0]).tolist()
+    k_cache, v_cache = (torch.full((*shape, 2, HEAD_DIM), torch.nan, device=device) for _ in range(2))
     lengths, outs = torch.zeros(3, dtype=torch.int32, device=device), []
     for at in (slice(0, 5), *(slice(i, i + 1) for i in range(5, CAPACITY))):
+        if table is not None:
+            for slot in range(-(-at.start // page_size), -(-at.stop // page_size)):
+                table[:, slot] = torch.tensor([pages.pop() for _ in range(3)])
         outs.append(
             flash_attn_with_kvcache(
-                q[:, at], k_cache, v_cache, k[:, at], v[:, at], cache_seqlens=lengths, causal=True
+                q[:, at], k_cache, v_cache, k[:, at], v[:, at], cache_seqlens=lengths, causal=True, block_table=table
             )
         )
         lengths += at.stop - at.start
-    assert torch.equal(k_cache, k)
+    assert torch.equal(k_cache if table is None else k_cache[table].flatten(1, 2), k)
     assert len(api.runs) == 2  # the prompt, and all the steps
     assert_forward(torch.cat(outs, 1), None, q, k, v, causal=True)
 
