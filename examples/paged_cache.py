@@ -31,13 +31,10 @@ def serve(q: list[torch.Tensor], k: list[torch.Tensor], v: list[torch.Tensor]) -
         packed_q, packed_k, packed_v = (
             torch.cat([x[part] for x, part in zip(of_requests, parts, strict=True)]) for of_requests in (q, k, v)
         )
-        owner = torch.tensor([b for b, n in enumerate(new) for _ in range(n)], device=DEVICE)
-        position = torch.tensor([i for part in parts for i in range(part.start, part.stop)], device=DEVICE)
-        page = table[owner, position // PAGE_SIZE].long()
-        k_cache[page, position % PAGE_SIZE], v_cache[page, position % PAGE_SIZE] = packed_k, packed_v
-        lengths += torch.tensor(new, dtype=torch.int32, device=DEVICE)
-
         offsets = torch.tensor([0, *accumulate(new)], dtype=torch.int32, device=DEVICE)
+        flashcore.append(k_cache, v_cache, packed_k, packed_v, lengths, table=table, offsets=offsets)
+        lengths += offsets.diff()
+
         # Causal masks are aligned to the bottom right: a chunk sees its past, and a prompt not its future.
         out = flashcore.attention(
             packed_q, k_cache, v_cache, causal=True,

@@ -981,7 +981,7 @@ def test_compiled_on_a_gpu(name):
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_operators_on_a_gpu(requires_grad):
     tensors = inputs(dtype=torch.bfloat16, device="cuda", requires_grad=requires_grad)
-    options = (*[None] * 6, None, None, None, 0, None, None, requires_grad, False, "auto")
+    options = (*[None] * 8, None, None, None, 0, None, None, requires_grad, False, "auto")
     torch.library.opcheck(torch.ops.flashcore.attention_forward, (*tensors, *options))
 
 

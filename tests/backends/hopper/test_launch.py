@@ -3,6 +3,7 @@
 import math
 import re
 import threading
+from dataclasses import replace
 
 import numpy
 import pytest
@@ -15,6 +16,10 @@ from flashcore.backends.hopper import attention, decode, gemm, jit, launch, tma 
 from flashcore.backends.hopper.kernels import KERNELS, kernel_of  # noqa: E402
 from flashcore.gemm_problem import GemmProblem  # noqa: E402
 from flashcore.problem import AttentionProblem  # noqa: E402
+from flashcore.score import bind  # noqa: E402
+from tests.backends.hopper.test_decode_emulated import added_parameters  # noqa: E402
+from tests.packed import PackedCase  # noqa: E402
+from tests.paged import PagedCase  # noqa: E402
 
 
 def test_a_thread_gets_the_context_of_each_device_before_it_launches(monkeypatch):
@@ -129,6 +134,34 @@ def test_attention_writes_where_the_caller_says(launched, monkeypatch, seqlen_q)
         out, _ = run(q, k, v, None, out=place)
         assert out is place
         assert place.data_ptr() in (*seen, *check_arguments(launched, config))
+
+
+@pytest.mark.parametrize("page_size", [None, 16])
+@pytest.mark.parametrize("longest", [300, 1])
+def test_where_packed_sequences_lie_is_handed_over(launched, monkeypatch, longest, page_size):
+    if longest > 1 and page_size:
+        pytest.skip("the kernel with tiles reads no pages")
+    monkeypatch.setattr(tma, "packed_map", lambda tensor, rows: f"map of {tuple(tensor.shape)}")
+    case = PackedCase("", (longest, 1), (40, 300), causal=True, sink=True)
+    if page_size:
+        q, k, v, places, *_ = PagedCase("", case, page_size).inputs()
+    else:
+        (q, k, v), places = case.inputs(), case.packed()
+    spec, extras = bind(None, case.options()["sink"])
+    extras = (*places["queries"].tensors, *places["keys"].tensors, *extras)
+    problem = AttentionProblem.from_tensors(q, k, v, causal=True, **places, score=spec, extras=extras)
+    problem = replace(problem, arch=(9, 0), sm_count=132)
+    config = hopper.configure(problem)
+    hopper.prepare(problem, config)(q, k, v, problem.scale, *extras)
+    added, _ = added_parameters(jit.sequence_source(True, page_size is not None))
+    kinds = [" ".join(parameter.split()[:-1]) for parameter in added.split(",")[1:]]
+    arguments = check_arguments(launched, config, extras=len(kinds) + 1)[-len(kinds) - 1 :]
+    for argument, kind in zip(arguments, kinds, strict=False):
+        assert isinstance(argument, TAKEN.get(kind, int)), (kind, argument)
+    addresses = [tensor.data_ptr() for tensor in extras]
+    of_keys = addresses[1:3] if page_size else [addresses[1], 0]
+    assert [arguments[i] for i in (0, 1, 4, 5, -1)] == [addresses[0], 0, *of_keys, addresses[-1]]
+    assert [int(arguments[i]) for i in (2, 3, 7)] == [len(q), longest, 300]
 
 
 def test_products_hand_over_what_their_kernel_takes(launched):
