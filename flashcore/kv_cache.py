@@ -11,7 +11,7 @@ from functools import cache
 
 import torch
 
-from flashcore import env
+from flashcore import env, watching
 from flashcore.errors import FlashCoreWarning, InvalidInputError, UnsupportedError
 from flashcore.sequences import Packed, Paged, check_numbers
 
@@ -122,11 +122,8 @@ def _places(
     position = length + index
     fits = (length >= 0) & (index >= 0) & (position < capacity)
     if batch_index is not None:
-        row = batch_index[row]
-        known = (row >= 0) & (row < rows)
-        if env.check_lengths() and not known.all():
-            raise InvalidInputError(f"append: batch_index {batch_index.tolist()} is not all in a cache of {rows} rows.")
-        fits = fits & known
+        row_of, row = row, batch_index[row]
+        fits = fits & _known("append", batch_index, rows)[row_of]
     page, place = row, position
     if table is not None:
         page = table[row.clamp(0, rows - 1), (position // page_size).clamp(0, table.shape[1] - 1)]
@@ -135,6 +132,16 @@ def _places(
     page, place, fits = (t.expand(position.shape).flatten() for t in (page, place, fits))
     own = torch.where(fits, torch.arange(len(fits), device=fits.device), fits.int().argmax())
     return (page[own].clamp(0, pages - 1), place[own].clamp(0, page_size - 1)), own, fits[own]
+
+
+def _known(function: str, batch_index: torch.Tensor, rows: int) -> torch.Tensor:
+    """Which of them are rows of a cache, or of a table. Where the user asks for it, all must be."""
+    known = (batch_index >= 0) & (batch_index < rows)
+    if env.check_lengths() and not known.all():
+        raise InvalidInputError(
+            f"{function}: batch_index {batch_index.tolist()} is not all in a cache of {rows} rows."
+        )
+    return known
 
 
 def capacity_of(k_cache: torch.Tensor, table: torch.Tensor | None) -> int:
@@ -183,7 +190,8 @@ def as_packed(
 
     :param lengths: int32 (batch,): how many positions are filled.
     :param leftpad: int32 (batch,): how many of them, the first, belong to nobody.
-    :param batch_index: int32 (batch,): the row of the cache, or of the table, of each sequence.
+    :param batch_index: int32 (batch,): the row of the cache, or of the table, of each sequence; one that is none has no
+        keys.
     :param table: int32 (batch_cache, max_pages), of a cache in pages.
     :param queries: where packed queries lie; None: q is dense.
     """
@@ -196,10 +204,13 @@ def as_packed(
         k, v, apart = _rows(k_cache, v_cache)
         starts = _offsets(queries.batch, apart, capacity, q.device)
         if leftpad is not None:  # a sequence ends where the next begins, or at its length, which is before that
-            starts, lengths = starts + torch.nn.functional.pad(leftpad, (0, 1)), lengths - leftpad
+            starts = starts + torch.nn.functional.pad(leftpad, (0, 1))
+            lengths = lengths.clamp(max=capacity) - leftpad
         return q, k, v, {"queries": queries, "keys": Packed(starts, capacity, lengths)}
     if batch_index is not None:
-        row = batch_index.clamp(0, len(k_cache if table is None else table) - 1)
+        rows = len(k_cache if table is None else table)
+        lengths = torch.where(_known("attention over a cache", batch_index, rows), lengths, 0)
+        row = batch_index.clamp(0, rows - 1)
         table = row[:, None] if table is None else table.index_select(0, row)  # a row of the cache is a page
     if leftpad is not None or (k_cache.shape[1] != 1 and k_cache.shape[1] % 16):
         k_cache, v_cache, table = _pages_of_one_row(k_cache, v_cache, table, leftpad)
@@ -244,7 +255,7 @@ def _rows(*caches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
 
 def _offsets(batch: int, apart: int, longest: int, device: torch.device) -> torch.Tensor:
     """Of sequences that begin every `apart` rows, the last with `longest`."""
-    if torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+    if watching.is_recorded() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return _new_offsets(batch, apart, longest, device)  # filled when the graph runs, not now
     return _kept_offsets(batch, apart, longest, device)
 

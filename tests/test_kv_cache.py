@@ -8,7 +8,7 @@ import torch
 import flashcore
 from flashcore import kv_cache
 from flashcore.errors import FlashCoreWarning, InvalidInputError
-from tests.paged import LAYOUTS
+from tests.paged import LAYOUTS, NO_PAGES
 from tests.tolerance import assert_forward
 
 CAPACITY, NEW, HEADS, HEAD_DIM, HEAD_DIM_V = 9, 3, 2, 16, 8
@@ -194,7 +194,6 @@ def test_what_is_wrong_is_named_before_anything_is_written(name):
 # ---- pages and packed rows ---------------------------------------------------------------------------------------
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-NO_PAGE = (-1, 2**31 - 1, -(2**31), 10**6)
 OFFSETS = 2, 5, 5, 9, 10  # of four sequences: 3, 0, 4 and 1 rows, and nobody's around them
 
 
@@ -227,7 +226,7 @@ def dealt(counts, pages, width, device="cpu", seed=0):
     """A table whose rows name so many pages, no page twice, and then numbers that are none."""
     shuffle = random.Random(seed)
     unused = shuffle.sample(range(pages), pages)
-    rows = [[*(unused.pop() for _ in range(n)), *shuffle.choices(NO_PAGE, k=width - n)] for n in counts]
+    rows = [[*(unused.pop() for _ in range(n)), *shuffle.choices(NO_PAGES, k=width - n)] for n in counts]
     return torch.tensor(rows, dtype=torch.int32, device=device)
 
 
@@ -262,7 +261,7 @@ def test_append_to_pages(index, size, layout, device):
 @pytest.mark.parametrize("device", DEVICES)
 def test_what_names_no_page_takes_nothing_from_others(device):
     """Its neighbour writes the very row that a number clamped into the cache would be."""
-    for number in NO_PAGE:
+    for number in NO_PAGES:
         for order in (slice(None), slice(None, None, -1)):
             table = torch.tensor([[number], [0], [2]][order], dtype=torch.int32, device=device)
             k_cache, v_cache = paged_caches("nhd", 3, 4, device)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import torch
 
-from flashcore import api, backends, kv_cache
+from flashcore import api, backends, calls, kv_cache
 from flashcore.errors import InvalidInputError, UnsupportedError
 from flashcore.problem import check_out, checked_mask, refuse_gradients_of_pages
 from flashcore.score import alibi, chained
@@ -224,10 +224,13 @@ def flash_attn_varlen_func(
     if table is None:
         keys = Packed(cu_seqlens_k, max_seqlen_k, seqused_k)
     else:
+        if cu_seqlens_k is None and seqused_k is None:
+            raise InvalidInputError(f"{function}: block_table without the number of keys. Pass seqused_k.")
         keys = Paged(table, cu_seqlens_k.diff() if seqused_k is None else seqused_k, max_seqlen_k)
+        kv_cache.check_lengths(function, keys.lengths, kv_cache.capacity_of(k, table))
         kv_cache.check_pages(function, table, keys.lengths, k)
         if out is not None:
-            check_out(out, q, k, v, *(() if sink is None else (sink,)))
+            check_out(out, *calls.autocast(q, k, v), *(() if sink is None else (sink,)))
     with torch.set_grad_enabled(torch.is_grad_enabled() and table is None):
         result = _attend(
             function, q, k, v, {"queries": queries, "keys": keys}, sink, dropout_p, softmax_scale, causal, window_size,
@@ -403,12 +406,14 @@ def flash_attn_with_kvcache(
     ):  # fmt: skip
         if numbers is not None:
             kv_cache.check_integers(f"{function}: {name}", numbers, batch, q.device)
+    if rotary_seqlens is not None and rotary_cos is None:
+        raise InvalidInputError(f"{function}: rotary_seqlens needs rotary_cos and rotary_sin.")
     by_views = on_host and queries is None and all(
         given is None for given in (table, cache_batch_idx, cache_leftpad, cu_seqlens_k_new)
     )  # fmt: skip
     with torch.no_grad():
         if out is not None:
-            check_out(out, q, k_cache, v_cache)
+            check_out(out, *calls.autocast(q, k_cache, v_cache))
         into = out if out is None or by_views or queries is not None else out.flatten(0, 1)
         if k is not None:
             before = q.new_full((batch,), filled, dtype=torch.int32) if on_host else filled
@@ -422,6 +427,8 @@ def flash_attn_with_kvcache(
                 k_cache, v_cache, k, v, before, batch_index=cache_batch_idx, table=table, offsets=cu_seqlens_k_new
             )
             filled = filled + new if cu_seqlens_k_new is None else before + cu_seqlens_k_new.diff()
+            if isinstance(filled, torch.Tensor):  # nothing is written behind a negative length
+                filled = filled.where(before >= 0, 0)
         if by_views:
             rows_q, k, v, packed = q, k_cache[:, :filled], v_cache[:, :filled], {}
         else:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flashcore import api, kv_cache
-from flashcore.compat.flash_attn import flash_attn_func, flash_attn_with_kvcache
+from flashcore.compat.flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 from flashcore.errors import FlashCoreWarning, InvalidInputError, UnsupportedError
 from tests.paged import LAYOUTS, NO_PAGES, SPARE
 from tests.test_kv_cache import turned
@@ -229,13 +229,81 @@ def test_a_length_of_the_host(page_size, length, new, leftpad, rows):
 
 
 @pytest.mark.parametrize("leftpad", [None, [3, 1]])
-@pytest.mark.parametrize("page_size", [1, 4, 8])
-def test_lengths_beyond_the_pages_are_cut_off_there(page_size, leftpad):
+@pytest.mark.parametrize("page_size", [None, 1, 4, 8])
+def test_lengths_beyond_the_capacity_are_cut_off_there(page_size, leftpad):
     step = Step([CAPACITY, 6], leftpad=leftpad, page_size=page_size)
     cut = step(cache_seqlens=step.integers([CAPACITY + 7, 6]), causal=True)
     step.assert_right(*cut, causal=True)
     step = Step([CAPACITY - 1, 6], new=2, seqlen_q=2, leftpad=leftpad, page_size=page_size)
     step.assert_right(*step(causal=True), causal=True)
+
+
+@pytest.mark.parametrize("new", [0, 2])
+@pytest.mark.parametrize("page_size", [None, 4])
+def test_a_row_that_is_none_has_no_keys(page_size, new, monkeypatch):
+    step = Step([8, 6], new=new, rows=[1, 0], page_size=page_size)
+    out, lse = step(cache_batch_idx=step.integers([-1, 0]), causal=True)
+    assert (out[0] == 0).all()
+    assert (lse[0] == torch.inf).all()  # as flash-attn has it
+    assert out[1].isfinite().all()
+    monkeypatch.setenv("FLASHCORE_CHECK_LENGTHS", "1")
+    with pytest.raises(InvalidInputError, match=r"batch_index \[2, 0\] is not all in a cache of 2 rows"):
+        step(cache_batch_idx=step.integers([2, 0]), causal=True)
+
+
+@pytest.mark.parametrize("page_size", [None, 4])
+def test_nothing_is_seen_behind_a_negative_length(page_size):
+    """Where nothing is written either."""
+    step = Step([4, 6], new=3, page_size=page_size)
+    out, lse = step(cache_seqlens=step.integers([-2, 6]), causal=True)
+    assert (out[0] == 0).all()
+    assert (lse[0] == torch.inf).all()  # as flash-attn has it
+    assert out[1].isfinite().all()
+
+
+def test_traces_leave_nothing_behind():
+    """What is kept for later calls is no fake of a trace's."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    capacity = 29  # of no other test
+    k_cache, v_cache = torch.randn(2, 3, capacity, 2, HEAD_DIM)
+    q, lengths = torch.randn(3, 1, 4, HEAD_DIM), torch.tensor([3, 5, 7], dtype=torch.int32)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = [mode.from_tensor(tensor) for tensor in (q, k_cache, v_cache)]
+        flash_attn_with_kvcache(*fakes, cache_seqlens=mode.from_tensor(lengths))
+    out = flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=lengths)
+    assert type(out) is torch.Tensor
+
+
+def test_out_under_autocast():
+    step = Step([4, 7])
+    out = torch.empty(step.q.shape, dtype=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = flash_attn_with_kvcache(
+            step.q, step.k_cache, step.v_cache, cache_seqlens=step.integers(step.lengths), out=out
+        )
+    assert result.data_ptr() == out.data_ptr()
+    assert out.isfinite().all()
+
+
+def test_what_says_nothing_alone_is_refused():
+    step = Step([4, 7], page_size=4)
+    with pytest.raises(InvalidInputError, match="rotary_seqlens needs rotary_cos"):
+        step(rotary_seqlens=step.integers([1, 2]))
+    offsets = step.integers([0, 1, 2])
+    with pytest.raises(InvalidInputError, match="Pass seqused_k"):
+        flash_attn_varlen_func(
+            step.q.flatten(0, 1), step.k_cache, step.v_cache, offsets, None, 1, CAPACITY, block_table=step.table
+        )
+
+
+def test_the_switch_finds_lengths_beyond_the_table(monkeypatch):
+    step = Step([4, 7], page_size=4)
+    arguments = step.q.flatten(0, 1), step.k_cache, step.v_cache, step.integers([0, 1, 2]), None, 1, 200
+    options = {"block_table": step.table, "seqused_k": step.integers([4, 100])}
+    monkeypatch.setenv("FLASHCORE_CHECK_LENGTHS", "1")
+    with pytest.raises(InvalidInputError, match="flash_attn_varlen_func: lengths"):
+        flash_attn_varlen_func(*arguments, **options)
 
 
 @pytest.mark.parametrize("page_size", [1, 4, 8])
