@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 FEATURES = frozenset({"window", "score", "sink", "head_dim_v", "partial", "packed", "paged"})
 NATIVE_GRAD = False
 
+_MOST_PACKED_ROWS = 2**30  # tma.PACKED_ORIGIN, without importing it
 # Keys from which on it matters that the clusters of so few heads leave SMs idle (docs/log/0018).
 _FEW_HEADS_KEYS = 65536
 # Keys that the busiest SM reads in the time that Triton's two kernels cost the host, more or less (docs/log/0017).
@@ -75,6 +76,10 @@ def rejects(problem: AttentionProblem) -> str | None:
             return f"{name} {head_dim} is not a multiple of 8"
     if problem.paged and choose_decode(problem) is None:
         return "keys in pages, and more than 8 rows for each key head or a head_dim beyond 128"
+    if problem.packed:
+        totals = problem.queries.total, problem.keys.total
+        if not 0 < min(totals) <= max(totals) <= _MOST_PACKED_ROWS:
+            return f"{totals} rows of packed queries and keys: neither is to be 0 or more than {_MOST_PACKED_ROWS}"
     if max(problem.seqlen_q, problem.seqlen_k) > LONGEST:
         return f"seqlen {max(problem.seqlen_q, problem.seqlen_k)} > {LONGEST}"
     if problem.batch * problem.heads_q * math.ceil(problem.seqlen_q / 64) >= 2**31:

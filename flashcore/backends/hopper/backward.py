@@ -35,6 +35,9 @@ from flashcore.problem import AttentionProblem
 FEATURES = frozenset({"window", "score", "sink", "head_dim_v", "dlse", "partial", "packed"})
 
 
+_SHORT = 16  # queries of a packed sequence, in the mean
+
+
 def unavailable() -> str | None:
     return hopper.unavailable()
 
@@ -47,6 +50,8 @@ def defers(problem: AttentionProblem) -> tuple[str, str] | None:
     """The provider that is to have a problem which this one could compute, and why."""
     if problem.score.change is not None or problem.head_dim_v != problem.head_dim:
         return "triton", "has run on GPUs with score functions and a head_dim of V of its own"
+    if problem.packed and problem.batch * _SHORT > problem.queries.total:
+        return "triton", f"needs no memory for a tile of each of {problem.batch} sequences of few queries"
     return None
 
 

@@ -246,7 +246,7 @@ def packed_pairs(config: ForwardConfig, problem: AttentionProblem) -> bool:
 
 
 def packed_blocks(config: ForwardConfig, alike: AttentionProblem, paired: bool) -> float:
-    """Key blocks of the busiest CTA, were packed sequences these dense ones (``TileScheduler<Config, true>``)."""
+    """Key blocks of the busiest CTA, were packed sequences these dense ones (``PackedTileScheduler``)."""
     blocks, heads, ctas = _tile_blocks(config, alike), alike.heads_q, max(1, alike.sm_count)
     if config.bounded_left:
         blocks = blocks + _EXPOSED_BLOCKS

@@ -41,8 +41,10 @@ def diagonals(problem: AttentionProblem) -> tuple[numpy.int32, numpy.int32]:
     sequences, whose lengths only a kernel knows, without the difference of these."""
     mask = problem.mask
     if problem.packed:
-        left = problem.seqlen_k if mask.left is None else min(mask.left, problem.seqlen_k)
-        right = problem.seqlen_q if mask.right is None else min(mask.right, problem.seqlen_q)
+        # No sequence is longer than that.
+        longest_q, longest_k = min(problem.seqlen_q, problem.queries.total), min(problem.seqlen_k, problem.keys.total)
+        left = longest_k if mask.left is None else min(mask.left, longest_k)
+        right = longest_q if mask.right is None else min(mask.right, longest_q)
         return numpy.int32(-left), numpy.int32(right)
     offset = problem.visible.offset
     left = -problem.seqlen_q if mask.left is None else max(offset - mask.left, -problem.seqlen_q)

@@ -26,7 +26,7 @@ from flashcore.errors import FlashCoreWarning
 
 ALIGNMENT = 16  # bytes: of the base address and of every stride but the innermost
 BOX_COLS = 64
-PACKED_ORIGIN = 2**30  # as in device/attention/schedule.cuh
+PACKED_ORIGIN = 2**30  # as in device/attention/box.cuh
 _UNSIGNED = {2: numpy.uint16, 4: numpy.uint32}  # data type by bytes
 
 
@@ -123,7 +123,11 @@ def packed_map(tensor: torch.Tensor, rows: int):
 def packed_layout(tensor: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Sizes and strides in bytes of the map of a (total, H, D) tensor, outermost first."""
     total, heads, head_dim = tensor.shape
-    row, head, _ = (max(ALIGNMENT, stride * tensor.element_size()) for stride in tensor.stride())
+    # A dimension of size 1 may have any stride, but the map wants a legal one.
+    row, head = (
+        ALIGNMENT if size == 1 else max(ALIGNMENT, stride * tensor.element_size())
+        for size, stride in zip((total, heads), tensor.stride(), strict=False)
+    )
     sizes = (total + 1, PACKED_ORIGIN + 1, heads, PACKED_ORIGIN, head_dim)
     return sizes, (row, 2**64 // PACKED_ORIGIN - row, head, row, tensor.element_size())
 

@@ -1,7 +1,7 @@
 // After the backward kernel: dQ in 16 bit from its fp32 fragments.
 //
 // COMPUTES  dQ = scale * sum, rounded. Query tiles before m_begin see no key: nobody wrote their sums, and dQ is 0.
-//   dQ (batch, seqlen_q, heads_q, d <= head_dim), any strides that TMA takes.
+//   dQ (batch, seqlen_q, heads_q, d <= head_dim), any strides that TMA takes; or packed sequences, (total, heads_q, d).
 // GRID  A CTA of two warpgroups per query tile of a head, each with 64 x 64 elements: the fragments of its namesake in
 //   backward_sm90.cuh, which held the right columns of a tile with 64 rows, the lower rows of one with 128.
 #pragma once
@@ -37,11 +37,11 @@ attention_backward_dq_sm90(const __grid_constant__ TensorMap dq, const float* su
   const int wg = threadIdx.x / 128, thread = threadIdx.x % 128;
   const int batch_head = blockIdx.x / m_blocks;
   int m = blockIdx.x % m_blocks, first = 0, length = 0;
+  wait_for_previous_kernel();
   if (!enter_dq_tile<Config>(SEQUENCE_VALUE, m_blocks, m, m_begin, first, length)) return;
   u8* staged = raw_smem + wg * SmemTile<64, 64>::bytes;
 
   float r[32];
-  wait_for_previous_kernel();
   const float* fragment = sums + (u64(blockIdx.x) * 2 + wg) * (64 * 64) + thread * 4;
 #pragma unroll
   for (int j = 0; j < 8; ++j) {

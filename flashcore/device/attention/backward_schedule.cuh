@@ -5,7 +5,7 @@
 #include "sequences.cuh"
 
 template <class Config> struct BackwardParams {
-  const float* rows;  // (batch, heads_q, m_blocks, 2 tile_m + 4): -lse * log2(e), then -(delta - dlse), of every query;
+  const float* rows;  // (batch, heads_q, m_blocks, 2 tile_m + 4), of packed sequences (heads_q, places_q, ...): -lse * log2(e), then -(delta - dlse), of every query;
                       // then whether the first is huge for some query, or 0
   float scale, scale_log2;
   int first_head, heads;  // (batch, key head) pairs of this launch
@@ -39,11 +39,11 @@ __forceinline__ bool enter_sequence(BackwardParams<Config>& params, const Sequen
     params.heads = params.heads_k;
     const int place = place_of_cta(params).y;
     const int b = keys.template sequence_of<Config::threads>(place, Config::tile_n, batch);
-    const int length_q = queries.length(b), length_k = keys.length(b);
-    params.first_q = queries.begin(b);
-    params.first_k = keys.begin(b);
-    params.first_place_q = queries.first_tile(b, Config::tile_m);
-    params.first_place_k = keys.first_tile(b, Config::tile_n);
+    const int length_q = uniform(queries.length(b)), length_k = uniform(keys.length(b));
+    params.first_q = uniform(queries.begin(b));
+    params.first_k = uniform(keys.begin(b));
+    params.first_place_q = params.first_q / Config::tile_m + b;
+    params.first_place_k = params.first_k / Config::tile_n + b;
     params.places_q = queries.total / Config::tile_m + batch;
     params.seqlen_q = length_q;
     params.m_blocks = (length_q + Config::tile_m - 1) / Config::tile_m;
@@ -52,6 +52,13 @@ __forceinline__ bool enter_sequence(BackwardParams<Config>& params, const Sequen
     params.mask.right += length_k - length_q;
     return place >= params.first_place_k && (place - params.first_place_k) * Config::tile_n < length_k;
   }
+  return true;
+}
+
+// Whether key tiles may wait for each other's dQ. Where offsets fall, which means nothing, some of a sequence's may have no
+// CTA, and be waited for in vain. For all threads of a warp.
+template <class Config> __forceinline__ bool may_wait(const Sequences<Config::packed>& sequences, int batch) {
+  if constexpr (Config::packed) return sequences.queries.rise(batch) && sequences.keys.rise(batch);
   return true;
 }
 

@@ -4,11 +4,11 @@
 //   P * (dP - delta):
 //     dV = P^T dO,   dK = scale * dS^T Q,   and dS K, which becomes dQ in backward_dq_sm90.cuh.
 //   Q, dO (batch, seqlen_q, heads_q, d), K, V, dK, dV (batch, seqlen_k, heads_q / group_size, d), 16 bit, any strides
-//   that TMA takes. d <= head_dim: TMA fills the rest with zeros and drops it again. LSE and delta come from
+//   that TMA takes; or packed sequences, (total, heads, d). d <= head_dim: TMA fills the rest with zeros and drops it again. LSE and delta come from
 //   backward_rows_sm90.cuh. Mask: two diagonals (mask.cuh), either of which may be missing. Any scale. Sinks are part of
 //   LSE: nothing else is to be known of them here.
 //
-// GRID AND ORDER  One CTA per tile of 128 keys of one key head; it walks over the tiles of tile_m queries that see it,
+// GRID AND ORDER  One CTA per tile of 128 keys of one key head (of packed sequences per place for one: some have none); it walks over the tiles of tile_m queries that see it,
 //   of all query heads of the group, so dK and dV are complete in its registers. backward_schedule.cuh: the order, why
 //   the ordered sums of dQ cannot block each other. The same bits each time.
 //
@@ -117,7 +117,7 @@ template <class Config> struct BackwardKernel {
     fence_async_proxy_global();
   }
 
-  void add_dq(int wg) {
+  void add_dq(int wg, bool waits) {
     wait_for_previous_kernel();
     DqCursor cursor;
     QueryWalk<Config> walk(params, tile);
@@ -127,7 +127,7 @@ template <class Config> struct BackwardKernel {
       u32* counter = turns + part;
       float* sum = dq + u64(part) * (Smem::dq_bytes / 4);
       u8* staged = smem.dq[cursor.stage][wg];
-      if (turn > 0) await_turn(counter, turn);
+      if (turn > 0 && waits) await_turn(counter, turn);
       wait(smem.dq_full[wg][cursor.stage], cursor.phase);
       if (turn > 0)
         bulk_add(sum, staged, Smem::dq_bytes);
@@ -356,7 +356,10 @@ attention_backward_sm90(const __grid_constant__ TensorMap q, const __grid_consta
                         int section SEQUENCE_PARAMETERS) {
   BackwardParams<Config> params{rows, scale, scale_log2, 0, batch * heads_k, heads_k, group_size, seqlen_q,
                                 {seqlen_k, mask_left, mask_right}, m_blocks, 0, n_blocks, section};
-  if (!enter_sequence(params, SEQUENCE_VALUE, batch)) return;
+  if (!enter_sequence(params, SEQUENCE_VALUE, batch)) {
+    if (blockIdx.x == 0) wait_for_previous_kernel();  // or nobody might, and this kernel end before what clears gradients
+    return;
+  }
   extern __shared__ __align__(1024) u8 raw_smem[];
   using Kernel = BackwardKernel<Config>;
   auto& smem = *reinterpret_cast<typename Kernel::Smem*>(raw_smem);
@@ -389,7 +392,8 @@ attention_backward_sm90(const __grid_constant__ TensorMap q, const __grid_consta
     if (threadIdx.x == 0)
       produce<typename Kernel::QTile, typename Kernel::QTile, typename Kernel::KTile, typename Kernel::KTile>(
           smem, params, tile, q, k, v, dout);
-    if (threadIdx.x == 32 || threadIdx.x == 64) kernel.add_dq(warp - 1);
+    const bool waits = may_wait<Config>(SEQUENCE_VALUE, batch);
+    if (threadIdx.x == 32 || threadIdx.x == 64) kernel.add_dq(warp - 1, waits);
   } else {
     setmaxnreg_inc<Config::consumer_registers>();
     kernel.consume(dk, dv, warp / 4 - 1, threadIdx.x % 128, warp);

@@ -386,8 +386,9 @@ template <class Params>
 __forceinline__ void clear_output(const Params& params, const Sequences<true>& sequences, int begin, int end) {
   const int heads_q = params.heads_k * params.group_size, row_bytes = heads_q * sequences.head_bytes;
   clear_rows(sequences.of_queries, row_bytes, begin, end, row_bytes, threadIdx.x, Config::threads);
-  for (int i = threadIdx.x; params.lse != nullptr && i < (end - begin) * heads_q; i += Config::threads)
-    params.lse[u64(i / (end - begin)) * sequences.queries.total + begin + i % (end - begin)] = negative_infinity();
+  for (int head = 0; params.lse != nullptr && head < heads_q; ++head)
+    for (int row = begin + threadIdx.x; row < end; row += Config::threads)
+      params.lse[u64(head) * sequences.queries.total + row] = negative_infinity();
 }
 
 // Makes `params` those of packed sequence b of `batch`; false: it has no queries. `clears`: one CTA of each sequence gives the

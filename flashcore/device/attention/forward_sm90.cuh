@@ -9,7 +9,8 @@
 //
 // GRID AND ORDER  One persistent CTA per SM, at most one per tile. A tile is 64 * consumers query rows of one head and
 //   all keys they see, from the last block of tile_n keys to the first, so that masked blocks come first; blocks that no
-//   row sees are not loaded. The order of tiles is arithmetic (schedule.cuh): every role computes it for itself.
+//   row sees are not loaded. The order of tiles is arithmetic (schedule.cuh): every role computes it for itself, but of
+//   packed sequences, whose tiles one thread finds.
 //
 // DATA FLOW
 //   Q, K, V -TMA-> smem (128-byte swizzle) -WGMMA SS-> S (registers) -softmax-> P (registers, 16 bit)
@@ -33,6 +34,7 @@
 //   kv[stages]               131,072   the ring: one block of K or V a slot. With one Q buffer a slot per warpgroup is
 //                                      lent to it for its O after the last V of a tile
 //   barriers                     160
+//   tiles (packed)               112   the next two, for all roles
 //
 // BARRIERS (mbarrier; first use: producers find "empty" passed, consumers wait for phase 0)
 //   name              arrivals per phase          bytes       waited for by   protects

@@ -13,7 +13,7 @@ struct Divisor {
 };
 
 template <class Config> struct AttentionParams {
-  float* lse;        // (batch, heads_q, seqlen_q), natural logarithm; may be null
+  float* lse;        // (batch, heads_q, seqlen_q), or (heads_q, total), natural logarithm; may be null
   float scale_log2;  // softmax scale * log2(e), > 0; of changed scores log2(e)
   Score score;
   int batch, heads_q;

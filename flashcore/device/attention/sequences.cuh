@@ -16,7 +16,7 @@ struct Rows {
 
   // Never beyond the tensor, whatever the offsets are.
   __forceinline__ int length(int b) const {
-    const int there = min(offsets[b + 1], total) - begin(b);
+    const int there = begin(b + 1) - begin(b);
     return max(min(min(there, used == nullptr ? there : used[b]), longest), 0);
   }
 
@@ -24,7 +24,7 @@ struct Rows {
   __forceinline__ int first_tile(int b, int rows) const { return begin(b) / rows + b; }
 
   // The sequence among whose places for tiles of `rows` rows `place` is: the last that begins there or before. For all
-  // threads of a CTA, which look at as many sequences at a time.
+  // threads of a CTA, which look at as many sequences at a time. Where offsets fall it is some sequence.
   template <int threads> __forceinline__ int sequence_of(int place, int rows, int batch) const {
     int begun = 0;
     for (int first = 0; first < batch; first += threads) {
@@ -32,6 +32,13 @@ struct Rows {
       begun += __syncthreads_count(b < batch && first_tile(b, rows) <= place);
     }
     return uniform(max(begun - 1, 0));
+  }
+
+  // Whether each sequence begins behind the one before. For all threads of a warp.
+  __forceinline__ bool rise(int batch) const {
+    bool falls = false;
+    for (int b = threadIdx.x % 32; b < batch; b += 32) falls |= begin(b) > begin(b + 1);
+    return !__any_sync(0xffffffff, falls);
   }
 };
 
@@ -45,11 +52,11 @@ template <> struct Sequences<true> {
   int page_size, pages;
 };
 
-// `bytes` of each row from begin to end - 1 become 0. By thread `thread` of `threads`.
+// `bytes` of each row from begin to end - 1 become 0. By thread `thread` of `threads`, whole warps.
 __forceinline__ void clear_rows(u8* tensor, u64 row_bytes, int begin, int end, int bytes, int thread, int threads) {
-  const int pieces = bytes / 16;  // of a row
-  for (int i = thread; i < (end - begin) * pieces; i += threads)
-    *reinterpret_cast<uint4*>(tensor + (begin + i / pieces) * row_bytes + i % pieces * 16) = make_uint4(0, 0, 0, 0);
+  for (int row = begin + thread / 32; row < end; row += threads / 32)
+    for (int at = thread % 32 * 16; at < bytes; at += 32 * 16)
+      *reinterpret_cast<uint4*>(tensor + row * row_bytes + at) = make_uint4(0, 0, 0, 0);
 }
 
 // One head of the rows of no sequence behind sequence b, and of those before the first one.

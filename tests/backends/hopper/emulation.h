@@ -87,23 +87,16 @@ template <class Kernel> void launch(int clusters, int ctas, int threads, int sme
 
 inline void __syncwarp() { this_warp->barrier.arrive_and_wait(); }
 inline void __syncthreads() { this_cta->barrier.arrive_and_wait(); }
-inline int __syncthreads_or(int vote) {
-  if (vote) this_cta->voted = 1;
-  __syncthreads();
-  const int any = this_cta->voted;
-  __syncthreads();
-  this_cta->voted = 0;
-  return any;
-}
 inline int __syncthreads_count(int vote) {
   this_cta->voted += vote != 0;
   __syncthreads();
   const int count = this_cta->voted;
   __syncthreads();
   this_cta->voted = 0;
-  __syncthreads();
+  __syncthreads();  // or a late reset would meet the next vote
   return count;
 }
+inline int __syncthreads_or(int vote) { return __syncthreads_count(vote) > 0; }
 inline void cluster_sync() { this_cluster->barrier.arrive_and_wait(); }
 inline u32 cluster_size() { return this_cluster->ctas.size(); }
 inline u32 cluster_rank() { return blockIdx.x % cluster_size(); }

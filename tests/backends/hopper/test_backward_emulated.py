@@ -25,6 +25,7 @@ from flashcore.backends.hopper.backward_configs import (
 from flashcore.backends.hopper.launch import diagonals
 from flashcore.problem import AttentionProblem
 from flashcore.score import bind
+from flashcore.sequences import Packed
 from tests.backends.hopper.emulated import built, maps
 from tests.backends.hopper.test_decode_emulated import address, compiler, sequence_arguments
 from tests.packed import PackedCase, assert_packed_gradients
@@ -279,6 +280,16 @@ def test_packed(head_dim, name, causal):
 @pytest.mark.parametrize("window", [(40, 0), (1, 0), (100, 30)], ids=str)
 def test_packed_windows(window, head_dim):
     check_packed(PackedCase("", (300, 1, 33), (300, 200, 70), window=window, head_dim=head_dim, unused=(3, 0, 130)))
+
+
+@pytest.mark.parametrize(
+    "offsets", [(0, 400, 0, 400), (0, 300, 400, 250, 400), (0, 400, 400, 100), (350, 20, -(2**31), 2**31 - 1)], ids=str
+)
+def test_offsets_that_fall(offsets):
+    """They mean nothing, but nobody waits for ever: the emulation would end the process."""
+    q, k, v, dout = (torch.randn(400, 2, 128, generator=torch.Generator().manual_seed(i)).bfloat16() for i in range(4))
+    rows = Packed(torch.tensor(offsets, dtype=torch.int32), 400)
+    backward(q, k, v, q, torch.zeros(2, 400), dout, causal=True, places={"queries": rows, "keys": rows})
 
 
 def check_packed(case: PackedCase) -> None:

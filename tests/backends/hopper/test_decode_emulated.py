@@ -96,7 +96,7 @@ def built(config: DecodeConfig) -> ctypes.CDLL:
 def added_parameters(defined: str) -> tuple[str, str]:
     """The parameters that macros add to an entry's, and their names, each with a comma in front."""
     found = "".join(re.findall(r"#define \w+_PARAMETERS(.*)", defined))
-    return found, "".join(f", {name}" for name in re.findall(r"(\w+)(?:,|$)", found))
+    return found, "".join(f", {name}" for name in re.findall(r"(\w+)\s*(?:,|$)", found))
 
 
 def address(tensor: torch.Tensor | None) -> ctypes.c_void_p:
