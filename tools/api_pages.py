@@ -22,6 +22,7 @@ MODULES = (
     "flashcore.integrations.transformers",
     "flashcore.integrations.vllm",
     "flashcore.compat.flash_attn",
+    "flashcore.compat.flash_attn_interface",
     "flashcore.env",
 )
 NOTE = "<!-- Made by tools/api_pages.py from the docstrings: do not edit. -->\n\n"

@@ -138,7 +138,7 @@ def flash_attn_qkvpacked_func(
     return_attn_probs=False,
 ):
     """:func:`flash_attn_func` of qkv (batch, seqlen, 3, heads, head_dim), read where it is."""
-    q, k, v = _unpack(qkv, "qkv", "batch, seqlen, 3, heads, head_dim")
+    q, k, v = unpack(qkv, "qkv", "batch, seqlen, 3, heads, head_dim")
     return flash_attn_func(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     )  # fmt: skip
@@ -157,7 +157,7 @@ def flash_attn_kvpacked_func(
     return_attn_probs=False,
 ):
     """:func:`flash_attn_func` of q and kv (batch, seqlen_k, 2, heads_k, head_dim), read where they are."""
-    k, v = _unpack(kv, "kv", "batch, seqlen, 2, heads, head_dim")
+    k, v = unpack(kv, "kv", "batch, seqlen, 2, heads, head_dim")
     return flash_attn_func(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     )  # fmt: skip
@@ -268,7 +268,7 @@ def flash_attn_varlen_qkvpacked_func(
     return_attn_probs=False,
 ):
     """:func:`flash_attn_varlen_func` of qkv (total, 3, heads, head_dim), read where it is."""
-    q, k, v = _unpack(qkv, "varlen_qkv", "total, 3, heads, head_dim")
+    q, k, v = unpack(qkv, "varlen_qkv", "total, 3, heads, head_dim")
     return flash_attn_varlen_func(
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal, window_size, softcap,
         alibi_slopes, deterministic, return_attn_probs,
@@ -292,7 +292,7 @@ def flash_attn_varlen_kvpacked_func(
     return_attn_probs=False,
 ):
     """:func:`flash_attn_varlen_func` of q and kv (total_k, 2, heads_k, head_dim), read where they are."""
-    k, v = _unpack(kv, "varlen_kv", "total, 2, heads, head_dim")
+    k, v = unpack(kv, "varlen_kv", "total, 2, heads, head_dim")
     return flash_attn_varlen_func(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size,
         softcap, alibi_slopes, deterministic, return_attn_probs,
@@ -492,7 +492,7 @@ def _one(function: str, **given):
     return given[names[0]] if names else None
 
 
-def _unpack(packed: torch.Tensor, name: str, layout: str) -> tuple[torch.Tensor, ...]:
+def unpack(packed: torch.Tensor, name: str, layout: str) -> tuple[torch.Tensor, ...]:
     """The tensors that `packed` is made of, along the dimension whose size stands in `layout`."""
     sizes = layout.split(", ")
     dim = next(i for i, size in enumerate(sizes) if size.isdigit())
