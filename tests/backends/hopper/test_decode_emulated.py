@@ -253,8 +253,9 @@ DECODING = [
 ]
 
 
-@pytest.mark.parametrize("cluster", [1, 4])
-@pytest.mark.parametrize("lengths", DECODING, ids=lambda lengths: str(lengths[1]))
+@pytest.mark.parametrize(
+    ("lengths", "cluster"), [*zip(DECODING, (4, 1, 1), strict=True)], ids=["several", "few", "long"]
+)
 @pytest.mark.parametrize("page_size", [None, 1, 16, 64])
 def test_packed_queries(page_size, lengths, cluster):
     """On packed keys, and on keys in pages."""
