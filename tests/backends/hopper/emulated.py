@@ -107,8 +107,9 @@ def built(config) -> ctypes.CDLL:
             defined += score_source(config.score, differentiate=isinstance(config, WideConfig))
         added, names = added_parameters(defined)
         parameters, call = parameters + added, call[:-1] + names + ")"
+        several = "#define ONE_SPEAKS_FOR_FOUR_WARPS\n" if isinstance(config, ForwardConfig) else ""
         (folder / "all.cpp").write_text(
-            f'#include "emulation_sm90.h"\nstruct Config {{ using Element = Bf16; {members} }};\n{defined}'
+            f'{several}#include "emulation_sm90.h"\nstruct Config {{ using Element = Bf16; {members} }};\n{defined}'
             f'#include "{config.source}"\n{RUN.format(parameters=parameters, call=call)}'
         )
         options = ["-std=c++20", "-O2", "-march=native", "-ffp-contract=fast", "-w", "-pthread", "-shared", "-fPIC"]

@@ -177,7 +177,15 @@ inline void store_shared_v2(u32 address, float a, float b) { at<float>(address) 
 
 inline void wgmma_fence() {}
 inline void wgmma_commit() {}
-template <int> void wgmma_wait() { this_cta->warpgroups[threadIdx.x / 128].barrier.arrive_and_wait(); }  // all its warps'
+// A product is of all four warps of a warpgroup. Kernels in which one thread speaks for all four count on that; for others
+// it is enough, and faster here, that a warp is together.
+template <int> void wgmma_wait() {
+#ifdef ONE_SPEAKS_FOR_FOUR_WARPS
+  this_cta->warpgroups[threadIdx.x / 128].barrier.arrive_and_wait();
+#else
+  __syncwarp();
+#endif
+}
 template <class T> void pin(T&) {}
 template <class T> void forget(T& r) { for (auto& x : r) x = NAN; }
 
