@@ -118,17 +118,18 @@ template <class Config> struct DecodeKernel {
     return Config::page == block_n ? __shfl_sync(full_warp, found, turn % 32) : 0;
   }
 
-  __forceinline__ const u16* row_of(const Operand& operand, int key, int page) const {
-    if constexpr (Config::page == 0) return operand.data + u64(params.first_k + key) * operand.row_stride;
+  // Where a key is, in elements from the first.
+  __forceinline__ u64 row_of(const Operand& operand, int key, int page) const {
+    if constexpr (Config::page == 0) return u64(Config::packed ? params.first_k + key : key) * operand.row_stride;
     if constexpr (Config::page == 1) page = params.pages.of(key);
-    return operand.data + u64(page) * operand.page_stride + u64(key % params.pages.size) * operand.row_stride;
+    return u64(page) * operand.page_stride + u64(key % params.pages.size) * operand.row_stride;
   }
 
   __forceinline__ void load_k(KFragment& f, int block, int page) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int key = min(block * block_n + g + 8 * half, params.mask.seqlen_k - 1);
-      const u16* row = row_of(params.k, key, page) + 8 * t;
+      const u16* row = params.k.data + row_of(params.k, key, page) + 8 * t;
 #pragma unroll
       for (int c = 0; c < k_chunks; ++c)
         if (32 * c + 32 <= head_dim || 32 * c + 8 * t < head_dim) load_once_v4(f.r[half][c], row + 32 * c);
@@ -141,7 +142,7 @@ template <class Config> struct DecodeKernel {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int key = min(v_key(block, i), params.mask.seqlen_k - 1);
-      const u16* row = row_of(params.v, key, page) + 8 * g;
+      const u16* row = params.v.data + row_of(params.v, key, page) + 8 * g;
 #pragma unroll
       for (int c = 0; c < v_chunks; ++c)
         if (64 * c + 64 <= head_dim_v || 64 * c + 8 * g < head_dim_v) load_once_v4(f.r[i][c], row + 64 * c);
@@ -162,7 +163,7 @@ template <class Config> struct DecodeKernel {
     const int row = g, query = row / params.group_size;
     u32 q[4] = {};
     if (row < params.rows() && 32 * c + 8 * t < head_dim)
-      load_once_v4(q, params.q.data + (params.first_q + query) * params.q.row_stride +
+      load_once_v4(q, params.q.data + (Config::packed ? params.first_q + query : query) * params.q.row_stride +
                           (kv_head * params.group_size + row % params.group_size) * params.q.head_stride + 32 * c + 8 * t);
     *reinterpret_cast<uint4*>(smem.q[c][4 * g + t]) = make_uint4(q[0], q[1], q[2], q[3]);
     if (c == 0 && t == 0) {
@@ -342,8 +343,8 @@ template <class Config> struct DecodeKernel {
     const int heads_q = params.heads_k * params.group_size;
     const Denominator denominator = denominator_of(sum, head);
     const float inverse = denominator.inverse;
-    const u64 first = Config::packed ? params.first_q : batch * params.seqlen_q;
-    const u64 index = ((first + query) * heads_q + head) * head_dim_v + column;
+    const int first = Config::packed ? params.first_q : batch * params.seqlen_q;
+    const u64 index = (u64(first + query) * heads_q + head) * head_dim_v + column;
     *reinterpret_cast<uint2*>(params.out + index) =
         make_uint2(pack2<Element>(sum.o[0] * inverse, sum.o[1] * inverse),
                    pack2<Element>(sum.o[2] * inverse, sum.o[3] * inverse));
@@ -417,8 +418,9 @@ __forceinline__ bool enter_sequence(DecodeParams& params, const Sequences<Config
     params.mask.seqlen_k = length_k;
     params.mask.left += length_k - params.seqlen_q;
     params.mask.right += length_k - params.seqlen_q;
+    return params.seqlen_q > 0;
   }
-  return params.seqlen_q > 0;
+  return true;
 }
 
 extern "C" __global__ void __launch_bounds__(Config::threads, 2)
@@ -431,15 +433,13 @@ attention_decode_sm90(const u16* q, const u16* k, const u16* v, u16* out, float*
   const u32 ranks = cluster_size(), rank = cluster_rank();
   const int tile = blockIdx.x / ranks;
   const int batch = tile / heads_k, kv_head = tile % heads_k;
-  DecodeParams params{{q, q_row, q_head}, {k + kv_head * k_head, k_row, k_head, k_batch},
-                      {v + kv_head * v_head, v_row, v_head, v_batch}, out, lse, scale_log2, SCORE_VALUE, heads_k,
-                      group_size, seqlen_q, {seqlen_k, mask_left, mask_right}};
+  const u64 entry = Config::packed ? 0 : batch;  // of a batch
+  DecodeParams params{{q + entry * q_batch, q_row, q_head},
+                      {k + entry * k_batch + kv_head * k_head, k_row, k_head, Config::packed ? k_batch : 0},
+                      {v + entry * v_batch + kv_head * v_head, v_row, v_head, Config::packed ? v_batch : 0},
+                      out, lse, scale_log2, SCORE_VALUE, heads_k, group_size, seqlen_q,
+                      {seqlen_k, mask_left, mask_right}};
   if (!enter_sequence<Config>(params, SEQUENCE_VALUE, batch, gridDim.x / ranks / heads_k, kv_head + rank == 0)) return;
-  if (!Config::packed) {
-    params.q.data += batch * q_batch;
-    params.k.data += batch * k_batch;
-    params.v.data += batch * v_batch;
-  }
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   Kernel kernel{*reinterpret_cast<typename Kernel::Smem*>(raw_smem), params, batch, kv_head, warp, lane / 4, lane % 4};
   kernel.run(rank * Config::warps + warp, ranks * Config::warps);
