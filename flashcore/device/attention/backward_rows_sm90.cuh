@@ -6,7 +6,8 @@
 //   O, dO (batch, seqlen_q, heads_q, head_dim), 16 bit, rows aligned to 16 bytes, strides in elements; LSE, and dLSE or
 //   null: (batch, heads_q, seqlen_q) fp32.
 //   Of packed sequences, (total, heads_q, head_dim) with LSE (heads_q, total), it also clears the gradients of rows of none.
-// GRID  A CTA per query tile of a head, or place for one. head_dim / 8 threads share a row, so a warp reads 512 contiguous bytes or more.
+// GRID  A CTA per query tile of a head, or place for one. head_dim / 8 threads share a row, so a warp reads 512 contiguous
+//   bytes or more.
 #pragma once
 #include "../ptx/bulk.cuh"
 #include "../ptx/math.cuh"

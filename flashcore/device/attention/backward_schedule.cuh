@@ -5,8 +5,9 @@
 #include "sequences.cuh"
 
 template <class Config> struct BackwardParams {
-  const float* rows;  // (batch, heads_q, m_blocks, 2 tile_m + 4), of packed sequences (heads_q, places_q, ...): -lse * log2(e), then -(delta - dlse), of every query;
-                      // then whether the first is huge for some query, or 0
+  const float* rows;  // (batch, heads_q, m_blocks, 2 tile_m + 4), of packed sequences (heads_q, places_q, 2 tile_m + 4):
+                      // -lse * log2(e), then -(delta - dlse), of every query; then whether the first is huge for some
+                      // query, or 0
   float scale, scale_log2;
   int first_head, heads;  // (batch, key head) pairs of this launch
   int heads_k, group_size, seqlen_q;

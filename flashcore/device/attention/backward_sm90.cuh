@@ -4,12 +4,12 @@
 //   P * (dP - delta):
 //     dV = P^T dO,   dK = scale * dS^T Q,   and dS K, which becomes dQ in backward_dq_sm90.cuh.
 //   Q, dO (batch, seqlen_q, heads_q, d), K, V, dK, dV (batch, seqlen_k, heads_q / group_size, d), 16 bit, any strides
-//   that TMA takes; or packed sequences, (total, heads, d). d <= head_dim: TMA fills the rest with zeros and drops it again. LSE and delta come from
-//   backward_rows_sm90.cuh. Mask: two diagonals (mask.cuh), either of which may be missing. Any scale. Sinks are part of
-//   LSE: nothing else is to be known of them here.
+//   that TMA takes; or packed sequences, (total, heads, d). d <= head_dim: TMA fills the rest with zeros and drops it
+//   again. LSE and delta come from backward_rows_sm90.cuh. Mask: two diagonals (mask.cuh), either of which may be
+//   missing. Any scale. Sinks are part of LSE: nothing else is to be known of them here.
 //
-// GRID AND ORDER  One CTA per tile of 128 keys of one key head (of packed sequences per place for one: some have none); it walks over the tiles of tile_m queries that see it,
-//   of all query heads of the group, so dK and dV are complete in its registers. backward_schedule.cuh: the order, why
+// GRID AND ORDER  One CTA per tile of 128 keys of one key head, of packed sequences per place for one: some have none.
+//   It walks over the tiles of tile_m queries that see it, of all query heads of the group, so dK and dV are complete in its registers. backward_schedule.cuh: the order, why
 //   the ordered sums of dQ cannot block each other. The same bits each time.
 //
 // DATA FLOW (per query tile; keys are the rows of S^T, so that P^T and dS^T are first operands from registers)
@@ -357,7 +357,7 @@ attention_backward_sm90(const __grid_constant__ TensorMap q, const __grid_consta
   BackwardParams<Config> params{rows, scale, scale_log2, 0, batch * heads_k, heads_k, group_size, seqlen_q,
                                 {seqlen_k, mask_left, mask_right}, m_blocks, 0, n_blocks, section};
   if (!enter_sequence(params, SEQUENCE_VALUE, batch)) {
-    if (blockIdx.x == 0) wait_for_previous_kernel();  // or nobody might, and this kernel end before what clears gradients
+    if (blockIdx.x == 0) wait_for_previous_kernel();  // or this kernel might end before the one that clears gradients
     return;
   }
   extern __shared__ __align__(1024) u8 raw_smem[];

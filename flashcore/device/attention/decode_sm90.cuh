@@ -3,8 +3,8 @@
 // COMPUTES  O = softmax(scale * Q K^T + mask) V and LSE = ln(sum(exp(scale * Q K^T + mask))) per row.
 //   Q, O (batch, seqlen_q, heads_q, d), K, V (batch, seqlen_k, heads_k, d), 16 bit, O contiguous, the others with any
 //   strides that are multiples of 16 bytes; LSE (batch, heads_q, seqlen_q) fp32. Or packed sequences, (total, heads, d),
-//   LSE (heads_q, total), whose keys are packed too, or in pages: (pages, page_size, heads_k, d). Mask: two diagonals (mask.cuh); keys
-//   that no row sees are not read. Scores may be changed, and sinks join the sums (score.cuh). The rows of a key head are its queries times the heads of its group: seqlen_q * heads_q / heads_k.
+//   LSE (heads_q, total), whose keys are packed too, or in pages: (pages, page_size, heads_k, d). Mask: two diagonals
+//   (mask.cuh); keys that no row sees are not read. Scores may be changed, and sinks join the sums (score.cuh). The rows of a key head are its queries times the heads of its group: seqlen_q * heads_q / heads_k.
 //   V and O may have another d. Not handled: more than 8 rows, d % 8 != 0, d > 128.
 //
 // GRID  One cluster of CTAs for each key head of each batch entry; a launch chooses its size, up to 16. The blocks of 16

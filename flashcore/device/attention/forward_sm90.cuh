@@ -149,8 +149,8 @@ template <class Config> struct ForwardKernel {
         const int length = queries_of(params, tile), row = tile.row + wg * 64;
 #pragma unroll
         for (int c = 0; c < QTile::chunks; ++c)  // no box may begin before row 0; past the end it reads zeros
-          load_box<Config::packed>(smem.q[cursor.stage][wg] + c * QTile::chunk_bytes, map, full, c, row < 0 ? length : row, tile.head,
-                   tile.batch, tile.first_q, length);
+          load_box<Config::packed>(smem.q[cursor.stage][wg] + c * QTile::chunk_bytes, map, full, c,
+                                   row < 0 ? length : row, tile.head, tile.batch, tile.first_q, length);
       }
       cursor.advance();
     }
@@ -163,8 +163,8 @@ template <class Config> struct ForwardKernel {
     mbarrier_arrive_expect_tx(full, KvTile::bytes);
 #pragma unroll
     for (int c = 0; c < KvTile::chunks; ++c)
-      load_box<Config::packed>(smem.kv[part][cursor.stage] + c * KvTile::chunk_bytes, map, full, c, n_block * tile_n, tile.kv_head,
-               tile.batch, tile.first_k, tile.length_k);
+      load_box<Config::packed>(smem.kv[part][cursor.stage] + c * KvTile::chunk_bytes, map, full, c, n_block * tile_n,
+                               tile.kv_head, tile.batch, tile.first_k, tile.length_k);
     cursor.advance();
   }
 

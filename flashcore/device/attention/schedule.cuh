@@ -26,7 +26,8 @@ template <class Config> struct AttentionParams {
                       // Config::longest_first; in a window tiles of each head, from the first on
   int paired_rounds;  // rounds over the CTAs that they take, rounded up
   Divisor by_single_heads;  // the other (batch, head) pairs, if any
-  Sequences<Config::packed> sequences;  // then seqlen_q is no sequence's, and the mask's diagonals are relative to their ends
+  // Then seqlen_q is no sequence's, and the mask's diagonals are relative to the sequences' ends.
+  Sequences<Config::packed> sequences;
 };
 
 struct Tile {
