@@ -400,9 +400,8 @@ __forceinline__ bool enter_sequence(DecodeParams& params, const Sequences<Config
   if constexpr (Config::packed) {
     const Rows &queries = sequences.queries, &keys = sequences.keys;
     if (clears) {
-      if (b == 0) clear_output(params, sequences, 0, queries.begin(0));
-      clear_output(params, sequences, queries.begin(b) + queries.length(b),
-                   b + 1 < batch ? queries.begin(b + 1) : queries.total);
+      for (int gap = b == 0 ? -1 : b; gap <= b; ++gap)
+        clear_output(params, sequences, queries.gap_begin(gap), queries.gap_end(gap, batch));
     }
     int length_k;
     if constexpr (Config::page > 0) {

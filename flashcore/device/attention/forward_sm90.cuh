@@ -212,10 +212,9 @@ template <class Config> struct ForwardKernel {
     if constexpr (Config::packed) {
       const Rows& queries = params.sequences.queries;
       const int lane = threadIdx.x % 32, row_bytes = params.heads_q * params.sequences.head_bytes;
-      for (int b = 0; b <= params.batch; ++b) {
-        const int begin = b == 0 ? 0 : queries.begin(b - 1) + queries.length(b - 1);
-        const int end = b == params.batch ? queries.total : queries.begin(b);
-        for (int row = begin + blockIdx.x; row < end; row += gridDim.x) {
+      for (int b = -1; b < params.batch; ++b) {
+        const int end = queries.gap_end(b, params.batch);
+        for (int row = queries.gap_begin(b) + blockIdx.x; row < end; row += gridDim.x) {
           clear_rows(params.sequences.of_queries, row_bytes, row, row + 1, row_bytes, lane, 32);
           for (int head = lane; params.lse != nullptr && head < params.heads_q; head += 32)
             params.lse[u64(head) * queries.total + row] = negative_infinity();

@@ -20,6 +20,10 @@ struct Rows {
     return max(min(min(there, used == nullptr ? there : used[b]), longest), 0);
   }
 
+  // Rows of no sequence, behind sequence b or, for b = -1, before the first: from the one to the other, which is none.
+  __forceinline__ int gap_begin(int b) const { return b < 0 ? 0 : begin(b) + length(b); }
+  __forceinline__ int gap_end(int b, int batch) const { return b + 1 < batch ? begin(b + 1) : total; }
+
   // Where what has a place for each tile of `rows` rows has those of a sequence: total / rows + batch places are enough.
   __forceinline__ int first_tile(int b, int rows) const { return begin(b) / rows + b; }
 
@@ -63,7 +67,7 @@ __forceinline__ void clear_rows(u8* tensor, u64 row_bytes, int begin, int end, i
 __forceinline__ void clear_gap(u8* tensor, const Rows& rows, int b, int batch, int head, int heads, int head_bytes) {
   const u64 row_bytes = u64(heads) * head_bytes;
   u8* const of_head = tensor + u64(head) * head_bytes;
-  if (b == 0) clear_rows(of_head, row_bytes, 0, rows.begin(0), head_bytes, threadIdx.x, Config::threads);
-  clear_rows(of_head, row_bytes, rows.begin(b) + rows.length(b), b + 1 < batch ? rows.begin(b + 1) : rows.total,
-             head_bytes, threadIdx.x, Config::threads);
+  for (int gap = b == 0 ? -1 : b; gap <= b; ++gap)
+    clear_rows(of_head, row_bytes, rows.gap_begin(gap), rows.gap_end(gap, batch), head_bytes, threadIdx.x,
+               Config::threads);
 }
